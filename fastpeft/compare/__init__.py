@@ -1,0 +1,1 @@
+"""`fastpeft compare`: trains PEFT methods side by side on the same split of real text."""
