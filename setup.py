@@ -1,5 +1,7 @@
 """Packaging of fastpeft: version ranges here, exact pins for development in constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 demo = [
@@ -13,7 +15,7 @@ setup(
     name="fastpeft",
     version="0.1.0",
     description="Fused-kernel runtime for parameter-efficient fine-tuning of GPT-2",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

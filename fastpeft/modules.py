@@ -1,0 +1,235 @@
+"""The fused modules: stock modules whose class was swapped, with no maths and no tensors of their own."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft import ops, reference
+from fastpeft.adapters import Adapter, activation_name
+
+
+@dataclass
+class Site:
+    """What `patch` decided for one module and what its calls did since; kept on the module as `_fastpeft`."""
+
+    name: str
+    backend: str
+    exact: bool
+    last: ops.Route | None = None
+    calls: int = 0
+
+    def record(self, route: ops.Route) -> None:
+        """Note a call; not while compiling, where a changing counter would recompile each call."""
+        if not torch.compiler.is_compiling():
+            self.last = route
+            self.calls += route.path != "stock"
+
+
+class FusedLoraLinear(LoraLinear):
+    """peft's `lora.Linear` with the frozen GEMM and the LoRA update fused; same parameters, same keys.
+
+    Where the contract of `why_not_lora` doesn't hold at a call, peft's own forward runs.
+    """
+
+    _fastpeft: Site
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        site = self._fastpeft
+        reason = "called with extra arguments" if args or kwargs else why_not_lora(self)
+        reason = reason or _why_not_tensors(x, self.base_layer.weight)
+        if reason:
+            site.record(ops.Route("stock", reason))
+            return super().forward(x, *args, **kwargs)
+        base = self.base_layer
+        weight = base.weight if type(base) is Conv1D else base.weight.t()
+        bias = base.bias
+        names = _active(self)
+        dropouts = [_dropout_p(self.lora_dropout[name]) for name in names]
+        if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
+            names, rest = names[:1], names[1:]
+        else:
+            rest = []
+        for name in names:
+            lora_bias = self.lora_B[name].bias
+            if lora_bias is not None:
+                update = (self.scaling[name] * lora_bias).to(weight.dtype)
+                bias = update if bias is None else bias + update
+        if len(names) == 1:
+            lora_a, lora_b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
+            scaling = self.scaling[names[0]]
+        else:  # without dropout, several adapters are one of the summed rank
+            lora_a = torch.cat([self.lora_A[name].weight for name in names])
+            lora_b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
+            scaling = 1.0
+        try:
+            y, route = ops.routed_lora_linear(
+                x, weight, bias, lora_a, lora_b, scaling, dropouts[0], site.backend, site.exact
+            )
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from None
+        for name in rest:
+            dropped = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
+            y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
+        site.record(route)
+        return y
+
+
+def _dropout_p(dropout: nn.Module) -> float:
+    """The probability with which a call of `nn.Dropout` or `nn.Identity` drops now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _active(module: Any) -> list[str]:
+    """The adapters that a call of this layer adds up."""
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def why_not_lora(module: Any) -> str | None:
+    """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same."""
+    base = module.base_layer
+    if type(base) not in (Conv1D, nn.Linear):
+        return f"base layer is {type(base).__name__}, not Conv1D or nn.Linear"
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged:
+        return "adapters are merged into the base weight"
+    if not _is_plain(base):
+        return "base_layer has hooks or a replaced forward"
+    names = _active(module)
+    if not names:
+        return "no adapter is active here"
+    for name in names:
+        if name in module.lora_variant:
+            return f"adapter {name!r} is {type(module.lora_variant[name]).__name__}, not plain LoRA"
+        lora_a, lora_b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        if not (_is_plain(lora_a) and _is_plain(lora_b) and _is_plain(dropout)):
+            return f"adapter {name!r} has hooks or a replaced forward"
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            return f"adapter {name!r} has factors other than nn.Linear"
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"adapter {name!r} has {type(dropout).__name__} for dropout"
+        reason = _why_not_tensors(base.weight, lora_a.weight, lora_b.weight, same_dtype=False)
+        if reason:
+            return reason
+    return None
+
+
+class FusedAdapter(nn.Module):
+    """Mixed into an adapter's class by `fused_adapter`: its down-act-up-residual path in one operation."""
+
+    _fastpeft: Site
+    down: Any
+    act: Any
+    up: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        site = self._fastpeft
+        reason = "called with extra arguments" if args or kwargs else why_not_adapter(self)
+        reason = reason or _why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
+        if reason:
+            site.record(ops.Route("stock", reason))
+            return super().forward(x, *args, **kwargs)
+        try:
+            y, route = ops.routed_adapter(
+                x,
+                self.down.weight,
+                self.down.bias,
+                self.up.weight,
+                self.up.bias,
+                activation_name(self.act) or "",
+                getattr(self, "scale", 1.0),
+                site.backend,
+                site.exact,
+            )
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from None
+        site.record(route)
+        return y
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is made at run time: pickle and deepcopy rebuild it from the stock one.
+        _, _, *state = cast(tuple, super().__reduce_ex__(protocol))
+        return _new_fused_adapter, (stock_class(type(self)),), *state
+
+
+@functools.cache
+def fused_adapter(stock: Any) -> type[nn.Module]:
+    """The fused class of an adapter's stock class, one a class."""
+    return type(f"Fused{stock.__name__}", (FusedAdapter, stock), {"__module__": __name__})
+
+
+def _new_fused_adapter(stock: Any) -> nn.Module:
+    fused = fused_adapter(stock)
+    return fused.__new__(fused)
+
+
+def why_not_adapter(module: Any) -> str | None:
+    """Why this adapter, as it is now, must run stock; None where fusion computes the same."""
+    for part in (module.down, module.up):
+        if type(part) is not nn.Linear:
+            return f"its projections are {type(part).__name__}, not nn.Linear"
+        if not _is_plain(part):
+            return "its projections have hooks or a replaced forward"
+    act = module.act
+    if activation_name(act) is None:
+        name = getattr(act, "__name__", type(act).__name__)
+        return f"activation {name} is none of {', '.join(reference.ACTIVATIONS)}"
+    if isinstance(act, nn.Module) and not _is_plain(act):
+        return "its activation has hooks or a replaced forward"
+    return _why_not_tensors(module.down.weight, module.up.weight)
+
+
+class FusedGelu(NewGELUActivation):
+    """GPT-2's `gelu_new` in one pass: the tanh GELU, which is the same function."""
+
+    _fastpeft: Site
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self._fastpeft.exact:
+            self._fastpeft.record(ops.Route("stock", "exact=True keeps stock's arithmetic"))
+            return super().forward(input)
+        self._fastpeft.record(ops.Route("torch", "one pass"))
+        return reference.gelu_new(input)
+
+
+def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
+    """The class a fused class stands for."""
+    return fused.__mro__[2] if issubclass(fused, FusedAdapter) else fused.__mro__[1]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether calling `module` runs its class's forward and nothing else, so that fusing bypasses nothing."""
+    return not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def _why_not_tensors(first: Tensor, *others: Tensor, same_dtype: bool = True) -> str | None:
+    """Why these tensors can't go into one fused operation; stock decides what becomes of them."""
+    for tensor in (first, *others):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"its tensors are {type(tensor).__name__}"
+        if tensor.dtype not in ops.FLOATS:
+            return f"dtype {tensor.dtype}"
+        if tensor.is_meta or tensor.device != first.device:
+            return f"tensors on {first.device} and {tensor.device}"
+        if same_dtype and tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):
+            return f"dtypes {first.dtype} and {tensor.dtype}"
+    return None

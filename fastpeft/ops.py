@@ -1,0 +1,373 @@
+"""The fused operations: validate, choose the backend, and the PyTorch path's hand-written autograd."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastpeft import masks, reference
+
+BACKENDS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class Route(NamedTuple):
+    """Which implementation serves a call, `triton` or `torch`, and why."""
+
+    path: str
+    reason: str
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    backend: str = "auto",
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """A linear layer with its LoRA update: `y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ`.
+
+    The formula is `reference.lora_linear`, from Hu et al., 2021.
+
+    Args:
+        x: (..., K), float32, bfloat16, float16 or float64, any strides.
+        weight: (K, N) in x's dtype, any strides: `Conv1D.weight`, or `nn.Linear.weight.t()`.
+        bias: (N,) in x's dtype, or None.
+        lora_a: (R, K), as peft stores it; x's dtype, or wider (peft keeps float32 factors on a 16-bit base):
+            then the factor is rounded to x's dtype, never x widened.
+        lora_b: (N, R), likewise.
+        scaling: factor of the update, without unit.
+        dropout_p: probability of zeroing an element of x before `lora_a`; the mask is drawn anew each call,
+            seeded from torch's generator.
+        backend: `auto` (Triton for CUDA tensors where it serves the case, else PyTorch), `triton` or `torch`.
+        exact: peft's own dropout masks and float32 factors kept float32, always on the PyTorch path.
+
+    Returns:
+        (..., N) in x's dtype (under autocast: in autocast's). Differentiable once, by every tensor argument.
+
+    Raises:
+        ValueError: shapes, devices, `dropout_p` or `backend` that don't fit; `backend="triton"` for a case
+            Triton can't serve here, with the reason.
+        TypeError: a dtype that isn't served, or `weight`, `bias` in another dtype than x.
+    """
+    y, _ = routed_lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, backend, exact)
+    return y
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    backend: str = "auto",
+    *,
+    exact: bool = False,
+) -> Tensor:
+    """A bottleneck adapter with its residual: `y = x + scale · up(act(down(x)))`.
+
+    The formula is `reference.adapter`, from Houlsby et al., 2019.
+
+    Args:
+        x: (..., K), float32, bfloat16, float16 or float64, any strides.
+        down_weight: (R, K), and `down_bias`: (R,) or None, as `nn.Linear` stores them.
+        up_weight: (K, R), and `up_bias`: (K,) or None. Weights wider than x are rounded to x's dtype.
+        activation: a name in `reference.ACTIVATIONS`: relu, gelu, gelu_tanh or silu.
+        scale: factor of the update, without unit.
+        backend: `auto` (Triton for CUDA tensors where it serves the case, else PyTorch), `triton` or `torch`.
+        exact: float32 weights kept float32 on a 16-bit x, always on the PyTorch path.
+
+    Returns:
+        (..., K) in x's dtype (under autocast too). Differentiable once, by every tensor argument.
+
+    Raises:
+        ValueError: shapes, devices, `activation` or `backend` that don't fit; `backend="triton"` for a case
+            Triton can't serve here, with the reason.
+        TypeError: a dtype that isn't served.
+    """
+    y, _ = routed_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale, backend, exact)
+    return y
+
+
+def routed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+    exact: bool,
+) -> tuple[Tensor, Route]:
+    """`lora_linear` with the route it took, which modules record for the report."""
+    _check_lora_linear(x, weight, bias, lora_a, lora_b, dropout_p)
+    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    route = choose(backend, exact, x.device)
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
+        dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
+        update = scaling * (dropped @ lora_a.T @ lora_b.T)
+        return (F.linear(x, weight.T, bias) + update).to(x.dtype), route
+    rows = x.reshape(-1, x.shape[-1])
+    y = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), exact)
+    return y.view(*x.shape[:-1], weight.shape[1]), route
+
+
+def routed_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    backend: str,
+    exact: bool,
+) -> tuple[Tensor, Route]:
+    """`adapter` with the route it took, which modules record for the report."""
+    _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation)
+    route = choose(backend, exact, x.device)
+    wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
+    if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
+        down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
+        down_bias = None if down_bias is None else down_bias.to(wide)
+        up_bias = None if up_bias is None else up_bias.to(wide)
+        y = reference.adapter(x.to(wide), down_weight, down_bias, up_weight, up_bias, activation, scale)
+        return y.to(x.dtype), route
+    rows = x.reshape(-1, x.shape[-1]).to(wide)
+    # The residual keeps x's dtype, so x's dtype rules and autocast has no say.
+    with torch.autocast(x.device.type, enabled=False):
+        y = _Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, float(scale))
+    return y.to(x.dtype).view(x.shape), route
+
+
+def choose(backend: str, exact: bool, device: torch.device) -> Route:
+    """The route a call on `device` takes; raises ValueError where `backend="triton"` can't be served."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    return Route("torch", "exact=True keeps torch's arithmetic") if exact else Route("torch", "PyTorch path")
+
+
+class _LoraLinear(torch.autograd.Function):
+    """`reference.lora_linear` over rows, saving x, `xa` and one bit an element of dropout.
+
+    s' is the scaling with dropout's 1/(1-p) folded in; d is `keep ⊙ x`:
+        xa = d Aᵀ          dxa = s' dy B         dB = s' dyᵀ xa
+        y = x W + b + s' xa Bᵀ     dx = dy Wᵀ + keep ⊙ (dxa A)    dA = dxaᵀ d
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        dropout_p: float,
+        exact: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
+        a, b = lora_a.to(wide), lora_b.to(wide)
+        update_x = x.to(wide)
+        bits = None
+        if dropout_p > 0.0:
+            keep, dropout_p = masks.draw(update_x, dropout_p, exact=exact)
+            update_x = update_x * keep
+            scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+            bits = masks.pack(keep)
+        xa = update_x @ a.T
+        y = x @ weight if bias is None else torch.addmm(bias, x, weight)
+        y = (
+            y.addmm_(xa, b.T, alpha=scaling)
+            if wide == y.dtype
+            else torch.addmm(y.to(wide), xa, b.T, alpha=scaling).to(y.dtype)
+        )
+        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, bits)
+        ctx.scaling, ctx.wide = scaling, wide
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 8
+        x, weight, lora_a, lora_b, xa, bits = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+        dx = d_weight = d_bias = d_lora_a = d_lora_b = None
+        keep = None if bits is None else masks.unpack(bits, x.shape)
+        dy_wide = dy.to(ctx.wide)
+        if need_x or need_a:
+            dxa = (dy_wide @ lora_b.to(ctx.wide)).mul_(ctx.scaling)
+        if need_b:
+            d_lora_b = (dy_wide.T @ xa).mul_(ctx.scaling).to(lora_b.dtype)
+        if need_a:
+            dropped = x.to(ctx.wide) if keep is None else x.to(ctx.wide) * keep
+            d_lora_a = (dxa.T @ dropped).to(lora_a.dtype)
+        if need_x:
+            dx = dy @ weight.T
+            a = lora_a.to(ctx.wide)
+            if keep is None and ctx.wide == dx.dtype:
+                dx.addmm_(dxa, a)
+            else:
+                update = dxa @ a
+                dx += update if keep is None else update.mul_(keep)
+        if need_weight:
+            d_weight = x.T @ dy
+        if need_bias:
+            d_bias = dy.sum(0)
+        return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
+
+
+class _Adapter(torch.autograd.Function):
+    """`reference.adapter` over rows, saving x and the pre-activation z; h is `act(z)`.
+
+        z = x Wdᵀ + bd             dh = scale · dy Wu        dz = dh ⊙ act'(z)
+        y = x + scale · (h Wuᵀ + bu)   dx = dy + dz Wd       dWd = dzᵀ x   dWu = scale · dyᵀ h
+
+    `bu` rides in the GEMM as one more column of Wu against a column of ones in h, which spares a pass over y
+    and over dy.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        up_weight: Tensor,
+        up_bias: Tensor | None,
+        activation: str,
+        scale: float,
+    ) -> Tensor:
+        down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
+        z = F.linear(x, down, None if down_bias is None else down_bias.to(x.dtype))
+        h = _with_ones(reference.ACTIVATIONS[activation](z), up_bias)
+        if up_bias is not None:
+            up = torch.cat((up, up_bias.to(x.dtype)[:, None]), 1)
+        ctx.save_for_backward(x, z, down_weight, down_bias, up_weight, up_bias)
+        ctx.activation, ctx.scale = activation, scale
+        ctx.set_materialize_grads(False)
+        return torch.addmm(x, h, up.T, alpha=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 7
+        x, z, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
+        need_x, need_down, need_down_bias, need_up, need_up_bias, *_ = ctx.needs_input_grad
+        dx = d_down = d_down_bias = d_up = d_up_bias = None
+        if need_x or need_down or need_down_bias:
+            dh = (dy @ up_weight.to(dy.dtype)).mul_(ctx.scale)
+            dz = _ACTIVATION_GRADS[ctx.activation](dh, z)
+        if need_x:
+            dx = torch.addmm(dy, dz, down_weight.to(dy.dtype))
+        if need_down:
+            d_down = (dz.T @ x).to(down_weight.dtype)
+        if need_down_bias:
+            d_down_bias = dz.sum(0).to(down_bias.dtype)
+        if need_up or need_up_bias:
+            h = _with_ones(reference.ACTIVATIONS[ctx.activation](z), up_bias)
+            d_up = (dy.T @ h).mul_(ctx.scale)
+            if up_bias is not None:
+                d_up_bias = d_up[:, -1].to(up_bias.dtype)
+            d_up = d_up[:, : up_weight.shape[1]].to(up_weight.dtype)
+        return dx, d_down, d_down_bias, d_up, d_up_bias, None, None
+
+
+_aten = torch.ops.aten
+#: dz from dh and the pre-activation z, as torch's own autograd computes it.
+_ACTIVATION_GRADS = {
+    "relu": lambda dh, z: _aten.threshold_backward(dh, z, 0),
+    "gelu": lambda dh, z: _aten.gelu_backward(dh, z),
+    "gelu_tanh": lambda dh, z: _aten.gelu_backward(dh, z, approximate="tanh"),
+    "silu": lambda dh, z: _aten.silu_backward(dh, z),
+}
+
+
+def _with_ones(h: Tensor, bias: Tensor | None) -> Tensor:
+    return h if bias is None else F.pad(h, (0, 1), value=1.0)
+
+
+def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """What autocast does to a linear layer's inputs: everything but float64 in its dtype."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return (x, *tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def _check_lora_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float
+) -> None:
+    _check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    k, n = weight.shape if weight.dim() == 2 else (-1, -1)
+    rank = lora_a.shape[0]
+    _check_shapes(
+        ("x", x, (*x.shape[:-1], k)),
+        ("bias", bias, (n,)),
+        ("lora_a", lora_a, (rank, k)),
+        ("lora_b", lora_b, (n, rank)),
+        against=f"weight of shape {tuple(weight.shape)} (in_features, out_features)",
+    )
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def _check_adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+) -> None:
+    _check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(
+            f"unknown activation {activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
+        )
+    rank, k = down_weight.shape if down_weight.dim() == 2 else (-1, -1)
+    _check_shapes(
+        ("x", x, (*x.shape[:-1], k)),
+        ("down_bias", down_bias, (rank,)),
+        ("up_weight", up_weight, (k, rank)),
+        ("up_bias", up_bias, (k,)),
+        against=f"down_weight of shape {tuple(down_weight.shape)} (bottleneck, width)",
+    )
+
+
+def _check_tensors(x: Tensor, **others: Tensor | None) -> None:
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, got a scalar")
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64")
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
+
+
+def _check_shapes(*named: tuple[str, Tensor | None, tuple[int, ...]], against: str) -> None:
+    for name, tensor, shape in named:
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside {against}")

@@ -1,0 +1,133 @@
+"""One walk over the modules: decide for each, then swap classes; and the way back."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, NamedTuple
+
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.activations import NewGELUActivation
+
+from fastpeft import ops, probe
+from fastpeft.adapters import Adapter
+from fastpeft.modules import (
+    FusedAdapter,
+    FusedGelu,
+    FusedLoraLinear,
+    Site,
+    fused_adapter,
+    stock_class,
+    why_not_adapter,
+    why_not_lora,
+)
+
+SCOPES = ("layers",)
+
+
+class Candidate(NamedTuple):
+    """A module that fastpeft knows: the class it may become, or the reason why it stays stock."""
+
+    name: str
+    module: Any
+    kind: str
+    fused: type[nn.Module] | None
+    reason: str | None
+
+
+def patch(
+    model: nn.Module,
+    backend: str = "auto",
+    strict: bool = False,
+    exact: bool = False,
+    scope: str = "layers",
+) -> nn.Module:
+    """Swap the LoRA layers, bottleneck adapters and `gelu_new` of `model` for fused ones, in place.
+
+    Parameters, state-dict keys, hooks and gradients stay what they were; `unpatch` undoes it. What can't be
+    fused stays stock, with the reason in `report`. A second call takes up what was added since, and its
+    arguments replace the first call's.
+
+    Args:
+        model: a GPT-2 with any head, plain, with adapters, or wrapped by peft; LoRA over `nn.Linear` is fused
+            in other architectures too.
+        backend: `auto` (Triton where tensors are on CUDA and the case is served, else PyTorch), `triton`
+            or `torch`.
+        strict: raise where a site can't be fused, instead of leaving it stock.
+        exact: on the CPU, peft's own random numbers and stock's arithmetic, to compare number by number.
+        scope: `layers`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: an unknown `backend` or `scope`, a backend that can't serve the model here, or, with
+            `strict`, a site that can't be fused or none at all; nothing is changed then.
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
+    plan = candidates(model)
+    for candidate in plan:
+        device = next((p.device for p in candidate.module.parameters()), None)
+        if device is not None and candidate.fused is not None:
+            ops.choose(backend, exact, device)
+    if strict:
+        stock = [f"{c.name}: {c.reason}" for c in plan if c.reason]
+        if stock or not plan:
+            raise ValueError("can't fuse " + ("; ".join(stock) or f"anything in {type(model).__name__}"))
+    if not plan:
+        warnings.warn(
+            f"fastpeft.patch found nothing to fuse in {type(model).__name__}: no LoRA layer, bottleneck "
+            "adapter or gelu_new activation",
+            stacklevel=2,
+        )
+    for candidate in plan:
+        if candidate.fused is not None:
+            before = candidate.module.__dict__.get("_fastpeft")
+            candidate.module.__class__ = candidate.fused
+            candidate.module._fastpeft = Site(
+                candidate.name, backend, exact, calls=before.calls if before else 0
+            )
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Give every swapped module of `model` its stock class back, in place; returns the model."""
+    for module in model.modules():
+        if "_fastpeft" in module.__dict__:
+            module.__class__ = stock_class(type(module))
+            del module._fastpeft
+    return model
+
+
+def candidates(model: nn.Module) -> list[Candidate]:
+    """Every module of `model` that fastpeft could fuse, fused already or not, in the model's order."""
+    found = []
+    for name, module in model.named_modules():
+        decision = _decide(module)
+        if decision is not None:
+            found.append(Candidate(name or type(model).__name__, module, *decision))
+    return found
+
+
+def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | None:
+    """Kind, fused class and reason for one module; None for a module that is none of our business.
+
+    Classes are compared exactly: a subclass (a quantised layer, one that FSDP swapped) may do more.
+    """
+    kind = type(module)
+    if isinstance(module, LoraLayer):
+        if kind not in (LoraLinear, FusedLoraLinear):
+            return "lora", None, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"
+        return "lora", FusedLoraLinear, why_not_lora(module)
+    if isinstance(module, FusedAdapter):
+        return "adapter", kind, why_not_adapter(module)
+    if kind is Adapter:
+        return "adapter", fused_adapter(kind), why_not_adapter(module)
+    if probe.looks_like_adapter(module):
+        reason = probe.why_not_fusible(module)
+        return "adapter", None if reason else fused_adapter(kind), reason
+    if kind in (NewGELUActivation, FusedGelu):
+        return "activation", FusedGelu, None
+    return None

@@ -1,0 +1,56 @@
+"""What was fused, what was not, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import NamedTuple
+
+from torch import nn
+
+from fastpeft import ops
+from fastpeft.patch import candidates
+
+
+class Row(NamedTuple):
+    """One site of a model."""
+
+    name: str  # of its module
+    kind: str  # lora, adapter or activation
+    path: str  # triton, torch or stock
+    reason: str  # why this path
+    calls: int  # fused calls so far
+
+
+class Report(tuple[Row, ...]):
+    """The rows of `report`; `str()` is a table with a summary line."""
+
+    def __str__(self) -> str:
+        cells = [Row._fields, *((r.name, r.kind, r.path, r.reason, str(r.calls)) for r in self)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in cells
+        ]
+        paths = Counter(row.path for row in self)
+        summary = ", ".join(f"{count} {path}" for path, count in sorted(paths.items())) or "nothing to fuse"
+        return "\n".join([*lines, f"{len(self)} sites: {summary}"])
+
+
+def report(model: nn.Module) -> Report:
+    """A row for each LoRA layer, bottleneck adapter and `gelu_new` activation of `model`.
+
+    A site's path and reason are those of its last call; before the first, those its next call would take.
+    """
+    return Report(_row(*candidate) for candidate in candidates(model))
+
+
+def _row(name: str, module: nn.Module, kind: str, fused: type[nn.Module] | None, reason: str | None) -> Row:
+    site = module.__dict__.get("_fastpeft")
+    if site is None:
+        return Row(name, kind, "stock", reason or "not patched: call fastpeft.patch", 0)
+    if site.last is not None:
+        return Row(name, kind, site.last.path, site.last.reason, site.calls)
+    if reason:
+        return Row(name, kind, "stock", reason, site.calls)
+    device = next((p.device for p in module.parameters()), None)
+    path, why = ops.choose(site.backend, site.exact, device) if device else ("torch", "one pass")
+    return Row(name, kind, path, why, site.calls)
