@@ -116,7 +116,7 @@ def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | Non
 
     Classes are compared exactly: a subclass (a quantised layer, one that FSDP swapped) may do more.
     """
-    kind = type(module)
+    kind: Any = type(module)
     if isinstance(module, LoraLayer):
         if kind not in (LoraLinear, FusedLoraLinear):
             return "lora", None, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"

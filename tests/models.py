@@ -1,0 +1,87 @@
+"""Small models, and how tests compare a patched one with its stock twin."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2PreTrainedModel
+
+import fastpeft
+
+TINY = {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 61, "n_positions": 32}
+ALL_PROJECTIONS = ("c_attn", "c_proj", "c_fc")
+
+
+def gpt2(head: type = GPT2LMHeadModel, seed: int = 0, **overrides: Any) -> nn.Module:
+    """A GPT-2 with random weights, tiny unless `overrides` say otherwise, its dropouts off."""
+    torch.manual_seed(seed)
+    dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    tokens = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    return head(GPT2Config(**{**TINY, **dropouts, **tokens, **overrides}))
+
+
+def with_lora(model: nn.Module, targets: Any = ALL_PROJECTIONS, **config: Any) -> nn.Module:
+    """`model` under peft LoRA, with lora_b nonzero: it starts at zero, which would hide half the mistakes."""
+    task = "SEQ_CLS" if isinstance(model, GPT2ForSequenceClassification) else "CAUSAL_LM"
+    targets = targets if isinstance(targets, str) else list(targets)
+    conv1d = isinstance(model, GPT2PreTrainedModel)
+    defaults = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": targets,
+        "task_type": task,
+        "fan_in_fan_out": conv1d,
+    }
+    model = get_peft_model(model, LoraConfig(**{**defaults, **config}))
+    return randomise(model, "lora_B")
+
+
+def with_adapters(model: nn.Module, *slots: str, **config: Any) -> nn.Module:
+    """`model` with bottleneck adapters of nonzero `up`."""
+    fastpeft.add_adapters(
+        model, fastpeft.AdapterConfig(slots or ("post_attn",), **{"bottleneck": 8, **config})
+    )
+    return randomise(model, "adapter.up")
+
+
+def randomise(model: nn.Module, part: str) -> nn.Module:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if part in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
+
+
+def step(model: nn.Module, seed: int = 7, batch: int = 3, length: int = 9) -> dict[str, Tensor]:
+    """Logits, loss and every gradient of one training step on fixed tokens, dropout seeded."""
+    vocab = model.config.vocab_size
+    ids = torch.randint(2, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    model.train()
+    model.zero_grad()
+    torch.manual_seed(seed)
+    logits = model(input_ids=ids).logits
+    logits.double().square().sum().backward()  # a mean would push float16 gradients below its normal range
+    grads = {f"grad of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **grads}
+
+
+def assert_stock(model: nn.Module) -> None:
+    rows = fastpeft.report(model)
+    assert rows, "nothing to fuse: this comparison would compare nothing"
+    assert all(row.path == "stock" and row.calls == 0 for row in rows), str(rows)
+
+
+def assert_fused(model: nn.Module, kinds: tuple[str, ...] = ("lora", "adapter"), path: str = "torch") -> None:
+    rows = [row for row in fastpeft.report(model) if row.kind in kinds]
+    assert rows, f"no site of kind {kinds}"
+    assert all(row.path == path and row.calls > 0 for row in rows), str(fastpeft.report(model))
+
+
+def twins(model: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """The model, an unpatched twin of the same dtype, and an unpatched float64 twin for truth."""
+    return model, copy.deepcopy(model), copy.deepcopy(model).double()

@@ -1,0 +1,338 @@
+"""`lora_linear` and `adapter` by themselves, against the formula in float64 with the same dropout mask."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_as_good_as
+
+import fastpeft
+from fastpeft import masks, reference
+
+M, K, N, R = 37, 24, 40, 5
+
+
+def lora_inputs(dtype=torch.float32, factors=None, lead=(M,), grad=True):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape, to=dtype):
+        return (torch.randn(shape, generator=generator) / shape[-1] ** 0.5).to(to).requires_grad_(grad)
+
+    return {
+        "x": draw(*lead, K),
+        "weight": draw(K, N),
+        "bias": draw(N),
+        "lora_a": draw(R, K, to=factors or dtype),
+        "lora_b": draw(N, R, to=factors or dtype),
+    }
+
+
+def adapter_inputs(dtype=torch.float32, weights=None, lead=(M,), grad=True):
+    inputs = lora_inputs(dtype, weights, lead, grad)
+    generator = torch.Generator().manual_seed(1)
+    up = torch.randn(K, R, generator=generator).to(weights or dtype).requires_grad_(grad)
+    down_bias = torch.randn(R, generator=generator).to(weights or dtype).requires_grad_(grad)
+    up_bias = torch.randn(K, generator=generator).to(weights or dtype).requires_grad_(grad)
+    return {
+        "x": inputs["x"],
+        "down_weight": inputs["lora_a"],
+        "down_bias": down_bias,
+        "up_weight": up,
+        "up_bias": up_bias,
+    }
+
+
+def outcome(function, inputs, cast=None, **options):
+    """y and the gradient of every input, of `function` on copies of `inputs` (cast to `cast`)."""
+    leaves = {
+        k: None if t is None else t.detach().to(cast or t.dtype).requires_grad_(t.requires_grad)
+        for k, t in inputs.items()
+    }
+    y = function(**leaves, **options)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape)
+    (y.double() * weights).sum().backward()
+    return {"y": y.detach(), **{k: t.grad for k, t in leaves.items() if t is not None and t.requires_grad}}
+
+
+def assert_outcomes(fused, pytorch, truth):
+    assert fused.keys() == pytorch.keys() == truth.keys()
+    for name in fused:
+        assert_as_good_as(fused[name], pytorch[name].to(fused[name].dtype), truth[name], name)
+
+
+@pytest.fixture
+def drawn_masks(monkeypatch):
+    """Every mask the PyTorch path draws, as (keep, probability)."""
+    drawn = []
+
+    def draw(x, dropout_p, *, exact, real=masks.draw):
+        drawn.append(real(x, dropout_p, exact=exact))
+        return drawn[-1]
+
+    monkeypatch.setattr(masks, "draw", draw)
+    return drawn
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5])
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_lora_linear_equals_the_formula(dtype, dropout_p, exact, drawn_masks):
+    inputs = lora_inputs(dtype)
+    fused = outcome(fastpeft.lora_linear, inputs, scaling=1.7, dropout_p=dropout_p, exact=exact)
+    (keep, p), *more = drawn_masks or [(None, 0.0)]
+    assert not more
+    assert abs(p - dropout_p) < 2**-16
+    options = {"scaling": 1.7, "dropout_p": p, "keep": keep}
+    pytorch = outcome(reference.lora_linear, inputs, **options)
+    truth = outcome(reference.lora_linear, inputs, cast=torch.float64, **options)
+    assert_outcomes(fused, pytorch, truth)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_lora_linear_with_float32_factors_on_a_16_bit_x(exact):
+    inputs = lora_inputs(torch.bfloat16, torch.float32)
+    fused = outcome(fastpeft.lora_linear, inputs, scaling=0.5, exact=exact)
+    assert fused["lora_a"].dtype == fused["lora_b"].dtype == torch.float32
+    assert fused["x"].dtype == fused["y"].dtype == torch.bfloat16
+    yardstick = (
+        torch.float32 if exact else torch.bfloat16
+    )  # the fast path rounds the factors, so its yardstick does
+    pytorch = outcome(_peft_arithmetic, inputs, scaling=0.5, wide=yardstick)
+    truth = outcome(reference.lora_linear, inputs, cast=torch.float64, scaling=0.5)
+    for name in ("lora_a", "lora_b"):  # rounded factors give gradients with 16 bits' precision
+        fused[name], pytorch[name] = fused[name].to(yardstick), pytorch[name].to(yardstick)
+    assert_outcomes(fused, pytorch, truth)
+
+
+def _peft_arithmetic(x, weight, bias, lora_a, lora_b, scaling, wide):
+    """peft's forward: the base in x's dtype, the update in the factors', the sum rounded to x's."""
+    update = F.linear(F.linear(x.to(wide), lora_a.to(wide)), lora_b.to(wide)) * scaling
+    return (torch.addmm(bias, x, weight) + update).to(x.dtype)
+
+
+@pytest.mark.parametrize("activation", list(reference.ACTIVATIONS))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("biases", [True, False], ids=["biases", "no biases"])
+def test_adapter_equals_the_formula(activation, dtype, biases):
+    inputs = adapter_inputs(dtype)
+    if not biases:
+        inputs["down_bias"] = inputs["up_bias"] = None
+    options = {"activation": activation, "scale": 0.6}
+    fused = outcome(fastpeft.adapter, inputs, **options)
+    pytorch = outcome(reference.adapter, inputs, **options)
+    truth = outcome(reference.adapter, inputs, cast=torch.float64, **options)
+    assert_outcomes(fused, pytorch, truth)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_adapter_with_float32_weights_on_a_16_bit_x(exact):
+    inputs = adapter_inputs(torch.bfloat16, torch.float32)
+    options = {"activation": "gelu", "scale": 0.6}
+    fused = outcome(fastpeft.adapter, inputs, exact=exact, **options)
+    assert fused["y"].dtype == torch.bfloat16
+    assert fused["down_weight"].dtype == torch.float32
+    pytorch = outcome(reference.adapter, inputs, cast=torch.bfloat16, **options)
+    truth = outcome(reference.adapter, inputs, cast=torch.float64, **options)
+    for name in fused:
+        assert_as_good_as(fused[name].bfloat16(), pytorch[name], truth[name], name)
+
+
+def test_gradients_in_float64_equal_finite_differences():
+    inputs = lora_inputs(torch.float64, lead=(3,))
+    assert torch.autograd.gradcheck(lambda *args: fastpeft.lora_linear(*args, 1.3), tuple(inputs.values()))
+    inputs = adapter_inputs(torch.float64, lead=(3,))
+    for activation in ("gelu", "gelu_tanh", "silu"):
+        function = lambda *args, act=activation: fastpeft.adapter(*args, act, 0.7)  # noqa: E731
+        assert torch.autograd.gradcheck(function, tuple(inputs.values()))
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "adapter"])
+def test_only_the_gradients_asked_for_are_computed(op):
+    inputs = lora_inputs() if op == "lora_linear" else adapter_inputs()
+    options = {"scaling": 1.0} if op == "lora_linear" else {"activation": "relu", "scale": 1.0}
+    function = getattr(fastpeft, op)
+    full = outcome(function, inputs, **options)
+    for wanted in itertools.chain(
+        ({name} for name in inputs), ({"x", name} for name in inputs if name != "x"), [set(inputs) - {"x"}]
+    ):
+        some = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+        result = outcome(function, some, **options)
+        assert result.keys() == {"y"} | wanted
+        for name in result:
+            torch.testing.assert_close(result[name], full[name])
+
+
+def test_frozen_inputs_cost_no_gemm_in_backward():
+    inputs = lora_inputs()
+    for name in ("x", "weight", "bias"):
+        inputs[name].requires_grad_(False)
+    y = fastpeft.lora_linear(**inputs, scaling=1.0)
+    with torch.profiler.profile() as profile:
+        y.sum().backward()
+    gemms = sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
+    assert gemms == 3  # dxa, d_lora_b and d_lora_a; neither dy Wᵀ nor xᵀ dy
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_nothing_full_size_is_saved_but_x_and_one_bit_an_element(dropout_p):
+    inputs = lora_inputs(lead=(64,))
+    given = {t.data_ptr() for t in inputs.values()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fastpeft.lora_linear(**inputs, scaling=1.0, dropout_p=dropout_p)
+    extra = [t for t in saved if t.data_ptr() not in given]
+    assert sum(t.nbytes for t in extra) == 64 * R * 4 + (64 * K // 8 if dropout_p else 0)
+
+
+def test_an_adapter_saves_x_and_the_pre_activation():
+    inputs = adapter_inputs(lead=(64,))
+    given = {t.data_ptr() for t in inputs.values()}
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fastpeft.adapter(**inputs, activation="gelu", scale=1.0)
+    assert sum(t.nbytes for t in saved if t.data_ptr() not in given) == 64 * R * 4
+
+
+@pytest.mark.parametrize("lead", [(), (5,), (2, 3), (2, 3, 4), (0,), (2, 0)], ids=str)
+def test_any_leading_dimensions(lead):
+    inputs = lora_inputs(lead=lead)
+    fused = outcome(fastpeft.lora_linear, inputs, scaling=1.0)
+    expected = outcome(reference.lora_linear, inputs, scaling=1.0)
+    assert fused["y"].shape == (*lead, N)
+    for name in fused:
+        torch.testing.assert_close(fused[name], expected[name])
+    assert fastpeft.adapter(**adapter_inputs(lead=lead), activation="relu", scale=1.0).shape == (*lead, K)
+
+
+def test_strided_inputs():
+    inputs = {k: t.detach() for k, t in lora_inputs(lead=(6, 5)).items()}
+    expected = reference.lora_linear(**inputs, scaling=1.0)
+    strided = dict(inputs)
+    strided["x"] = inputs["x"].permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    strided["weight"] = inputs["weight"].T.contiguous().T  # nn.Linear's layout
+    torch.testing.assert_close(fastpeft.lora_linear(**strided, scaling=1.0), expected)
+    offset = torch.cat([inputs["x"], inputs["x"]], -1)[..., K:]
+    torch.testing.assert_close(fastpeft.lora_linear(**{**inputs, "x": offset}, scaling=1.0), expected)
+    row = inputs["x"][:1, :1].expand(4, 3, K)
+    expanded = fastpeft.lora_linear(**{**inputs, "x": row}, scaling=1.0, dropout_p=0.0)
+    torch.testing.assert_close(expanded, expected[:1, :1].expand(4, 3, N))
+
+
+def test_exact_dropout_is_the_mask_of_f_dropout_and_leaves_the_generator_where_it_would():
+    x = torch.rand(50, 30) + 1
+    torch.manual_seed(3)
+    expected = F.dropout(x, 0.3) != 0
+    state = torch.get_rng_state()
+    torch.manual_seed(3)
+    keep, p = masks.draw(x, 0.3, exact=True)
+    assert torch.equal(keep, expected)
+    assert p == 0.3
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_fast_dropout_keeps_the_right_share_and_follows_the_seed():
+    x = torch.empty(1000, 1001)
+    for p in (0.05, 0.5, 0.9):
+        torch.manual_seed(3)
+        keep, drawn_p = masks.draw(x, p, exact=False)
+        deviation = (p * (1 - p) / x.numel()) ** 0.5
+        assert abs(keep.double().mean().item() - (1 - p)) < 5 * deviation + 2**-16
+        assert abs(drawn_p - p) <= 2**-17
+        assert not torch.equal(masks.draw(x, p, exact=False)[0], keep)
+        torch.manual_seed(3)
+        assert torch.equal(masks.draw(x, p, exact=False)[0], keep)
+
+
+@pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (3, 11)], ids=str)
+def test_masks_survive_packing(shape):
+    keep = torch.rand(shape) < 0.5
+    bits = masks.pack(keep)
+    assert bits.nbytes == -(-keep.numel() // 8)
+    assert torch.equal(masks.unpack(bits, keep.shape), keep)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_dropout_of_everything_leaves_the_base_layer(exact):
+    inputs = lora_inputs()
+    result = outcome(fastpeft.lora_linear, inputs, scaling=1.0, dropout_p=1.0, exact=exact)
+    base = {k: inputs[k] for k in ("x", "weight", "bias")}
+    expected = outcome(lambda x, weight, bias: x @ weight + bias, base)
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name])
+    assert not result["lora_a"].any()
+    assert not result["lora_b"].any()
+
+
+def test_autocast_computes_in_its_dtype():
+    inputs = lora_inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = fastpeft.lora_linear(**inputs, scaling=1.0)
+        stock = F.linear(inputs["x"], inputs["weight"].T, inputs["bias"])
+    assert y.dtype == stock.dtype == torch.bfloat16
+    y.float().sum().backward()
+    assert {t.grad.dtype for t in inputs.values()} == {torch.float32}
+    pytorch = reference.lora_linear(**{k: t.detach().bfloat16() for k, t in inputs.items()}, scaling=1.0)
+    truth = reference.lora_linear(**{k: t.detach().double() for k, t in inputs.items()}, scaling=1.0)
+    assert_as_good_as(y.detach(), pytorch, truth)
+
+
+def test_double_backward_is_refused():
+    inputs = lora_inputs()
+    y = fastpeft.lora_linear(**inputs, scaling=1.0)
+    (grad,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_editing_a_saved_tensor_in_place_is_refused():
+    inputs = {k: t.detach().clone().requires_grad_(k != "x") for k, t in lora_inputs().items()}
+    y = fastpeft.lora_linear(**inputs, scaling=1.0)
+    inputs["x"].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"x": torch.ones(3, K + 1)},
+            ValueError,
+            rf"x has shape \(3, {K + 1}\).*weight of shape \({K}, {N}\)",
+        ),
+        ({"weight": torch.ones(K)}, ValueError, "weight of shape"),
+        ({"bias": torch.ones(N + 1)}, ValueError, "bias has shape"),
+        ({"lora_a": torch.ones(R, K + 1)}, ValueError, "lora_a has shape"),
+        ({"lora_b": torch.ones(N, R + 1)}, ValueError, "lora_b has shape"),
+        ({"x": torch.ones(3, K, dtype=torch.int64)}, TypeError, "x has dtype torch.int64"),
+        ({"x": torch.ones(3, K, dtype=torch.complex64)}, TypeError, "x has dtype torch.complex64"),
+        ({"x": torch.ones(3, K, dtype=torch.float64)}, TypeError, "weight must have x's dtype"),
+        ({"lora_a": torch.ones(R, K, device="meta")}, ValueError, "lora_a is on meta"),
+        ({"x": torch.tensor(1.0)}, ValueError, "at least one dimension"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p must be between 0 and 1"),
+        ({"backend": "cuda"}, ValueError, "unknown backend 'cuda': choose one of auto, triton, torch"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_lora_linear_names_what_does_not_fit(change, error, words):
+    with pytest.raises(error, match=words):
+        fastpeft.lora_linear(**{**lora_inputs(), "scaling": 1.0, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": torch.ones(3, K + 1)}, "x has shape"),
+        ({"up_weight": torch.ones(K, R + 1)}, "up_weight has shape"),
+        ({"down_bias": torch.ones(R + 1)}, "down_bias has shape"),
+        ({"up_bias": torch.ones(K + 1)}, "up_bias has shape"),
+        ({"activation": "tanh"}, "unknown activation 'tanh': choose one of relu, gelu, gelu_tanh, silu"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_adapter_names_what_does_not_fit(change, words):
+    with pytest.raises(ValueError, match=words):
+        fastpeft.adapter(**{**adapter_inputs(), "activation": "relu", "scale": 1.0, **change})
