@@ -187,10 +187,9 @@ class _LoraLinear(torch.autograd.Function):
         update_x = x.to(wide)
         bits = None
         if dropout_p > 0.0:
-            keep, dropout_p = masks.draw(update_x, dropout_p, exact=exact)
-            update_x = update_x * keep
+            bits, dropout_p = masks.draw(update_x, dropout_p, exact=exact)
+            update_x = masks.unpack(bits, update_x).mul_(update_x)
             scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-            bits = masks.pack(keep)
         xa = update_x @ a.T
         y = x @ weight if bias is None else torch.addmm(bias, x, weight)
         y = (
@@ -211,23 +210,23 @@ class _LoraLinear(torch.autograd.Function):
         x, weight, lora_a, lora_b, xa, bits = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         dx = d_weight = d_bias = d_lora_a = d_lora_b = None
-        keep = None if bits is None else masks.unpack(bits, x.shape)
-        dy_wide = dy.to(ctx.wide)
-        if need_x or need_a:
-            dxa = (dy_wide @ lora_b.to(ctx.wide)).mul_(ctx.scaling)
+        a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
+        dy_wide, x_wide = dy.to(ctx.wide), x.to(ctx.wide)
+        keep = masks.unpack(bits, x_wide) if bits is not None and (need_x or need_a) else None
         if need_b:
             d_lora_b = (dy_wide.T @ xa).mul_(ctx.scaling).to(lora_b.dtype)
+        if need_x or need_a:
+            dxa = (dy_wide @ b).mul_(ctx.scaling)
         if need_a:
-            dropped = x.to(ctx.wide) if keep is None else x.to(ctx.wide) * keep
-            d_lora_a = (dxa.T @ dropped).to(lora_a.dtype)
+            d_lora_a = (dxa.T @ (x_wide if keep is None else x_wide * keep)).to(lora_a.dtype)
         if need_x:
             dx = dy @ weight.T
-            a = lora_a.to(ctx.wide)
-            if keep is None and ctx.wide == dx.dtype:
+            if keep is not None:
+                dx = dx.addcmul_(dxa @ a, keep)
+            elif ctx.wide == dx.dtype:
                 dx.addmm_(dxa, a)
             else:
-                update = dxa @ a
-                dx += update if keep is None else update.mul_(keep)
+                dx += dxa @ a
         if need_weight:
             d_weight = x.T @ dy
         if need_bias:

@@ -65,12 +65,13 @@ def assert_outcomes(fused, pytorch, truth):
 
 @pytest.fixture
 def drawn_masks(monkeypatch):
-    """Every mask the PyTorch path draws, as (keep, probability)."""
+    """Every mask the PyTorch path draws, as (keep, its probability)."""
     drawn = []
 
     def draw(x, dropout_p, *, exact, real=masks.draw):
-        drawn.append(real(x, dropout_p, exact=exact))
-        return drawn[-1]
+        bits, p = real(x, dropout_p, exact=exact)
+        drawn.append((masks.unpack(bits, x).bool(), p))
+        return bits, p
 
     monkeypatch.setattr(masks, "draw", draw)
     return drawn
@@ -227,8 +228,8 @@ def test_exact_dropout_is_the_mask_of_f_dropout_and_leaves_the_generator_where_i
     expected = F.dropout(x, 0.3) != 0
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    keep, p = masks.draw(x, 0.3, exact=True)
-    assert torch.equal(keep, expected)
+    bits, p = masks.draw(x, 0.3, exact=True)
+    assert torch.equal(masks.unpack(bits, x), expected.float())
     assert p == 0.3
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -237,21 +238,25 @@ def test_fast_dropout_keeps_the_right_share_and_follows_the_seed():
     x = torch.empty(1000, 1001)
     for p in (0.05, 0.5, 0.9):
         torch.manual_seed(3)
-        keep, drawn_p = masks.draw(x, p, exact=False)
+        bits, drawn_p = masks.draw(x, p, exact=False)
+        keep = masks.unpack(bits, x)
         deviation = (p * (1 - p) / x.numel()) ** 0.5
         assert abs(keep.double().mean().item() - (1 - p)) < 5 * deviation + 2**-16
         assert abs(drawn_p - p) <= 2**-17
-        assert not torch.equal(masks.draw(x, p, exact=False)[0], keep)
+        assert not torch.equal(masks.draw(x, p, exact=False)[0], bits)
         torch.manual_seed(3)
-        assert torch.equal(masks.draw(x, p, exact=False)[0], keep)
+        assert torch.equal(masks.draw(x, p, exact=False)[0], bits)
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (3, 11)], ids=str)
-def test_masks_survive_packing(shape):
-    keep = torch.rand(shape) < 0.5
-    bits = masks.pack(keep)
-    assert bits.nbytes == -(-keep.numel() // 8)
-    assert torch.equal(masks.unpack(bits, keep.shape), keep)
+@pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
+def test_a_mask_is_one_bit_an_element(shape, exact):
+    x = torch.empty(shape)
+    bits, _ = masks.draw(x, 0.5, exact=exact)
+    assert bits.nbytes == -(-x.numel() // 8)
+    mask = masks.unpack(bits, x)
+    assert mask.shape == x.shape
+    assert ((mask == 0) | (mask == 1)).all()
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
