@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch
+from .launch import INTERPRETED, launch, tf32_allowed
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -16,7 +16,7 @@ def input_precision(dtype: torch.dtype) -> str:
     """How `tl.dot` multiplies operands of `dtype`: float32 as TF32 only where torch allows that for its own matmuls."""
     if dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 @triton.jit

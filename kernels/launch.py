@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -17,6 +17,11 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 #: Whether Triton interprets kernels instead of compiling them (TRITON_INTERPRET=1, set before this import).
 INTERPRETED = triton.knobs.runtime.interpret
+
+
+#: What the kernels multiply; parameters may also be wider than x.
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_RANK = 256
 
 
 class Launch(NamedTuple):
@@ -52,8 +57,15 @@ def record() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
-def unsupported_device(x: Tensor) -> str | None:
-    """Why Triton can't run where `x` is; None where it can."""
+def unsupported(x: Tensor, rank: int, *others: Tensor | None) -> str | None:
+    """Why the kernels don't serve rows `x` with a rank (or bottleneck) and these other tensors; None where they do."""
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype} has no kernel"
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}, the most a kernel holds in registers"
+    wrong = next((t.dtype for t in others if t is not None and t.dtype not in DTYPES), None)
+    if wrong is not None:
+        return f"dtype {wrong} has no kernel"
     if x.device.type == "cpu":
         return None if INTERPRETED else "tensors on the CPU need TRITON_INTERPRET=1, set before fastpeft's kernels load"
     if x.device.type != "cuda" or torch.version.hip is not None:
@@ -61,10 +73,38 @@ def unsupported_device(x: Tensor) -> str | None:
     major, minor = torch.cuda.get_device_capability(x.device)
     if major < 8:
         return f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
+    if major == 10 and x.dtype == torch.float32 and not tf32_allowed():
+        return "Triton multiplies float32 as TF32 on compute capability 10.x, which torch is set not to do"
     return None
 
 
-def _is_compile_failure(error: Exception) -> bool:
+def tf32_allowed() -> bool:
+    """Whether torch is set to multiply float32 matrices as TF32 on CUDA."""
+    matmul = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9; reading the older flag beside it can raise
+    return matmul.allow_tf32 if precision is None else precision == "tf32"
+
+
+def differentiable_once(operator: Any) -> None:
+    """Make a second derivative through the custom operator of a backward pass an error that says so."""
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError("fastpeft's operations are differentiable once: unpatch the model for second derivatives")
+
+    operator.register_autograd(refuse)
+
+
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Makes x's GPU current: Triton launches there."""
+    return torch.cuda.device_of(x)
+
+
+def describe(*tensors: Tensor | None) -> Hashable:
+    """All of the tensors that a kernel is specialised on."""
+    return tuple(t if t is None else (t.dtype, *t.shape, *t.stride(), t.data_ptr() % 16) for t in tensors)
+
+
+def _is_build_failure(error: Exception) -> bool:
     """Whether `error` says that a kernel can't be built for this device, rather than that CUDA failed."""
     if isinstance(error, (CompilationError, OutOfResources, PTXASError, subprocess.CalledProcessError)):
         return True
@@ -75,26 +115,32 @@ def _is_compile_failure(error: Exception) -> bool:
 _failures: dict[Hashable, str | None] = {}
 
 
-def build(key: Hashable, call: Callable[[], object]) -> str | None:
+def build(key: Hashable, x: Tensor, call: Callable[[], object]) -> str | None:
     """Compile and load every kernel that `call` launches, running none: None, or why one can't be built.
 
     Remembered by `key`; a failure warns once. Errors other than a failed build are raised as they are.
     """
     if INTERPRETED:
         return None
+    key = (key, tf32_allowed())
     if key not in _failures:
-        _failures[key] = None
-        with record() as launches:
-            call()
-        for kernel, grid, args, options in launches:
-            try:
-                kernel.warmup(grid=grid, **args, **options).run  # noqa: B018 - loads the module, or says what it lacks
-            except Exception as error:
-                if not _is_compile_failure(error):
-                    del _failures[key]
-                    raise
-                cause = str(error).strip().splitlines() or [""]
-                _failures[key] = f"{kernel.__name__} can't be built here: {type(error).__name__}: {cause[-1]}"
-                warnings.warn(f"fastpeft uses PyTorch instead of Triton: {_failures[key]}", stacklevel=3)
-                break
+        with on_device_of(x):
+            with record() as launches:
+                call()
+            _failures[key] = next((reason for each in launches if (reason := _why_not_built(each))), None)
+        if _failures[key]:
+            warnings.warn(f"fastpeft uses PyTorch instead of Triton: {_failures[key]}", stacklevel=3)
     return _failures[key]
+
+
+def _why_not_built(each: Launch) -> str | None:
+    """Compile the kernel of a launch and load it on the current device; what that lacked, or None."""
+    try:
+        compiled = each.kernel.warmup(grid=each.grid, **each.args, **each.options)
+        _ = compiled.run  # loads the module, or raises for want of shared memory, tensor memory or threads
+    except Exception as error:
+        if not _is_build_failure(error):
+            raise
+        cause = str(error).strip().splitlines() or [""]
+        return f"{each.kernel.__name__} can't be built here: {type(error).__name__}: {cause[-1]}"
+    return None

@@ -1,9 +1,10 @@
 """A frozen linear layer with its LoRA update, forward and backward.
 
-    forward    xa = dropout(x) Aᵀ                      y = x W + b + s · xa Bᵀ
-    backward   dxa = s · dy B                          dx = dy Wᵀ + dropout'(dxa A)
-               dA = dxaᵀ dropout(x)                    dB = s · dyᵀ xa
+    forward    xa = (keep ⊙ x) Aᵀ          y = x W + b + s xa Bᵀ
+    backward   dxa = s dy B                dx = dy Wᵀ + keep ⊙ (dxa A)
+               dA = dxaᵀ (keep ⊙ x)        dB = s dyᵀ xa
 
+with keep the dropout mask and s the scaling times dropout's 1 / (1 - p).
 Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three shapes of work do all of
 it: `linear_kernel` (a GEMM whose accumulator starts from a rank-r term: y and dx), `shrink_kernel` (a pass over wide
 rows that leaves R numbers a row: xa and dxa) and `gradient_kernel` (a pass over wide rows that leaves R numbers a
@@ -23,14 +24,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiling
 from .blocks import dot, grouped_order, input_precision, load, rounded, sum_partials
 from .dropout import keep_scale, keep_tile, threshold
-from .launch import build, launch, unsupported_device
+from .launch import build, describe, differentiable_once, launch, on_device_of
 
 # --- kernels
 
 
 @triton.jit
-def rank_r_term(
-    u_ptr, f_ptr, seed_ptr,
+def initial(
+    bias_ptr, u_ptr, f_ptr, seed_ptr,
     R,
     stride_fr, stride_fn,
     scaling, drop_below,
@@ -41,19 +42,31 @@ def rank_r_term(
     BLOCK_N: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`keep ⊙ (scaling · u f)` for one tile: u (M, R) contiguous, f (R, N); RANK is R padded to a power of two."""
+    """What a tile's accumulator starts from: `bias + u (scaling · f)`, or `keep ⊙ (u f)` with no bias.
+
+    u (M, R) contiguous, f (R, N) by strides; RANK is R padded to a power of two. f takes the scaling, because a float32
+    f is then rounded once.
+    """
     BLOCK_R: tl.constexpr = min(RANK, 64)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
     for r in tl.static_range(0, RANK, BLOCK_R):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         u = tl.load(u_ptr + rows[:, None].to(tl.int64) * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
         f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
         f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(u, rounded(f, u.dtype), acc, INPUT_PRECISION)
-    acc *= scaling
+        acc = dot(u, rounded(f.to(tl.float32) * scaling, u.dtype), acc, INPUT_PRECISION)
     if DROPOUT:
         acc = tl.where(keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N), acc, 0.0)
+    return acc
+
+
+@triton.jit
+def start_from(bias_ptr, offs_n, mask_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An accumulator holding the bias in every row, or zeros."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -74,7 +87,7 @@ def linear_kernel(
     MASKED_N: tl.constexpr,
     MASKED_K: tl.constexpr,
 ):  # fmt: skip
-    """`y = x w + bias + keep ⊙ (scaling · u f)`, one tile a program.
+    """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program.
 
     SINGLE computes u = x aᵀ on the way, from the same tiles of x (there is no dropout then); the first column of
     programs stores it.
@@ -89,16 +102,14 @@ def linear_kernel(
     rows = tl.where(mask_m, offs_m, 0)  # rows past the end repeat row 0 and are never stored
 
     if SINGLE:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
         u = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
         a_ptrs = a_ptr + offs_k[:, None].to(tl.int64) * stride_ak + offs_r[None, :].to(tl.int64) * stride_ar
     else:
-        acc = rank_r_term(
-            u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
+        acc = initial(
+            bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
             start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
     x_ptrs = x_ptr + rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
     w_ptrs = w_ptr + offs_k[:, None].to(tl.int64) * stride_wk + offs_n[None, :].to(tl.int64) * stride_wn
@@ -121,7 +132,7 @@ def linear_kernel(
         f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
         f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
         dtype = u_ptr.dtype.element_ty
-        acc = dot(rounded(u * scaling, dtype), rounded(f, dtype), acc, INPUT_PRECISION)
+        acc = dot(rounded(u, dtype), rounded(f.to(tl.float32) * scaling, dtype), acc, INPUT_PRECISION)
 
     y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
     tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -158,16 +169,14 @@ def linear_descriptor_kernel(
         mask_m, mask_n = offs_m < M, offs_n < N
 
         if SINGLE:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+            acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
             u = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
         else:
             rows = tl.where(mask_m, offs_m, 0)
-            acc = rank_r_term(
-                u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
+            acc = initial(
+                bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
                 start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
             )  # fmt: skip
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
 
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([start_m, k])
@@ -186,7 +195,7 @@ def linear_descriptor_kernel(
             f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
             f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
             dtype = u_ptr.dtype.element_ty
-            acc = dot(rounded(u * scaling, dtype), rounded(f, dtype), acc, INPUT_PRECISION)
+            acc = dot(rounded(u, dtype), rounded(f.to(tl.float32) * scaling, dtype), acc, INPUT_PRECISION)
 
         y_desc.store([start_m, start_n], rounded(acc, y_desc.dtype))
 
@@ -331,9 +340,12 @@ def linear(
     seed: Tensor | None = None,
     how: tiling.Linear | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`y = x weight + bias + keep ⊙ (scaling · u f)` and u, which is `x aᵀ` where `a` (R, K) is given instead."""
+    """`y = x weight + bias + keep ⊙ (u (scaling · f))` and u, which is `x aᵀ` where `a` (R, K) is given instead.
+
+    There is no bias with dropout: the mask falls on all that the accumulator starts from.
+    """
     (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
-    how = how or tiling.linear(x, weight, rank, dropout_p, single=u is None)
+    how = how or tiling.linear(x, weight, a, rank, dropout_p)
     y = x.new_empty(m, n)
     if u is None:
         u = x.new_empty(m, rank)
@@ -344,7 +356,7 @@ def linear(
         "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "seed_ptr": seed,
         "M": m, "N": n, "K": k, "R": rank,
         "stride_fr": f.stride(0), "stride_fn": f.stride(1),
-        "scaling": scaling * keep_scale(dropout_p), "drop_below": threshold(dropout_p),
+        "scaling": scaling, "drop_below": threshold(dropout_p),
         "SINGLE": a is not None, "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
@@ -394,7 +406,7 @@ def shrink(
         "t_ptr": t, "f_ptr": f, "u_ptr": u, "seed_ptr": seed,
         "M": m, "C": c, "R": rank,
         "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_fc": f.stride(0), "stride_fr": f.stride(1),
-        "scaling": scaling * keep_scale(dropout_p), "drop_below": threshold(dropout_p),
+        "scaling": scaling, "drop_below": threshold(dropout_p),
         "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(t.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
         "MASKED_C": c % strip.block_c != 0,
@@ -457,7 +469,7 @@ def gradient(
         "t_ptr": t, "u_ptr": u, "df_ptr": partials, "seed_ptr": seed,
         "M": m, "C": c, "R": rank, "rows": rows,
         "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_dc": df.stride(0), "stride_dr": df.stride(1),
-        "scaling": scaling * keep_scale(dropout_p), "drop_below": threshold(dropout_p),
+        "scaling": scaling, "drop_below": threshold(dropout_p),
         "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(t.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
     }  # fmt: skip
@@ -479,7 +491,8 @@ def forward(
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and xa (M, R), both in x's dtype."""
-    how = tiling.linear(x, weight, lora_a.shape[0], dropout_p)
+    scaling *= keep_scale(dropout_p)
+    how = tiling.linear(x, weight, lora_a, lora_a.shape[0], dropout_p)
     if how.single:
         return linear(x, weight, bias, lora_b.T, scaling, a=lora_a, how=how)
     xa = shrink(x, lora_a.T, dropout_p=dropout_p, seed=seed)
@@ -502,8 +515,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed."""
     dx = d_lora_a = d_lora_b = None
-    rank = lora_a.shape[0]
-    if need_b and (need_x or need_a) and tiling.one_pass(rank):
+    scaling *= keep_scale(dropout_p)
+    if need_b and (need_x or need_a) and tiling.one_pass(dy, lora_a.shape[0]):
         dxa, d_lora_b = shrink_gradient(dy, lora_b, xa, scaling)
     else:
         if need_x or need_a:
@@ -516,3 +529,133 @@ def backward(
         d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
         gradient(x, dxa, d_lora_a.T, dropout_p=dropout_p, seed=seed)
     return dx, d_lora_a, d_lora_b
+
+
+# --- the operators
+
+
+@torch.library.custom_op("fastpeft::lora_linear", mutates_args=())
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    with on_device_of(x):
+        return forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+
+
+@_forward.register_fake
+def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+    return x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], lora_a.shape[0])
+
+
+@torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    xa: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    need_x: bool,
+    need_a: bool,
+    need_b: bool,
+) -> list[Tensor]:
+    with on_device_of(x):
+        gradients = backward(
+            dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b
+        )
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@_backward.register_fake
+def _(dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b):
+    needed = ((x, need_x), (lora_a, need_a), (lora_b, need_b))
+    return [tensor.new_empty(tensor.shape) for tensor, need in needed if need]
+
+
+def _save(ctx, inputs, output):
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed = inputs
+    _, xa = output
+    ctx.mark_non_differentiable(xa)
+    ctx.save_for_backward(x, weight, lora_a, lora_b, xa, seed)
+    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _):
+    if dy is None:
+        return (None,) * 8
+    x, weight, lora_a, lora_b, xa, seed = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+    fused = iter(())
+    if need_x or need_a or need_b:
+        fused = iter(
+            _backward(
+                dy, x, weight, lora_a, lora_b, xa, ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b
+            )
+        )
+    dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in (need_x, need_a, need_b))
+    d_weight = x.T @ dy if need_weight else None
+    d_bias = dy.sum(0) if need_bias else None
+    return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+differentiable_once(_backward)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ` by the kernels; differentiable once, by every tensor but the seed.
+
+    Args:
+        x: (M, K) float16, bfloat16 or float32, any strides.
+        weight: (K, N) in x's dtype, any strides. bias: (N,) or None.
+        lora_a: (R, K) and lora_b: (N, R), in x's dtype or wider, R at most 256; rounded to x's dtype as they load.
+        dropout_p: probability of dropping an element of x before lora_a.
+        seed: int64 of one element on x's device, from which the mask is drawn; None where dropout_p is 0.
+
+    Returns:
+        (M, N) in x's dtype.
+    """
+    y, _ = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+    return y
+
+
+def ready(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dropout_p: float = 0.0,
+) -> str | None:
+    """None where every kernel of `lora_linear` and of its backward is built for these tensors; else why not.
+
+    Launches nothing and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
+    """
+
+    def call() -> None:
+        seed = torch.empty(1, dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+        y, xa = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed)
+        backward(y, x, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, True, True, True)
+
+    key = ("lora_linear", x.device, dropout_p > 0, *describe(x, weight, bias, lora_a, lora_b))
+    return build(key, x, call)

@@ -54,7 +54,7 @@ class Tile(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """A tile of a pass over wide rows: so many rows, so many columns a step."""
+    """A tile of a pass over wide rows: so many rows and columns a step."""
 
     block_m: int
     block_c: int
@@ -68,18 +68,77 @@ class Linear(NamedTuple):
     tile: Tile
     descriptor: bool
     single: bool
-    programs: int  # of the persistent grid
+    programs: int  # of the descriptor form's persistent grid
 
 
-#: The GEMM's tiles by architecture and bytes an element, largest first.
-LINEAR = {
-    (80, 2): (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4)),
-    (90, 2): (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3), Tile(64, 64, 64, 4, 4)),
-    (80, 4): (Tile(64, 64, 32, 4, 3), Tile(32, 64, 32, 4, 3)),
+# Tiles of the GEMM, largest first. Before sm_90 and on sm_120 warps multiply from registers (mma.sync).
+_MMA_SYNC = {
+    "split": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4)),
+    "dropout": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4)),
+    "single": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)),
+}
+# sm_90 reads operands from shared memory (wgmma); the mask's booleans leave no room for 128 × 256.
+_WGMMA = {
+    "split": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
+}
+# sm_100 accumulates in tensor memory (tcgen05), whose 512 columns two accumulators of 256 leave none of for xa.
+_TCGEN05 = {
+    "split": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    "dropout": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    "single": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
 }
 
-#: The interpreter's cost goes by programs.
-_INTERPRETER = Architecture(0, 2, 0, 0)
+#: The GEMM's tiles on 16-bit numbers, by architecture and variant: xa given (with or without a mask) or on the way.
+LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC}
+
+#: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
+LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
+
+#: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
+SHRINK = {
+    16: (Strip(64, 128, 4, 3), Strip(32, 128, 4, 3)),
+    32: (Strip(64, 128, 4, 3), Strip(32, 128, 4, 3)),
+    64: (Strip(64, 64, 4, 4), Strip(32, 64, 4, 4)),
+    128: (Strip(64, 64, 8, 3), Strip(32, 64, 8, 3)),
+    256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
+}
+SHRINK_FLOAT32 = Strip(64, 32, 8, 3)
+#: Taller strips leave fewer partials of the gradient; only for the ranks that run in one pass.
+SHRINK_GRADIENT = {
+    16: (Strip(256, 64, 8, 3), Strip(128, 64, 4, 3)),
+    32: (Strip(256, 64, 8, 3), Strip(128, 64, 4, 3)),
+}
+GRADIENT = {
+    16: Strip(64, 128, 8, 3),
+    32: Strip(64, 128, 8, 3),
+    64: Strip(64, 128, 8, 3),
+    128: Strip(64, 64, 8, 3),
+    256: Strip(64, 64, 8, 3),
+}
+GRADIENT_FLOAT32 = Strip(32, 64, 8, 3)
+
+#: The adapter's strips by padded bottleneck, tallest first, and those of its gradients.
+ADAPTER = {
+    16: (Strip(64, 64, 4, 3), Strip(32, 64, 4, 3)),
+    32: (Strip(64, 64, 4, 3), Strip(32, 64, 4, 3)),
+    64: (Strip(64, 64, 4, 3), Strip(32, 64, 4, 3)),
+    128: (Strip(64, 64, 8, 3), Strip(32, 64, 8, 3)),
+    256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
+}
+ADAPTER_FLOAT32 = Strip(32, 32, 8, 3)
+ADAPTER_GRADIENT = {
+    16: Strip(64, 64, 8, 3),
+    32: Strip(64, 64, 8, 3),
+    64: Strip(64, 64, 8, 3),
+    128: Strip(64, 64, 8, 3),
+    256: Strip(32, 64, 8, 3),
+}
+ADAPTER_GRADIENT_FLOAT32 = Strip(32, 32, 8, 3)
+
+#: The interpreter's cost goes by programs and steps, so it takes the largest tiles.
+_INTERPRETER = Architecture(90, 2, 0, 1 << 30)
 
 
 @functools.cache
@@ -100,21 +159,85 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear(x: Tensor, weight: Tensor, rank: int, dropout_p: float, single: bool = True) -> Linear:
-    return Linear(Tile(128, 128, 64, 8, 3), False, single and dropout_p == 0 and rank <= 32, 2)
+def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: float) -> Linear:
+    """How to run `y = x W + …`: `a` is lora_a where xa may be computed on the way, else None."""
+    (m, k), n = x.shape, weight.shape[1]
+    arch = architecture(x.device)
+    if x.dtype == torch.float32:
+        return Linear(_cheapest(LINEAR_FLOAT32, m, n, arch), False, False, 0)
+    tiles = LINEAR[arch.name]
+    split = _cheapest(tiles["dropout" if dropout_p > 0 else "split"], m, n, arch)
+    descriptor = arch.name >= 90 and n % 8 == 0 and _describable(x)
+    descriptor = descriptor and (_describable(weight) or _describable(weight.T))
+    if a is not None and dropout_p == 0:
+        tile = _cheapest(tiles["single"], m, n, arch)
+        # On the way, xa costs RANK / BLOCK_N of the products, once a column of tiles; before, it costs another read
+        # of x, which is flops_per_byte / n of the GEMM's time, and a launch, which shows where one round does it all.
+        share = padded_rank(rank) / tile.block_n
+        one_round = _programs(tile, m, n) <= arch.multiprocessors
+        if share <= 1 / 8 and (one_round or share <= arch.flops_per_byte / n):
+            return Linear(tile, descriptor and _describable(a), True, arch.multiprocessors)
+    return Linear(split, descriptor, False, arch.multiprocessors)
+
+
+def _programs(tile: Tile, m: int, n: int) -> int:
+    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+
+
+def _cheapest(tiles: tuple[Tile, ...], m: int, n: int, arch: Architecture) -> Tile:
+    """The tile whose rounds over the multiprocessors, times the products and loads of a round, are fewest."""
+
+    def cost(tile: Tile) -> float:
+        rounds = triton.cdiv(_programs(tile, m, n), arch.multiprocessors)
+        # An element loaded costs about 64 products: two bytes of L2 bandwidth against a multiprocessor's matrix peak.
+        return rounds * (tile.block_m * tile.block_n + 64 * (tile.block_m + tile.block_n))
+
+    return min(tiles, key=cost)
+
+
+def _describable(t: Tensor) -> bool:
+    """Whether a tensor descriptor can describe t: a dense last axis, rows 16 bytes apart, no overlap."""
+    row = t.stride(0) * t.element_size()
+    return t.stride(1) == 1 and t.numel() > 0 and row > 0 and row % 16 == 0 and t.data_ptr() % 16 == 0
 
 
 def shrink(t: Tensor, rank: int) -> Strip:
-    return Strip(128, 128, 4, 3)
+    """The strip of a pass that leaves `rank` numbers a row."""
+    if t.dtype == torch.float32:
+        return SHRINK_FLOAT32
+    return _tallest(SHRINK[padded_rank(rank)], t)
 
 
 def shrink_gradient(t: Tensor, rank: int) -> tuple[Strip, int]:
-    return Strip(128, 128, 4, 3), 2
+    """The strip of the pass over dy, and into how many runs of columns to split it."""
+    strip = _tallest(SHRINK_GRADIENT[padded_rank(rank)], t)
+    return strip, max(1, architecture(t.device).multiprocessors // triton.cdiv(t.shape[0], strip.block_m))
+
+
+def one_pass(t: Tensor, rank: int) -> bool:
+    """Whether the pass over dy does both its jobs: at larger ranks its partial sums outweigh reading dy twice."""
+    return t.dtype != torch.float32 and padded_rank(rank) in SHRINK_GRADIENT
 
 
 def gradient(t: Tensor, rank: int) -> tuple[Strip, int]:
-    return Strip(128, 128, 4, 3), 2
+    """The strip of a pass that leaves `rank` numbers a column, and into how many runs of rows to split it."""
+    strip = GRADIENT_FLOAT32 if t.dtype == torch.float32 else GRADIENT[padded_rank(rank)]
+    wanted = architecture(t.device).multiprocessors * (2 if rank <= 32 else 1)
+    return strip, max(1, wanted // triton.cdiv(t.shape[1], strip.block_c))
 
 
-def one_pass(rank: int) -> bool:
-    return rank <= 32
+def adapter(x: Tensor, rank: int) -> Strip:
+    """The strip of the adapter's passes over rows."""
+    return ADAPTER_FLOAT32 if x.dtype == torch.float32 else _tallest(ADAPTER[padded_rank(rank)], x)
+
+
+def adapter_gradient(x: Tensor, rank: int) -> tuple[Strip, int]:
+    """The strip of the adapter's weight gradients, and into how many runs of rows to split it."""
+    strip = ADAPTER_GRADIENT_FLOAT32 if x.dtype == torch.float32 else ADAPTER_GRADIENT[padded_rank(rank)]
+    return strip, max(1, architecture(x.device).multiprocessors // triton.cdiv(x.shape[1], strip.block_c))
+
+
+def _tallest(strips: tuple[Strip, ...], t: Tensor) -> Strip:
+    """The tallest strip that gives every multiprocessor a program, else the lowest."""
+    enough = architecture(t.device).multiprocessors
+    return next((s for s in strips if triton.cdiv(t.shape[0], s.block_m) >= enough), strips[-1])

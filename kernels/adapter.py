@@ -1,0 +1,444 @@
+"""A bottleneck adapter with its residual, forward and backward.
+
+    forward    z = x Dᵀ + bd                  y = x + s · (act(z) Uᵀ + bu)
+    backward   dz = s · (dy U) ⊙ act'(z)      dx = dy + dz D
+               dD = dzᵀ x    dbd = Σ dz       dU = s · dyᵀ act(z)    dbu = s · Σ dy
+
+Shapes: x and y (M, K), D (R, K), bd (R,), U (K, R), bu (K,), z and dz (M, R). The forward is one kernel and so is
+dx with dz: a program holds the bottleneck of its rows between two passes over them, the second out of cache. All
+gradients of weights and biases are a third kernel's, one pass over x and dy.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import tiling
+from .blocks import dot, input_precision, rounded, sum_partials
+from .launch import build, describe, differentiable_once, launch, on_device_of
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """act(z), float32. The tanh GELU is z σ(2u), because (1 + tanh u) / 2 = σ(2u)."""
+    if ACTIVATION == "relu":
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif ACTIVATION == "gelu":
+        return z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return z * tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        return z * tl.sigmoid(z)
+
+
+@triton.jit
+def activation_gradient(z, ACTIVATION: tl.constexpr):
+    """act'(z), float32."""
+    if ACTIVATION == "relu":
+        return tl.where(z > 0.0, 1.0, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == "gelu_tanh":
+        gate = tl.sigmoid(1.5957691216057308 * (z + 0.044715 * z * z * z))
+        return gate + z * gate * (1.0 - gate) * 1.5957691216057308 * (1.0 + 0.134145 * z * z)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        gate = tl.sigmoid(z)
+        return gate + z * gate * (1.0 - gate)
+
+
+@triton.jit
+def rows_times(
+    t_ptr, f_ptr,
+    rows, mask_m, offs_r, mask_r,
+    K,
+    stride_tm, stride_tk, stride_fk, stride_fr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`t f` for BLOCK_M rows of t (M, K): f (K, R), float32 (BLOCK_M, RANK)."""
+    offs_k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+    t_ptrs = t_ptr + rows[:, None] * stride_tm + offs_k[None, :].to(tl.int64) * stride_tk
+    f_ptrs = f_ptr + offs_k[:, None].to(tl.int64) * stride_fk + offs_r[None, :].to(tl.int64) * stride_fr
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        f = tl.load(f_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+        acc = dot(t, rounded(f, t.dtype), acc, INPUT_PRECISION)
+        t_ptrs += BLOCK_K * tl.cast(stride_tk, tl.int64)
+        f_ptrs += BLOCK_K * tl.cast(stride_fk, tl.int64)
+    return acc
+
+
+@triton.jit
+def residual_plus(
+    t_ptr, u, f_ptr, bias_ptr, out_ptr,
+    rows, mask_m, offs_r, mask_r,
+    K,
+    stride_tm, stride_tk, stride_fr, stride_fk,
+    scale,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Stores `out = t + scale · (u f + bias)` for BLOCK_M rows of t (M, K): u (BLOCK_M, RANK), f (R, K), out dense."""
+    offs_k = tl.arange(0, BLOCK_K)
+    t_ptrs = t_ptr + rows[:, None] * stride_tm + offs_k[None, :].to(tl.int64) * stride_tk
+    f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_k[None, :].to(tl.int64) * stride_fk
+    out_ptrs = out_ptr + rows[:, None] * K + offs_k[None, :]
+    for k in range(0, K, BLOCK_K):
+        mask_k = offs_k < K - k
+        mask = mask_m[:, None] & mask_k[None, :]
+        f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
+        update = dot(u, rounded(f, u.dtype), tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32), INPUT_PRECISION)
+        if bias_ptr is not None:
+            update += tl.load(bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+        out = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32) + scale * update
+        tl.store(out_ptrs, rounded(out, out_ptr.dtype.element_ty), mask=mask)
+        t_ptrs += BLOCK_K * tl.cast(stride_tk, tl.int64)
+        f_ptrs += BLOCK_K * tl.cast(stride_fk, tl.int64)
+        out_ptrs += BLOCK_K
+
+
+@triton.jit
+def adapter_forward_kernel(
+    x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, z_ptr, y_ptr,
+    M, K, R,
+    stride_xm, stride_xk, stride_dr, stride_dk, stride_uk, stride_ur,
+    scale,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`z = x downᵀ + down_bias` and `y = x + scale · (act(z) upᵀ + up_bias)`; a program for every BLOCK_M rows."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, RANK)
+    mask_m, mask_r = rows < M, offs_r < R
+
+    z = rows_times(
+        x_ptr, down_ptr, rows, mask_m, offs_r, mask_r, K, stride_xm, stride_xk, stride_dk, stride_dr,
+        INPUT_PRECISION, BLOCK_M, BLOCK_K, RANK,
+    )  # fmt: skip
+    if down_bias_ptr is not None:
+        z += tl.load(down_bias_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    z = rounded(z, z_ptr.dtype.element_ty)
+    tl.store(z_ptr + rows[:, None] * R + offs_r[None, :], z, mask=mask_m[:, None] & mask_r[None, :])
+
+    h = rounded(activate(z.to(tl.float32), ACTIVATION), z.dtype)
+    residual_plus(
+        x_ptr, h, up_ptr, up_bias_ptr, y_ptr, rows, mask_m, offs_r, mask_r, K, stride_xm, stride_xk, stride_ur, stride_uk,
+        scale, INPUT_PRECISION, BLOCK_M, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def adapter_backward_kernel(
+    dy_ptr, down_ptr, up_ptr, z_ptr, dz_ptr, dx_ptr,
+    M, K, R,
+    stride_ym, stride_yk, stride_dr, stride_dk, stride_uk, stride_ur,
+    scale,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`dz = scale · (dy up) ⊙ act'(z)` and, unless dx_ptr is None, `dx = dy + dz down`."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, RANK)
+    mask_m, mask_r = rows < M, offs_r < R
+
+    dh = rows_times(
+        dy_ptr, up_ptr, rows, mask_m, offs_r, mask_r, K, stride_ym, stride_yk, stride_uk, stride_ur,
+        INPUT_PRECISION, BLOCK_M, BLOCK_K, RANK,
+    )  # fmt: skip
+    offsets, mask = rows[:, None] * R + offs_r[None, :], mask_m[:, None] & mask_r[None, :]
+    z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    dz = rounded(scale * dh * activation_gradient(z, ACTIVATION), dz_ptr.dtype.element_ty)
+    tl.store(dz_ptr + offsets, dz, mask=mask)
+
+    if dx_ptr is not None:
+        residual_plus(
+            dy_ptr, dz, down_ptr, None, dx_ptr, rows, mask_m, offs_r, mask_r, K, stride_ym, stride_yk, stride_dr, stride_dk,
+            1.0, INPUT_PRECISION, BLOCK_M, BLOCK_K,
+        )  # fmt: skip
+
+
+@triton.jit
+def adapter_gradient_kernel(
+    dy_ptr, x_ptr, z_ptr, dz_ptr, out_ptr,
+    M, K, R, rows_each,
+    stride_ym, stride_yk, stride_xm, stride_xk,
+    scale,
+    ACTIVATION: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`d_down = dzᵀ x`, `d_up = scale · dyᵀ act(z)`, `d_down_bias = Σ dz`, `d_up_bias = scale · Σ dy`.
+
+    Program (i, j) sums `rows_each` rows of BLOCK_K columns: the j-th partial of their part of `out`, which holds
+    d_down (R, K), d_up (K, R), d_down_bias (R,) and d_up_bias (K,), one after the other.
+    """
+    pid_k, pid_m = tl.program_id(0), tl.program_id(1)
+    offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_r = tl.arange(0, RANK)
+    mask_k, mask_r = offs_k < K, offs_r < R
+    start = pid_m.to(tl.int64) * rows_each
+    end = tl.minimum(start + rows_each, M)
+
+    d_down = tl.zeros((BLOCK_K, RANK), dtype=tl.float32)  # transposed, as d_up lies
+    d_up = tl.zeros((BLOCK_K, RANK), dtype=tl.float32)
+    d_down_bias = tl.zeros((RANK,), dtype=tl.float32)
+    d_up_bias = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    for m in range(start, end, BLOCK_M):
+        rows = m + tl.arange(0, BLOCK_M)
+        mask_m = rows < end
+        mask = mask_m[:, None] & mask_k[None, :]
+        dy = tl.load(dy_ptr + rows[:, None] * stride_ym + offs_k[None, :].to(tl.int64) * stride_yk, mask=mask, other=0.0)
+        x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0)
+        offsets, mask_z = rows[:, None] * R + offs_r[None, :], mask_m[:, None] & mask_r[None, :]
+        z = tl.load(z_ptr + offsets, mask=mask_z, other=0.0)
+        dz = tl.load(dz_ptr + offsets, mask=mask_z, other=0.0)
+        h = rounded(activate(z.to(tl.float32), ACTIVATION), dy.dtype)
+        d_up = dot(tl.trans(dy), h, d_up, INPUT_PRECISION)
+        d_down = dot(tl.trans(x), dz, d_down, INPUT_PRECISION)
+        d_up_bias += tl.sum(dy.to(tl.float32), axis=0)
+        d_down_bias += tl.sum(dz.to(tl.float32), axis=0)
+
+    dtype = out_ptr.dtype.element_ty
+    size = K * R
+    out_ptr += pid_m.to(tl.int64) * (2 * size + K + R)
+    mask = mask_k[:, None] & mask_r[None, :]
+    tl.store(out_ptr + offs_r[None, :] * K + offs_k[:, None], rounded(d_down, dtype), mask=mask)
+    tl.store(out_ptr + size + offs_k[:, None] * R + offs_r[None, :], rounded(d_up * scale, dtype), mask=mask)
+    if pid_k == 0:
+        tl.store(out_ptr + 2 * size + offs_r, rounded(d_down_bias, dtype), mask=mask_r)
+    tl.store(out_ptr + 2 * size + R + offs_k, rounded(d_up_bias * scale, dtype), mask=mask_k)
+
+
+def forward(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+    strip: tiling.Strip | None = None,
+) -> tuple[Tensor, Tensor]:
+    """y (M, K) and the pre-activation z (M, R), both in x's dtype."""
+    (m, k), rank = x.shape, down_weight.shape[0]
+    y, z = x.new_empty(m, k), x.new_empty(m, rank)
+    if m == 0 or k == 0:
+        return y, z
+    strip = strip or tiling.adapter(x, rank)
+    args = {
+        "x_ptr": x, "down_ptr": down_weight, "down_bias_ptr": down_bias, "up_ptr": up_weight, "up_bias_ptr": up_bias,
+        "z_ptr": z, "y_ptr": y,
+        "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+        **_common(x, down_weight, up_weight, activation, scale, strip),
+    }  # fmt: skip
+    launch(adapter_forward_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
+    return y, z
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    z: Tensor,
+    activation: str,
+    scale: float,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_parameters: bool,
+    strip: tiling.Strip | None = None,
+    gradient_strip: tiling.Strip | None = None,
+    splits: int = 0,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx (M, K), and the gradients of all parameters in `dtype`, laid out as `split_gradients` reads them."""
+    (m, k), rank = x.shape, down_weight.shape[0]
+    dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else None
+    if m == 0 or k == 0:
+        return dx, x.new_zeros(2 * k * rank + k + rank, dtype=dtype) if need_parameters else None
+    strip = strip or tiling.adapter(x, rank)
+    common = _common(x, down_weight, up_weight, activation, scale, strip)
+    dz = torch.empty_like(z)
+    args = {
+        "dy_ptr": dy, "down_ptr": down_weight, "up_ptr": up_weight, "z_ptr": z, "dz_ptr": dz, "dx_ptr": dx,
+        "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
+        **common,
+    }  # fmt: skip
+    launch(adapter_backward_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
+    if not need_parameters:
+        return dx, None
+
+    if gradient_strip is None:
+        gradient_strip, splits = tiling.adapter_gradient(x, rank)
+    strip = gradient_strip
+    rows_each = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
+    splits = triton.cdiv(m, rows_each)
+    out = x.new_empty(2 * k * rank + k + rank, dtype=dtype)
+    partials = out if splits == 1 else x.new_empty(splits, out.numel(), dtype=torch.float32)
+    args = {
+        "dy_ptr": dy, "x_ptr": x, "z_ptr": z, "dz_ptr": dz, "out_ptr": partials,
+        "M": m, "K": k, "R": rank, "rows_each": rows_each,
+        "stride_ym": dy.stride(0), "stride_yk": dy.stride(1), "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+        "scale": scale, "ACTIVATION": activation, "INPUT_PRECISION": input_precision(x.dtype),
+        "BLOCK_M": strip.block_m, "BLOCK_K": strip.block_c, "RANK": tiling.padded_rank(rank),
+    }  # fmt: skip
+    grid = (triton.cdiv(k, strip.block_c), splits)
+    launch(adapter_gradient_kernel, grid, args, strip.num_warps, strip.num_stages)
+    return dx, out if splits == 1 else sum_partials(partials, out)
+
+
+def _common(
+    x: Tensor, down_weight: Tensor, up_weight: Tensor, activation: str, scale: float, strip: tiling.Strip
+) -> dict[str, object]:
+    """The arguments that the two kernels over rows share."""
+    (m, k), rank = x.shape, down_weight.shape[0]
+    return {
+        "M": m, "K": k, "R": rank,
+        "stride_dr": down_weight.stride(0), "stride_dk": down_weight.stride(1),
+        "stride_uk": up_weight.stride(0), "stride_ur": up_weight.stride(1),
+        "scale": scale, "ACTIVATION": activation, "INPUT_PRECISION": input_precision(x.dtype),
+        "BLOCK_M": strip.block_m, "BLOCK_K": strip.block_c, "RANK": tiling.padded_rank(rank),
+    }  # fmt: skip
+
+
+def split_gradients(out: Tensor, k: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """d_down (R, K), d_down_bias (R,), d_up (K, R) and d_up_bias (K,): views of `backward`'s second result."""
+    d_down, d_up, d_down_bias, d_up_bias = out.split((k * rank, k * rank, rank, k))
+    return d_down.view(rank, k), d_down_bias, d_up.view(k, rank), d_up_bias
+
+
+@torch.library.custom_op("fastpeft::adapter", mutates_args=())
+def _forward(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    with on_device_of(x):
+        return forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+
+
+@_forward.register_fake
+def _(x, down_weight, down_bias, up_weight, up_bias, activation, scale):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], down_weight.shape[0])
+
+
+@torch.library.custom_op("fastpeft::adapter_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    up_weight: Tensor,
+    z: Tensor,
+    activation: str,
+    scale: float,
+    dtype: torch.dtype,
+    need_x: bool,
+    need_parameters: bool,
+) -> list[Tensor]:
+    with on_device_of(x):
+        gradients = backward(dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, need_parameters)
+    return [gradient for gradient in gradients if gradient is not None]
+
+
+@_backward.register_fake
+def _(dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, need_parameters):
+    rank, k = down_weight.shape
+    dx, flat = x.new_empty(x.shape), x.new_empty(2 * k * rank + k + rank, dtype=dtype)
+    return [tensor for tensor, need in ((dx, need_x), (flat, need_parameters)) if need]
+
+
+def _save(ctx, inputs, output):
+    x, down_weight, down_bias, up_weight, up_bias, activation, scale = inputs
+    _, z = output
+    ctx.mark_non_differentiable(z)
+    ctx.save_for_backward(x, down_weight, up_weight, z)
+    ctx.dtypes = [None if p is None else p.dtype for p in (down_weight, down_bias, up_weight, up_bias)]
+    ctx.activation, ctx.scale = activation, scale
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dy, _):
+    if dy is None:
+        return (None,) * 7
+    x, down_weight, up_weight, z = ctx.saved_tensors
+    need_x, *need_each = ctx.needs_input_grad[:5]
+    dtypes = {dtype for dtype in ctx.dtypes if dtype is not None}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    need_any = any(need_each)
+    fused = iter(
+        _backward(dy, x, down_weight, up_weight, z, ctx.activation, ctx.scale, dtype, need_x, need_any)
+    )
+    dx = next(fused) if need_x else None
+    each = split_gradients(next(fused), *reversed(down_weight.shape)) if need_any else (None,) * 4
+    each = (g.to(own) if need else None for g, own, need in zip(each, ctx.dtypes, need_each, strict=True))
+    return dx, *each, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+differentiable_once(_backward)
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+) -> Tensor:
+    """`y = x + scale · up(activation(down(x)))` by the kernels; differentiable once, by every tensor.
+
+    Args:
+        x: (M, K) float16, bfloat16 or float32, any strides.
+        down_weight: (R, K) and up_weight: (K, R), in x's dtype or wider, R at most 256; rounded to x's dtype as they
+            load. down_bias: (R,) or None; up_bias: (K,) or None.
+        activation: relu, gelu, gelu_tanh or silu.
+
+    Returns:
+        (M, K) in x's dtype.
+    """
+    y, _ = _forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+    return y
+
+
+def ready(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+) -> str | None:
+    """None where every kernel of `adapter` and of its backward is built for these tensors; else why not.
+
+    Launches nothing. The first call of a kind compiles; a failure warns once and is remembered.
+    """
+
+    def call() -> None:
+        y, z = forward(x, down_weight, down_bias, up_weight, up_bias, activation, 1.0)
+        backward(y, x, down_weight, up_weight, z, activation, 1.0, down_weight.dtype, True, True)
+
+    key = ("adapter", x.device, activation, *describe(x, down_weight, down_bias, up_weight, up_bias))
+    return build(key, x, call)
