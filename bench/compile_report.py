@@ -72,8 +72,12 @@ def machine_code(recorded: launch.Launch, arch: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([BIN / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True)
-        text = subprocess.run([BIN / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run(
+            [BIN / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
+        )
+        text = subprocess.run(
+            [BIN / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
     loop = main_loop(text)
     return Code(
         registers=int(re.search(r"REG:(\d+)", usage.stdout)[1]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -110,6 +111,7 @@ def routed_lora_linear(
     dropout_p: float,
     backend: str,
     exact: bool,
+    strict: bool = False,
 ) -> tuple[Tensor, Route]:
     """`lora_linear` with the route it took, which modules record for the report."""
     _check_lora_linear(x, weight, bias, lora_a, lora_b, dropout_p)
@@ -117,12 +119,28 @@ def routed_lora_linear(
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     route = choose(backend, exact, x.device)
+    if route.path == "triton":
+        from fastpeft.kernels import lora_linear as kernels
+
+        scaling, dropout_p = float(scaling), float(dropout_p)
+        factors = (rows, weight, bias, lora_a, lora_b)
+        route = _confirm(
+            route,
+            backend,
+            strict,
+            kernels.unsupported(rows, lora_a.shape[0], *factors),
+            lambda: kernels.ready(*factors, dropout_p),
+        )
+        if route.path == "triton":
+            seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
+            y = kernels.lora_linear(*factors, scaling, dropout_p, seed)
+            return y.view(*x.shape[:-1], weight.shape[1]), route
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         return (F.linear(x, weight.T, bias) + update).to(x.dtype), route
-    rows = x.reshape(-1, x.shape[-1])
     y = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), exact)
     return y.view(*x.shape[:-1], weight.shape[1]), route
 
@@ -137,10 +155,25 @@ def routed_adapter(
     scale: float,
     backend: str,
     exact: bool,
+    strict: bool = False,
 ) -> tuple[Tensor, Route]:
     """`adapter` with the route it took, which modules record for the report."""
     _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation)
     route = choose(backend, exact, x.device)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    if route.path == "triton":
+        from fastpeft.kernels import adapter as kernels
+
+        parts = (rows, down_weight, down_bias, up_weight, up_bias)
+        route = _confirm(
+            route,
+            backend,
+            strict,
+            kernels.unsupported(rows, down_weight.shape[0], *parts),
+            lambda: kernels.ready(*parts, activation),
+        )
+        if route.path == "triton":
+            return kernels.adapter(*parts, activation, float(scale)).view(x.shape), route
     wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
@@ -148,7 +181,7 @@ def routed_adapter(
         up_bias = None if up_bias is None else up_bias.to(wide)
         y = reference.adapter(x.to(wide), down_weight, down_bias, up_weight, up_bias, activation, scale)
         return y.to(x.dtype), route
-    rows = x.reshape(-1, x.shape[-1]).to(wide)
+    rows = rows.to(wide)
     # The residual keeps x's dtype, so x's dtype rules and autocast has no say.
     with torch.autocast(x.device.type, enabled=False):
         y = _Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, float(scale))
@@ -156,10 +189,44 @@ def routed_adapter(
 
 
 def choose(backend: str, exact: bool, device: torch.device) -> Route:
-    """The route a call on `device` takes; raises ValueError where `backend="triton"` can't be served."""
+    """The route that calls on `device` take, as far as the device decides it.
+
+    Raises ValueError for an unknown backend, or where `backend="triton"` can't run there.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    return Route("torch", "exact=True keeps torch's arithmetic") if exact else Route("torch", "PyTorch path")
+    if exact:
+        return Route("torch", "exact=True keeps torch's arithmetic")
+    if backend == "torch":
+        return Route("torch", "backend='torch'")
+    if backend == "auto" and device.type != "cuda":
+        return Route("torch", f"PyTorch path on {device.type}")
+    try:
+        from fastpeft.kernels import launch
+    except ImportError:
+        return _refuse(backend, "triton is not installed")
+    reason = launch.unsupported_device(device)
+    return _refuse(backend, reason) if reason else Route("triton", "fused kernels")
+
+
+def _refuse(backend: str, reason: str) -> Route:
+    if backend == "triton":
+        raise ValueError(f"backend='triton' can't serve this: {reason}")
+    return Route("torch", reason)
+
+
+def _confirm(
+    route: Route, backend: str, strict: bool, unsupported: str | None, ready: Callable[[], str | None]
+) -> Route:
+    """`route` where the kernels serve the call and are built, else PyTorch's, decided before a seed is drawn."""
+    if unsupported:
+        return _refuse(backend, unsupported)
+    if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
+        return route
+    failure = ready()
+    if failure and strict:
+        raise RuntimeError(failure)
+    return Route("torch", failure) if failure else route
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import tiling
 from .blocks import dot, input_precision, rounded, sum_partials
-from .launch import build, describe, differentiable_once, launch, on_device_of
+from .launch import build, describe, differentiable_once, launch, on_device_of, unsupported
 
 
 @triton.jit
@@ -205,8 +205,14 @@ def adapter_gradient_kernel(
         rows = m + tl.arange(0, BLOCK_M)
         mask_m = rows < end
         mask = mask_m[:, None] & mask_k[None, :]
-        dy = tl.load(dy_ptr + rows[:, None] * stride_ym + offs_k[None, :].to(tl.int64) * stride_yk, mask=mask, other=0.0)
-        x = tl.load(x_ptr + rows[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0)
+        dy = tl.load(
+            dy_ptr + rows[:, None] * stride_ym + offs_k[None, :].to(tl.int64) * stride_yk,
+            mask=mask,
+            other=0.0,
+        )
+        x = tl.load(
+            x_ptr + rows[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0
+        )
         offsets, mask_z = rows[:, None] * R + offs_r[None, :], mask_m[:, None] & mask_r[None, :]
         z = tl.load(z_ptr + offsets, mask=mask_z, other=0.0)
         dz = tl.load(dz_ptr + offsets, mask=mask_z, other=0.0)
@@ -357,7 +363,9 @@ def _backward(
     need_parameters: bool,
 ) -> list[Tensor]:
     with on_device_of(x):
-        gradients = backward(dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, need_parameters)
+        gradients = backward(
+            dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, need_parameters
+        )
     return [gradient for gradient in gradients if gradient is not None]
 
 

@@ -40,7 +40,9 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
 @triton.jit
 def rounded(value, dtype: tl.constexpr):
     """`value` in `dtype`, to nearest."""
-    if _INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32:  # where the interpreter would cut the low bits off
+    if (
+        _INTERPRETED and dtype == tl.bfloat16 and value.dtype == tl.float32
+    ):  # where the interpreter would cut the low bits off
         bits = value.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -59,29 +60,40 @@ def record() -> Iterator[list[Launch]]:
 
 def unsupported(x: Tensor, rank: int, *others: Tensor | None) -> str | None:
     """Why the kernels don't serve rows `x` with a rank (or bottleneck) and these other tensors; None where they do."""
-    if x.dtype not in DTYPES:
-        return f"dtype {x.dtype} has no kernel"
+    for tensor in (x, *others):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"no kernel for {tensor.dtype}"
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}, the most a kernel holds in registers"
-    wrong = next((t.dtype for t in others if t is not None and t.dtype not in DTYPES), None)
-    if wrong is not None:
-        return f"dtype {wrong} has no kernel"
-    if x.device.type == "cpu":
-        return None if INTERPRETED else "tensors on the CPU need TRITON_INTERPRET=1, set before fastpeft's kernels load"
-    if x.device.type != "cuda" or torch.version.hip is not None:
-        return f"the kernels run on NVIDIA GPUs, not on {x.device.type}"
-    major, minor = torch.cuda.get_device_capability(x.device)
+    reason = unsupported_device(x.device)
+    if reason is None and x.is_cuda and _capability(x.device)[0] == 10 and x.dtype == torch.float32:
+        return None if tf32_allowed() else "Triton has only TF32 for float32 on compute capability 10.x"
+    return reason
+
+
+def unsupported_device(device: torch.device) -> str | None:
+    """Why Triton can't run on `device`; None where it can."""
+    if device.type == "cpu":
+        return None if INTERPRETED else "on the CPU Triton needs TRITON_INTERPRET=1, set before its first use"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for NVIDIA GPUs, not {device.type}"
+    major, minor = _capability(device)
     if major < 8:
-        return f"the kernels need compute capability 8.0, this GPU has {major}.{minor}"
-    if major == 10 and x.dtype == torch.float32 and not tf32_allowed():
-        return "Triton multiplies float32 as TF32 on compute capability 10.x, which torch is set not to do"
+        return f"the kernels need compute capability 8.0, and this GPU has {major}.{minor}"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def tf32_allowed() -> bool:
     """Whether torch is set to multiply float32 matrices as TF32 on CUDA."""
     matmul = torch.backends.cuda.matmul
-    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9; reading the older flag beside it can raise
+    precision = getattr(
+        matmul, "fp32_precision", None
+    )  # torch 2.9; reading the older flag beside it can raise
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
@@ -89,7 +101,9 @@ def differentiable_once(operator: Any) -> None:
     """Make a second derivative through the custom operator of a backward pass an error that says so."""
 
     def refuse(ctx: Any, *gradients: Any) -> None:
-        raise RuntimeError("fastpeft's operations are differentiable once: unpatch the model for second derivatives")
+        raise RuntimeError(
+            "fastpeft's operations are differentiable once: unpatch the model for second derivatives"
+        )
 
     operator.register_autograd(refuse)
 

@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiling
 from .blocks import dot, grouped_order, input_precision, load, rounded, sum_partials
 from .dropout import keep_scale, keep_tile, threshold
-from .launch import build, describe, differentiable_once, launch, on_device_of
+from .launch import build, describe, differentiable_once, launch, on_device_of, unsupported
 
 # --- kernels
 
@@ -192,7 +192,9 @@ def linear_descriptor_kernel(
             if pid_n == 0:
                 u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
                 tl.store(u_ptrs, rounded(u, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-            f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
+            f_ptrs = (
+                f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
+            )
             f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
             dtype = u_ptr.dtype.element_ty
             acc = dot(rounded(u, dtype), rounded(f.to(tl.float32) * scaling, dtype), acc, INPUT_PRECISION)
@@ -274,7 +276,9 @@ def shrink_gradient_kernel(
         f = tl.load(f_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
         du = dot(t, rounded(f, t.dtype), du, INPUT_PRECISION)
         df = dot(tl.trans(t), u, tl.zeros((BLOCK_C, RANK), dtype=tl.float32), INPUT_PRECISION)
-        tl.store(df_ptrs, rounded(df * scaling, df_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
+        tl.store(
+            df_ptrs, rounded(df * scaling, df_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :]
+        )
         t_ptrs += BLOCK_C * tl.cast(stride_tc, tl.int64)
         f_ptrs += BLOCK_C * tl.cast(stride_fc, tl.int64)
         df_ptrs += BLOCK_C * R
@@ -364,7 +368,9 @@ def linear(
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if how.descriptor:
         transposed = weight.stride(1) != 1
-        stored, block = (weight.T, [tile.block_n, tile.block_k]) if transposed else (weight, [tile.block_k, tile.block_n])
+        stored, block = (
+            (weight.T, [tile.block_n, tile.block_k]) if transposed else (weight, [tile.block_k, tile.block_n])
+        )
         args |= {
             "x_desc": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             "w_desc": TensorDescriptor.from_tensor(stored, block),
@@ -464,7 +470,13 @@ def gradient(
         strip, splits = tiling.gradient(t, rank)
     rows = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
     splits = triton.cdiv(m, rows)
-    partials = df if splits == 1 else torch.empty_strided((splits, c, rank), (c * rank, *df.stride()), dtype=torch.float32, device=t.device)
+    partials = (
+        df
+        if splits == 1
+        else torch.empty_strided(
+            (splits, c, rank), (c * rank, *df.stride()), dtype=torch.float32, device=t.device
+        )
+    )
     args = {
         "t_ptr": t, "u_ptr": u, "df_ptr": partials, "seed_ptr": seed,
         "M": m, "C": c, "R": rank, "rows": rows,
@@ -522,7 +534,9 @@ def backward(
         if need_x or need_a:
             dxa = shrink(dy, lora_b, scaling)
         if need_b:
-            d_lora_b = gradient(dy, xa, torch.empty_like(lora_b, memory_format=torch.contiguous_format), scaling)
+            d_lora_b = gradient(
+                dy, xa, torch.empty_like(lora_b, memory_format=torch.contiguous_format), scaling
+            )
     if need_x:
         dx, _ = linear(dy, weight.T, None, lora_a, 1.0, u=dxa, dropout_p=dropout_p, seed=seed)
     if need_a:

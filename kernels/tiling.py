@@ -73,20 +73,45 @@ class Linear(NamedTuple):
 
 # Tiles of the GEMM, largest first. Before sm_90 and on sm_120 warps multiply from registers (mma.sync).
 _MMA_SYNC = {
-    "split": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4)),
-    "dropout": (Tile(128, 128, 64, 8, 3), Tile(128, 64, 64, 4, 3), Tile(64, 64, 64, 4, 4), Tile(32, 64, 64, 4, 4)),
+    "split": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
+        Tile(32, 64, 64, 4, 4),
+    ),
+    "dropout": (
+        Tile(128, 128, 64, 8, 3),
+        Tile(128, 64, 64, 4, 3),
+        Tile(64, 64, 64, 4, 4),
+        Tile(32, 64, 64, 4, 4),
+    ),
     "single": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)),
 }
 # sm_90 reads operands from shared memory (wgmma); the mask's booleans leave no room for 128 × 256.
 _WGMMA = {
-    "split": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    "split": (
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+    ),
     "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
 }
 # sm_100 accumulates in tensor memory (tcgen05), whose 512 columns two accumulators of 256 leave none of for xa.
 _TCGEN05 = {
-    "split": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-    "dropout": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
+    "split": (
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+    ),
+    "dropout": (
+        Tile(128, 256, 64, 8, 3),
+        Tile(128, 128, 64, 8, 4),
+        Tile(64, 128, 64, 4, 4),
+        Tile(64, 64, 64, 4, 4),
+    ),
     "single": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
 }
 
