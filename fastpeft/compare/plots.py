@@ -1,0 +1,240 @@
+"""The plots of a comparison, from its results alone: one figure for the page and for a PNG each."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+
+from fastpeft.compare.methods import METHODS
+from fastpeft.compare.summary import listed, speed_shown, summarise
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; each with a marker of its own.
+_COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#E69F00", "#777777")
+_MARKERS = ("o", "s", "^", "v", "D", "<", ">", "p", "h")
+_STOCK, _PATCHED = "#A6A6A6", "#0072B2"
+_STYLE: dict[Any, Any] = {
+    "font.size": 13,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 14,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "legend.frameon": False,
+    "legend.fontsize": 12,
+    "svg.hashsalt": "fastpeft",  # the same results give the same file
+}
+_WIDTH = 6.6  # inches: on a phone the page shows it at about half size, still legible
+
+
+class Plot(NamedTuple):
+    """A figure's file name, caption, what it shows in words, and how it is drawn."""
+
+    name: str
+    caption: str
+    describe: Callable[[dict[str, Any]], str]
+    draw: Callable[[dict[str, Any]], Figure]
+
+
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Every plot as a PNG in `folder`."""
+    for plot in PLOTS:
+        part = folder / f".{plot.name}.png.part"
+        part.write_bytes(_rendered(plot, results, "png"))
+        part.replace(folder / f"{plot.name}.png")
+
+
+def svg(plot: Plot, results: dict[str, Any]) -> bytes:
+    """A plot as a stand-alone SVG file."""
+    return _rendered(plot, results, "svg")
+
+
+def _rendered(plot: Plot, results: dict[str, Any], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    with rc_context(_STYLE):
+        figure = plot.draw(results)
+        metadata = {"Date": None} if kind == "svg" else None
+        figure.savefig(buffer, format=kind, dpi=170, facecolor="white", metadata=metadata)
+    return buffer.getvalue()
+
+
+def _look(method: str) -> tuple[str, str]:
+    index = list(METHODS).index(method)
+    return _COLOURS[index], _MARKERS[index]
+
+
+def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, list(np.atleast_1d(figure.subplots(panels, sharex=panels > 1)))
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.4, handletextpad=0.5)
+
+
+def _draw_accuracy(results: dict[str, Any]) -> Figure:
+    summaries = summarise(results["runs"])
+    figure, [axes] = _figure(5.0)
+    for summary, x in zip(summaries, _apart([s.trainable_parameters for s in summaries]), strict=True):
+        colour, marker = _look(summary.method)
+        accuracy = summary.accuracy
+        seeds = [run["accuracy"] for run in results["runs"] if run["method"] == summary.method]
+        axes.vlines(x, accuracy.low, accuracy.high, color=colour, linewidth=2)
+        axes.plot([x] * len(seeds), seeds, "_", color=colour, markersize=10, markeredgewidth=2)
+        axes.plot(
+            x,
+            accuracy.mean,
+            marker,
+            color=colour,
+            markersize=10,
+            markeredgecolor="white",
+            label=summary.method,
+        )
+    axes.set_xscale("log")
+    axes.margins(x=0.12, y=0.12)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("trainable parameters (log scale)")
+    axes.set_ylabel("accuracy on the eval part")
+    _legend(figure, axes)
+    return figure
+
+
+def _apart(values: list[int]) -> list[float]:
+    """The values, equal ones moved a little apart on a log axis so that both can be seen."""
+    placed: list[float] = []
+    for index, value in enumerate(values):
+        same = [i for i, other in enumerate(values) if other == value]
+        placed.append(value * 1.12 ** (same.index(index) - (len(same) - 1) / 2))
+    return placed
+
+
+def _draw_curves(results: dict[str, Any]) -> Figure:
+    figure, [upper, lower] = _figure(7.4, panels=2)
+    for axes, key in (upper, "eval_accuracy"), (lower, "loss"):
+        for summary in summarise(results["runs"]):
+            runs = [run for run in results["runs"] if run["method"] == summary.method]
+            points = [[(p["step"], p[key]) for p in run["curve"] if key in p] for run in runs]
+            steps = [step for step, _ in points[0]]
+            values = np.array([[value for _, value in run] for run in points])
+            colour, marker = _look(summary.method)
+            axes.plot(
+                steps,
+                values.mean(axis=0),
+                color=colour,
+                marker=marker if key == "eval_accuracy" else None,
+                markersize=7,
+                markeredgecolor="white",
+                linewidth=1.8,
+                label=summary.method,
+            )
+            axes.fill_between(
+                steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0
+            )
+    upper.yaxis.set_major_formatter(PercentFormatter(1.0))
+    upper.set_ylabel("accuracy on the eval part")
+    lower.set_ylabel("training loss (nats)")
+    lower.set_xlabel("training step")
+    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, upper)
+    return figure
+
+
+def _draw_step_time(results: dict[str, Any]) -> Figure:
+    summaries = summarise(results["runs"])
+    figure, [axes] = _figure(1.9 + 0.72 * len(summaries))
+    rows = np.arange(len(summaries))
+    longest = max(s.step_seconds_stock.high for s in summaries)
+    for offset, colour, label, part in (
+        (-0.2, _STOCK, "stock", "step_seconds_stock"),
+        (0.2, _PATCHED, "patched", "step_seconds_patched"),
+    ):
+        spreads = [getattr(summary, part) for summary in summaries]
+        means = np.array([s.mean for s in spreads]) * 1e3
+        around = [[(s.mean - s.low) * 1e3 for s in spreads], [(s.high - s.mean) * 1e3 for s in spreads]]
+        axes.barh(rows + offset, means, 0.38, color=colour, label=label)
+        axes.errorbar(
+            means, rows + offset, xerr=around, fmt="none", ecolor="#333333", capsize=3, linewidth=1.2
+        )
+    for row, summary in zip(rows, summaries, strict=True):
+        high = max(summary.step_seconds_stock.high, summary.step_seconds_patched.high) * 1e3
+        axes.annotate(
+            f"{summary.speed_up.mean:.2f}×" + ("" if speed_shown(summary) else "\n(in spread)"),  # noqa: RUF001
+            (high, row),
+            xytext=(8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=11,
+        )
+    axes.set_xlim(0, longest * 1e3 * 1.42)
+    axes.set_yticks(rows, [summary.method for summary in summaries])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("milliseconds a training step (shorter is better)")
+    _legend(figure, axes)
+    return figure
+
+
+def _short(value: float) -> str:
+    for size, unit in (1e9, "B"), (1e6, "M"), (1e3, "k"):
+        if value >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def _describe_accuracy(results: dict[str, Any]) -> str:
+    points = [
+        f"{s.method} {s.accuracy.mean:.1%} with {s.trainable_parameters:,}"
+        for s in summarise(results["runs"])
+    ]
+    return f"Eval accuracy against trainable parameters: {listed(points)}."
+
+
+def _describe_curves(results: dict[str, Any]) -> str:
+    names = listed([s.method for s in summarise(results["runs"])])
+    return f"Eval accuracy and training loss by training step, for {names}; the numbers are in results.json."
+
+
+def _describe_step_time(results: dict[str, Any]) -> str:
+    bars = [
+        f"{s.method} {s.step_seconds_stock.mean * 1e3:.1f} ms stock and "
+        f"{s.step_seconds_patched.mean * 1e3:.1f} ms patched"
+        for s in summarise(results["runs"])
+    ]
+    return f"Time a training step: {listed(bars)}."
+
+
+PLOTS = (
+    Plot(
+        "accuracy",
+        "Accuracy against trainable parameters. The marker is the mean, the bar reaches from the lowest to "
+        "the highest seed. Methods with equally many parameters are set a little apart.",
+        _describe_accuracy,
+        _draw_accuracy,
+    ),
+    Plot(
+        "step_time",
+        "Time of one training step (forward, backward, AdamW), stock and patched in turn on the same "
+        "batches. Bars are means over the seeds of each run's median, whiskers the lowest and highest run.",
+        _describe_step_time,
+        _draw_step_time,
+    ),
+    Plot(
+        "curves",
+        "Training curves: means over the seeds, the shade from the lowest to the highest.",
+        _describe_curves,
+        _draw_curves,
+    ),
+)

@@ -1,0 +1,191 @@
+"""A whole comparison: checked first, then run by run, each kept as it finishes, then put together."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from rich.console import Console
+
+from fastpeft.compare import base_model, checkpoint, data, machine, page, plots
+from fastpeft.compare.arguments import IMDB_SMALL, ROTTEN_TOMATOES, Arguments
+from fastpeft.compare.errors import BadInput
+from fastpeft.compare.progress import Reporter
+from fastpeft.compare.train import encode, train_run
+
+PLAN_FILE = "plan.json"
+RUNS_FOLDER = "runs"
+RECORD_FILE = "record.json"
+RESULTS_FILE = "results.json"
+REPORT_FILE = "report.html"
+
+
+def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train every method from every seed, writing `results.json`, `report.html` and plots to `arguments.out`.
+
+    A comparison that was interrupted goes on where it stopped: runs that are in the folder are kept.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        BadInput: an argument, file, model or output folder that can't be used; nothing has been written then.
+    """
+    reporter = reporter or Reporter(Console(quiet=True))
+    state = PartialState()
+    out = arguments.out
+    _check_folder(out)
+    corpus = (
+        data.load_rotten_tomatoes()
+        if arguments.data == ROTTEN_TOMATOES
+        else data.load_file(Path(arguments.data).expanduser())
+    )
+    plan: dict[str, Any] = {
+        "arguments": arguments.recorded(),
+        "data": corpus.summary(),
+        "versions": machine.versions(),
+        "machine": machine.machine(),
+    }
+    _refuse_another(plan, out)
+    checkpoint.check(arguments.model)
+    base = _base(arguments, corpus, reporter, state)
+    plan["model"] = base.description
+    _refuse_another(plan, out)
+    encoded = encode(corpus, base)
+    plan["data"]["cut_rows"] = encoded.cut
+
+    runs = [(method, seed) for method in arguments.methods for seed in range(arguments.seeds)]
+    if state.is_main_process:
+        (out / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+        _write(out / PLAN_FILE, plan)
+    kept = [_record(out, *run) for run in runs]
+    [kept] = broadcast_object_list([kept])
+    done = sum(record is not None for record in kept)
+    if done:
+        reporter.say(f"{done} of {len(runs)} runs are in {out} already and kept")
+    records = []
+    for index, ((method, seed), record) in enumerate(zip(runs, kept, strict=True)):
+        if record is None:
+            show = partial(reporter.step, f"{method}, seed {seed}")
+            reporter.step("all runs", index, len(runs))
+            unfinished = out / RUNS_FOLDER / f".{_run_name(method, seed)}"
+            if state.is_main_process:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+            state.wait_for_everyone()
+            record = train_run(method, seed, base, encoded, arguments, unfinished, show)
+            if state.is_main_process:
+                _write(unfinished / RECORD_FILE, record)
+                # The run counts from this rename on, weights and record together.
+                unfinished.rename(out / RUNS_FOLDER / _run_name(method, seed))
+            reporter.say(_line(record, index + 1, len(runs)))
+        records.append(record)
+    results = plan | {"runs": records}
+    if state.is_main_process:
+        _write(out / RESULTS_FILE, results)
+        plots.write(results, out)
+        _replace(out / REPORT_FILE, page.render(results))
+    state.wait_for_everyone()
+    return results
+
+
+def finished_runs(out: Path) -> int:
+    """How many runs a comparison's folder holds."""
+    return len(list((out / RUNS_FOLDER).glob(f"[!.]*/{RECORD_FILE}")))
+
+
+def _base(
+    arguments: Arguments, corpus: data.Data, reporter: Reporter, state: PartialState
+) -> checkpoint.Base:
+    if arguments.model == IMDB_SMALL and not base_model.location().exists():
+        reporter.say(
+            "The base model is a small GPT-2 that is trained here, once, on IMDB reviews (about two minutes "
+            "on two cores): no published one can be had without a network. --model takes any other GPT-2."
+        )
+    with state.main_process_first():
+        base = checkpoint.load(
+            arguments.model,
+            corpus.label_names,
+            state.device,
+            partial(reporter.step, "pre-training the base model"),
+        )
+    reporter.say(page.base_sentence(base.description))
+    return base
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse a folder that can't be written or that holds something else; leaves no trace."""
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise BadInput(f"--out {out}: can't be written: {error.strerror}") from None
+    if out.exists() and any(out.iterdir()) and not (out / PLAN_FILE).exists():
+        raise BadInput(f"--out {out}: the folder holds something else: name an empty or new one")
+
+
+def _refuse_another(plan: dict[str, Any], out: Path) -> None:
+    """Refuse a folder that holds a comparison of other arguments, data, model, versions or machine."""
+    path = out / PLAN_FILE
+    if not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadInput(
+            f"--out {out}: {PLAN_FILE} is damaged: name another folder, or remove this one"
+        ) from None
+    differing = []
+    for part, now in plan.items():
+        was = before.get(part, {})
+        for key in now:
+            if was.get(key) != now[key]:
+                option = f"--{key.replace('_', '-')}" if part == "arguments" else f"{part} {key}"
+                differing.append(f"{option} (was {_shown(was.get(key))}, now {_shown(now[key])})")
+    if differing:
+        raise BadInput(
+            f"--out {out}: holds a comparison of something else: {'; '.join(differing)}; name another "
+            "folder, or remove this one"
+        )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return str(value)[:60]
+
+
+def _run_name(method: str, seed: int) -> str:
+    return f"{method}-seed{seed}"
+
+
+def _record(out: Path, method: str, seed: int) -> dict[str, Any] | None:
+    """The record of a finished run; None where it hasn't finished."""
+    path = out / RUNS_FOLDER / _run_name(method, seed) / RECORD_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _line(record: dict[str, Any], number: int, total: int) -> str:
+    return (
+        f"[{number:>{len(str(total))}}/{total}] {record['method']} seed {record['seed']}: "
+        f"accuracy {record['accuracy']:.3f}, trained in {record['train_seconds']:.0f} s"
+    )
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """The file is the old one or the new one, never a part."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,103 @@
+"""Runs of one method put together, and what may be concluded from their spread."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+
+class Spread(NamedTuple):
+    """Mean, lowest and highest value over the seeds."""
+
+    mean: float
+    low: float
+    high: float
+
+    def overlaps(self, other: Spread) -> bool:
+        """Whether the two ranges share a value."""
+        return self.low <= other.high and other.low <= self.high
+
+
+class Summary(NamedTuple):
+    """One method over its seeds."""
+
+    method: str
+    seeds: int
+    accuracy: Spread
+    trainable_parameters: int
+    trainable_share: float
+    formula: str
+    learning_rate: float
+    steps: int
+    step_seconds_stock: Spread
+    step_seconds_patched: Spread
+    speed_up: Spread
+    peak_memory_bytes: Spread | None  # None where it wasn't measured
+    train_seconds: Spread
+    sites: list[dict[str, Any]]
+
+
+def summarise(runs: list[dict[str, Any]]) -> list[Summary]:
+    """A summary for each method, in the order of the runs."""
+    by_method: dict[str, list[dict[str, Any]]] = {}
+    for run in runs:
+        by_method.setdefault(run["method"], []).append(run)
+    return [_summary(method, group) for method, group in by_method.items()]
+
+
+def _summary(method: str, runs: list[dict[str, Any]]) -> Summary:
+    first = runs[0]
+    peaks = [run["peak_memory_bytes"] for run in runs]
+    return Summary(
+        method=method,
+        seeds=len(runs),
+        accuracy=_spread([run["accuracy"] for run in runs]),
+        trainable_parameters=first["trainable_parameters"],
+        trainable_share=first["trainable_share"],
+        formula=first["formula"],
+        learning_rate=first["learning_rate"],
+        steps=first["steps"],
+        step_seconds_stock=_spread([run["step_seconds_stock"] for run in runs]),
+        step_seconds_patched=_spread([run["step_seconds_patched"] for run in runs]),
+        speed_up=_spread([run["step_seconds_stock"] / run["step_seconds_patched"] for run in runs]),
+        peak_memory_bytes=None if None in peaks else _spread(peaks),
+        train_seconds=_spread([run["train_seconds"] for run in runs]),
+        sites=first["sites"],
+    )
+
+
+def _spread(values: list[float]) -> Spread:
+    return Spread(sum(values) / len(values), min(values), max(values))
+
+
+def ranking(summaries: list[Summary]) -> list[str]:
+    """Sentences on what the accuracies allow to say: who stands above whom, and where no ranking follows."""
+    seeds = summaries[0].seeds
+    if len(summaries) < 2:
+        return ["One method alone: there is nothing to rank."]
+    if seeds < 2:
+        return ["One seed shows no spread: no ranking follows."]
+    ordered = sorted(summaries, key=lambda s: s.accuracy.mean, reverse=True)
+    above = {s.method: [o.method for o in ordered if o.accuracy.high < s.accuracy.low] for s in ordered}
+    if not any(above.values()):
+        return [f"The spreads of all methods overlap over {seeds} seeds: no ranking follows."]
+    ranked = "; ".join(f"{method} above {listed(below)}" for method, below in above.items() if below)
+    sentences = [f"Ranked, since their spreads over {seeds} seeds don't overlap: {ranked}."]
+    if sum(map(len, above.values())) < math.comb(len(ordered), 2):
+        sentences.append("The spreads of all other pairs overlap: no ranking follows between them.")
+    chance = math.comb(2 * seeds, seeds) / 2
+    sentences.append(
+        f"With {seeds} seeds, two equally good methods come apart like this by chance in 1 of {chance:g} "
+        "cases."
+    )
+    return sentences
+
+
+def speed_shown(summary: Summary) -> bool:
+    """Whether the runs show a difference between stock and patched: their spreads don't overlap."""
+    return summary.seeds > 1 and not summary.step_seconds_stock.overlaps(summary.step_seconds_patched)
+
+
+def listed(names: list[str]) -> str:
+    """`a, b and c`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
