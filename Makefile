@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-full test-gpu lint clean
+.PHONY: demo test test-full test-gpu fuzz lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastpeft compare --out demo-report
@@ -13,6 +13,9 @@ test: $(INSTALLED)
 
 test-full: $(INSTALLED)
 	$(BIN)/python -m pytest --full
+
+fuzz: $(INSTALLED)
+	FASTPEFT_FUZZ_SEQUENCES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
