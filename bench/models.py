@@ -1,0 +1,185 @@
+"""Whole GPT-2 models in each of the ways they are compared, and the check that each computes the same.
+
+The variants of one base share its frozen weights; what trains has the same values in each and is its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from cases import ADAPTER_SLOTS, BOTTLENECK, DTYPES, LORA_TARGETS, MODELS
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
+
+import fastpeft
+
+HEADS = {"lm": GPT2LMHeadModel, "classifier": GPT2ForSequenceClassification}
+#: Variant and what it is measured against. `frozen` is the floor: nothing trains, but gradients flow through.
+BASELINES = {
+    "lora": {
+        "frozen": "peft",
+        "peft": "peft",
+        "peft_fp32": "peft",
+        "compile": "peft",
+        "fastpeft": "peft",
+        "fastpeft_fp32": "peft_fp32",
+        "exact": "peft",
+    },
+    "adapter": {"frozen": "eager", "eager": "eager", "compile": "eager", "fastpeft": "eager"},
+}
+
+
+class Setting(NamedTuple):
+    """What the variants have in common."""
+
+    model: str  # a name in cases.MODELS
+    method: str  # lora or adapter
+    dtype: str
+    dropout: float  # LoRA's; GPT-2's own dropouts are off, for all variants
+    rank: int
+    head: str
+    device: str
+
+
+def variants_of(setting: Setting) -> dict[str, str]:
+    """The variants that exist for a setting, each with its baseline."""
+    # Factors kept float32 are a variant of their own only where the model isn't float32.
+    return {
+        variant: baseline
+        for variant, baseline in BASELINES[setting.method].items()
+        if setting.dtype != "fp32" or not variant.endswith("_fp32")
+    }
+
+
+def build(setting: Setting, names: list[str]) -> dict[str, nn.Module]:
+    """The models of the named variants, in training mode."""
+    torch.manual_seed(0)
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = GPT2Config(**MODELS[setting.model], **off, **tokens, use_cache=False)
+    base = HEADS[setting.head](config).to(setting.device, DTYPES[setting.dtype])
+    base.requires_grad_(False)
+    stock = with_lora(base, setting) if setting.method == "lora" else with_adapters(base)
+    models: dict[str, nn.Module] = {}
+    for name in names:
+        if name == "frozen":
+            model = twin(base)
+            model.enable_input_require_grads()
+        else:
+            model = twin(stock)
+        if name.endswith("_fp32"):
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
+        if name.startswith(("fastpeft", "exact")):
+            fastpeft.patch(model, strict=True, exact=name == "exact")
+        models[name] = model.train()
+    return models
+
+
+def with_lora(base: nn.Module, setting: Setting) -> nn.Module:
+    """A twin of `base` under peft LoRA, factors in the base's dtype, `lora_B` nonzero."""
+    config = LoraConfig(
+        r=setting.rank,
+        lora_alpha=2 * setting.rank,
+        lora_dropout=setting.dropout,
+        target_modules=list(LORA_TARGETS),
+        fan_in_fan_out=True,
+    )
+    return randomised(get_peft_model(twin(base), config, autocast_adapter_dtype=False), "lora_B")
+
+
+def with_adapters(base: nn.Module) -> nn.Module:
+    """A twin of `base` with bottleneck adapters, `up` nonzero."""
+    config = fastpeft.AdapterConfig(slots=ADAPTER_SLOTS, bottleneck=BOTTLENECK)
+    return randomised(fastpeft.add_adapters(twin(base), config), "adapter.up.weight")
+
+
+def randomised(model: nn.Module, part: str) -> nn.Module:
+    for name, parameter in model.named_parameters():
+        if part in name:
+            nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def twin(model: nn.Module) -> Any:
+    """A copy of `model` that shares its frozen parameters."""
+    return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+
+
+def batch_of(setting: Setting, batch: int, seq: int) -> dict[str, Tensor]:
+    """Random tokens with labels for the head."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = MODELS[setting.model].get("vocab_size", GPT2Config().vocab_size)
+    ids = torch.randint(1, vocabulary, (batch, seq), generator=generator)
+    labels = ids if setting.head == "lm" else ids[:, 0] % 2
+    return {"input_ids": ids.to(setting.device), "labels": labels.to(setting.device)}
+
+
+class Wrong(RuntimeError):
+    """A variant that must not be timed: it isn't what it says, or computes something else."""
+
+
+def check(models: dict[str, nn.Module], setting: Setting) -> None:
+    """Hold logits and gradients of each variant against its baseline, both measured against float64.
+
+    A variant may err twice as much as stock does in the same dtype, plus one rounding. LoRA's dropout is off,
+    but for `exact` on the CPU, which draws stock's masks.
+
+    Raises:
+        Wrong: a variant is further off, or its report says that it ran other code than its name promises.
+    """
+    batch = batch_of(setting, 2, 32)
+    stock = models[BASELINES[setting.method]["fastpeft"]]
+    truth = copy.deepcopy(stock).double()
+    for name, model in models.items():
+        if name == "frozen":
+            if not torch.isfinite(model(**batch).loss):
+                raise Wrong("frozen: the loss isn't finite")
+        else:
+            training = name == "exact" and setting.device == "cpu"
+            exact, expected, found = (results(m, batch, training) for m in (truth, stock, model))
+            for part in exact:
+                _hold(f"{name}: {part}", found[part], expected[part], exact[part])
+        _assert_runs_its_own_code(name, model)
+
+
+def results(model: nn.Module, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+    """Logits, and the gradients of everything that trains, joined by role."""
+    model.train(training)
+    model.zero_grad()
+    torch.manual_seed(3)
+    out = model(**batch)
+    out.loss.backward()
+    model.train()
+    return {"logits": out.logits.detach(), **{role: torch.cat(grads) for role, grads in _gradients(model)}}
+
+
+def _gradients(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
+    roles: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                raise Wrong(f"{name} trains and got no gradient")
+            role = next(part for part in ("lora_A", "lora_B", "down", "up") if f".{part}." in name)
+            roles.setdefault(f"gradient of {role}", []).append(parameter.grad.flatten())
+    yield from roles.items()
+
+
+def _hold(what: str, found: Tensor, expected: Tensor, exact: Tensor) -> None:
+    error, stock_error = ((t.double() - exact).norm().item() for t in (found, expected))
+    allowed = 2 * stock_error + torch.finfo(expected.dtype).eps * exact.norm().item()
+    if not error <= allowed:  # a NaN compares false
+        raise Wrong(f"{what}: error {error:.3e} where stock's allows {allowed:.3e}")
+
+
+def _assert_runs_its_own_code(name: str, model: nn.Module) -> None:
+    rows = [row for row in fastpeft.report(model) if row.kind != "activation"]
+    fused = [row for row in rows if row.path != "stock" and row.calls > 0]
+    expected = len(rows) if name.startswith(("fastpeft", "exact")) else 0
+    if len(fused) != expected or bool(rows) == (name == "frozen"):
+        raise Wrong(f"{name} doesn't run the code it is named for:\n{fastpeft.report(model)}")

@@ -1,0 +1,273 @@
+"""Launches and bytes of GPT-2's LoRA layers and of the adapter, forward and backward, by variant.
+
+    python bench/traffic.py [--tokens 8192 --rank 16 --dropout 0.1 --dtype bf16 --json FILE]
+
+Counted from what is launched, not from formulas: eager ops are seen by a dispatch mode, fastpeft's kernels by
+the arguments of their launches, with the tiles it takes on an H100. Tensors are on the meta device, so
+nothing is computed. The same rules hold for all: a kernel reads each tensor it is given once and writes each
+of its outputs once, however often its programs come back to a tile; an eager op is one kernel, as CUDA runs
+it, where dropout is one too; a view or an allocation is none; an operand that is broadcast costs what it
+stores. `bound` is one launch each way that reads and writes each tensor of the operation once.
+
+`saved_bytes` is what autograd keeps between forward and backward, parameters left out, each storage once.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import layers
+import record
+import torch
+import torch.nn.functional as F
+from cases import BOTTLENECK, DTYPES, WIDTH, projections
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import fastpeft
+from fastpeft import ops
+from fastpeft.kernels import adapter, launch, lora_linear, tiling
+
+H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
+aten = torch.ops.aten
+ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+VIEWS = (aten._unsafe_view, aten._reshape_alias)  # those whose schema doesn't say so
+
+
+class Kernel(NamedTuple):
+    """One launch."""
+
+    name: str
+    bytes: int
+
+
+class Traffic(NamedTuple):
+    """What an operation costs."""
+
+    forward: list[Kernel]
+    backward: list[Kernel]
+    saved_bytes: int
+
+    def record(self) -> dict[str, Any]:
+        """As it goes into the JSON."""
+        both = self.forward + self.backward
+        return {
+            "launches": len(both),
+            "bytes": sum(kernel.bytes for kernel in both),
+            "saved_bytes": self.saved_bytes,
+            "forward": [kernel._asdict() for kernel in self.forward],
+            "backward": [kernel._asdict() for kernel in self.backward],
+        }
+
+
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes of the elements a tensor really has, an expanded dimension once."""
+    elements = 1
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        elements *= size if stride else min(size, 1)
+    return elements * tensor.element_size()
+
+
+def distinct_bytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors among `tensors`, two views of the same elements once."""
+    found = {
+        (t.untyped_storage()._cdata, t.storage_offset(), t.numel()): stored_bytes(t)
+        for t in tensors
+        if isinstance(t, Tensor)
+    }
+    return sum(found.values())
+
+
+class EagerKernels(TorchDispatchMode):
+    """Collects a kernel for each eager op that launches one."""
+
+    def __init__(self, kernels: list[Kernel]) -> None:
+        super().__init__()
+        self.kernels = kernels
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func.namespace == "fastpeft":
+            self.kernels += launched(func.overloadpacket.__name__, args)
+        elif not func.is_view and func.overloadpacket not in (*ALLOCATIONS, *VIEWS):
+            # A GEMM with beta=0 leaves its first operand alone.
+            read = args[1:] if kwargs.get("beta") == 0 else args
+            moved = distinct_bytes(tree_leaves((read, kwargs))) + distinct_bytes(tree_leaves(out))
+            self.kernels.append(Kernel(str(func), moved))
+        return out
+
+
+def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
+    """What runs behind an operator that fastpeft registers with torch."""
+    module = {"lora_linear": lora_linear, "adapter": adapter}[operator.removesuffix("_backward")]
+    launcher = module.backward if operator.endswith("_backward") else module.forward
+    kernels: list[Kernel] = []
+    with launch.record() as launches, EagerKernels(kernels):
+        launcher(*args)
+    for one in launches:
+        # A descriptor stands for its tensor. No kernel reads what it writes, so each tensor counts once.
+        tensors = (getattr(value, "base", value) for value in one.args.values())
+        kernels.append(Kernel(one.kernel.__name__, distinct_bytes(tensors)))
+    return kernels
+
+
+@contextmanager
+def on_an_h100() -> Iterator[None]:
+    """Within it fastpeft takes the route and the tiles that it takes on an H100."""
+    with (
+        mock.patch.object(ops, "choose", return_value=ops.Route("triton", "counted")),
+        mock.patch.object(ops, "_confirm", new=lambda route, *_: route),
+        mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it doesn't know meta tensors
+        mock.patch.object(tiling, "architecture", return_value=H100),
+    ):
+        yield
+
+
+class DropoutAsOnCuda(TorchFunctionMode):
+    """Runs `F.dropout` as the one kernel that it is on CUDA; elsewhere torch makes three of it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.dropout:
+            return _fused_dropout(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
+
+
+def traffic(operation: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> Traffic:
+    """Run `operation` on x and backward from its output, for x and those `parameters` that train."""
+    parameters = list(parameters)
+    forward, backward, saved = [], [], []  # `saved` keeps storages alive, so that each has its own identity
+    keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
+    with on_an_h100(), DropoutAsOnCuda():
+        with keeping, EagerKernels(forward):
+            y = operation(x)
+        dy = torch.empty_like(y)
+        with EagerKernels(backward):
+            torch.autograd.grad(y, [x, *(p for p in parameters if p.requires_grad)], dy)
+    own = {p.untyped_storage()._cdata for p in parameters}
+    kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
+    return Traffic(forward, backward, sum(size for storage, size in kept.items() if storage not in own))
+
+
+def bound(x: Tensor, y: Tensor, parameters: Iterable[Tensor]) -> Traffic:
+    """Each tensor once: x, y and parameters forward; dy, x and parameters backward, and the gradients out."""
+    parameters = list(parameters)
+    forward = stored_bytes(x) + stored_bytes(y) + sum(map(stored_bytes, parameters))
+    # A frozen bias isn't read backward.
+    bias = sum(stored_bytes(p) for p in parameters if p.dim() == 1 and not p.requires_grad)
+    gradients = stored_bytes(x) + sum(stored_bytes(p) for p in parameters if p.requires_grad)
+    return Traffic([Kernel("bound", forward)], [Kernel("bound", forward - bias + gradients)], stored_bytes(x))
+
+
+def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:
+    """A peft layer by `fastpeft.lora_linear`; the module itself leaves meta tensors to stock."""
+    base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    return fastpeft.lora_linear(x, base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
+
+
+def fused_adapter(layer: Any, x: Tensor) -> Tensor:
+    """An eager adapter by `fastpeft.adapter`."""
+    down, up = layer.down, layer.up
+    return fastpeft.adapter(x, down.weight, down.bias, up.weight, up.bias, "relu", layer.scale)
+
+
+def lora_variants(k: int, n: int, tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Traffic]:
+    """The traffic of one LoRA layer by variant."""
+    x = torch.empty(1, tokens, k, dtype=DTYPES[dtype], device="meta", requires_grad=True)
+    shape = (k, n, rank, dropout_p, DTYPES[dtype])
+    layer = layers.peft_layer(*shape, device="meta")
+    parameters = list(layer.parameters())
+    with_float32 = layers.peft_layer(*shape, float32_factors=True, device="meta")
+    y = x.new_empty(1, tokens, n)
+    return {
+        "bound": bound(x, y, parameters),
+        "frozen": traffic(layers.frozen(layer), x, layers.frozen(layer).parameters()),
+        f"peft_{dtype}": traffic(layer, x, parameters),
+        "peft_fp32": traffic(with_float32, x, with_float32.parameters()),
+        "addmm": traffic(layers.AddmmLora(layer), x, parameters),
+        "fastpeft": traffic(partial(fused_lora, layer, dropout_p), x, parameters),
+    }
+
+
+def adapter_variants(tokens: int, dtype: str) -> dict[str, Traffic]:
+    """The traffic of one adapter by variant."""
+    x = torch.empty(1, tokens, WIDTH, dtype=DTYPES[dtype], device="meta", requires_grad=True)
+    layer: nn.Module = layers.adapter_layer(WIDTH, BOTTLENECK, DTYPES[dtype], "meta")
+    parameters = list(layer.parameters())
+    return {
+        "bound": bound(x, x, parameters),
+        "eager": traffic(layer, x, parameters),
+        "fastpeft": traffic(partial(fused_adapter, layer), x, parameters),
+    }
+
+
+def block(by_layer: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, int]]:
+    """The sums over a block's layers, by variant."""
+    variants = next(iter(by_layer.values()))
+    keys = ("launches", "bytes", "saved_bytes")
+    return {v: {key: sum(layer[v][key] for layer in by_layer.values()) for key in keys} for v in variants}
+
+
+def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Any]:
+    """The JSON: `block` and `adapter` by variant, `layers` by layer and variant; bytes are bytes."""
+    by_layer = {
+        p.name: {v: t.record() for v, t in lora_variants(p.k, p.n, tokens, rank, dropout_p, dtype).items()}
+        for p in projections()
+    }
+    shapes = {"tokens": tokens, "width": WIDTH, "rank": rank, "dropout": dropout_p, "bottleneck": BOTTLENECK}
+    return {
+        "kind": "traffic",
+        "shapes": shapes,
+        "dtype": dtype,
+        "architecture": f"sm_{H100.name}",
+        "block": block(by_layer),
+        "adapter": {v: t.record() for v, t in adapter_variants(tokens, dtype).items()},
+        "layers": by_layer,
+        **record.header(),
+    }
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Variants with launches, MB and the ratio of bytes to the bound."""
+    least = rows["bound"]["bytes"]
+    lines = [f"{'':12}{'launches':>9}{'MB':>9}{'x bound':>9}{'saved MB':>10}"]
+    for variant, row in rows.items():
+        ratio, megabytes, saved = row["bytes"] / least, row["bytes"] / 1e6, row["saved_bytes"] / 1e6
+        lines.append(f"{variant:12}{row['launches']:9}{megabytes:9.1f}{ratio:9.2f}{saved:10.1f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--dropout", type=float, default=0.1, help="of LoRA")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    parser.add_argument("--json", type=Path, help="write the record here")
+    args = parser.parse_args()
+    result = measure(args.tokens, args.rank, args.dropout, args.dtype)
+    for name, rows in [*result["layers"].items(), ("block", result["block"]), ("adapter", result["adapter"])]:
+        print(f"\n{name}\n{table(rows)}")
+    if args.json:
+        record.write(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
