@@ -1,0 +1,202 @@
+"""What the kernel tests share: inputs, the truth in float64, PyTorch's own result as the yardstick."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tolerances import assert_as_good_as
+from torch import Tensor
+
+from fastpeft import reference
+from fastpeft.kernels import dropout
+
+#: x's dtype and the parameters': float32 parameters on a 16-bit base are peft's default.
+DTYPES = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "bf16+fp32": (torch.bfloat16, torch.float32),
+}
+
+
+Arguments = dict[str, Tensor | None]
+
+
+def pairwise(**axes: list[Any]) -> Iterator[dict[str, Any]]:
+    """Combinations such that every pair of values of two axes occurs in one, chosen greedily."""
+    names = list(axes)
+    pairs = {
+        ((a, i), (b, j))
+        for a, b in itertools.combinations(names, 2)
+        for i in range(len(axes[a]))
+        for j in range(len(axes[b]))
+    }
+    while pairs:
+        chosen = dict(min(pairs))
+        for name in names:
+            if name not in chosen:
+
+                def gain(i: int, name: str = name) -> int:
+                    met = [
+                        tuple(sorted(((name, i), other), key=lambda p: names.index(p[0])))
+                        for other in chosen.items()
+                    ]
+                    return sum(pair in pairs for pair in met)
+
+                chosen[name] = max(range(len(axes[name])), key=gain)
+        ordered = sorted(chosen.items(), key=lambda p: names.index(p[0]))
+        pairs -= set(itertools.combinations(ordered, 2))
+        yield {name: axes[name][i] for name, i in ordered}
+
+
+def describe(case: dict[str, Any]) -> str:
+    return "-".join(f"{name}={value}" for name, value in case.items())
+
+
+def draws_of(make: Callable[..., Arguments], *sizes: Any, **form: Any) -> list[Arguments]:
+    """Several draws of small cases, one of large ones; `sizes` starts with the number of rows."""
+    return [make(*sizes, **form, draw=draw) for draw in range(8 if sizes[0] < 17 else 1)]
+
+
+def view(tensor: Tensor, form: str) -> Tensor:
+    """The values of `tensor` (M, K) in another layout; around a view lies NaN, which no kernel may touch."""
+    m, k = tensor.shape
+    if form == "dense":
+        return tensor
+    if form == "transposed":
+        return tensor.T.contiguous().T
+    if form == "expanded":
+        return tensor[:1].expand(m, k)
+    assert form == "offset"
+    around = tensor.new_full((m + 3, k + 5), float("nan"))
+    around[1 : m + 1, 2 : k + 2] = tensor
+    return around[1 : m + 1, 2 : k + 2]
+
+
+def compare(
+    fused: Callable[..., Tensor],
+    formula: Callable[..., Tensor],
+    draws: list[Arguments],
+    parameters: tuple[str, ...],
+) -> None:
+    """`fused(**arguments)` and its gradients by all floating arguments, held to the rule of tolerances.py.
+
+    `formula` computes the same from the arguments in any dtype. `parameters` may be wider than x: fused rounds them
+    to x's dtype, so truth and yardstick do too. Errors are taken over all draws of the arguments together: over one
+    number, PyTorch's own error is luck.
+    """
+
+    def run(
+        call: Callable[..., Tensor], arguments: Arguments, dtype: torch.dtype | None
+    ) -> dict[str, Tensor]:
+        x = arguments["x"]
+        assert x is not None
+        leaves = {n: t.detach().requires_grad_() for n, t in arguments.items() if t is not None}
+        used = dict(leaves)
+        if dtype is not None:
+            used = {n: (t.to(x.dtype) if n in parameters else t).to(dtype) for n, t in leaves.items()}
+            used["x"] = used["x"].contiguous()  # the CPU's bfloat16 matmul reads past the rows of a strided x
+        y = call(**{**arguments, **used})
+        generator = torch.Generator().manual_seed(y.numel())
+        dy = torch.randn(y.shape, generator=generator).to(x.device, x.dtype).to(y.dtype)
+        wanted = leaves if dtype is None or dtype == x.dtype else used  # the truth's gradients stay float64
+        gradients = torch.autograd.grad(y, list(wanted.values()), dy)
+        return {"y": y.detach(), **{f"d_{n}": g for n, g in zip(leaves, gradients, strict=True)}}
+
+    dtype = next(t.dtype for n, t in draws[0].items() if n == "x" and t is not None)
+    results = [
+        [run(call, arguments, kind) for arguments in draws]
+        for call, kind in ((fused, None), (formula, dtype), (formula, torch.float64))
+    ]
+    for name in results[0][0]:
+        mine, yardstick, truth = (torch.cat([r[name].flatten() for r in each]) for each in results)
+        assert_as_good_as(mine, yardstick, truth, name)
+
+
+def lora_arguments(
+    m: int,
+    k: int,
+    n: int,
+    rank: int,
+    dtypes: str,
+    device: str,
+    *,
+    layout: str = "conv1d",
+    form: str = "dense",
+    bias: bool = True,
+    draw: int = 0,
+) -> Arguments:
+    """Arguments of a LoRA linear layer; lora_b nonzero, and an asymmetric weight where it is square."""
+    dtype, wide = DTYPES[dtypes]
+    generator = torch.Generator().manual_seed(draw)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    weight = randn(k, n, scale=max(k, 1) ** -0.5)
+    weight = weight if layout == "conv1d" else weight.T.contiguous().T
+    return {
+        "x": view(randn(m, k).to(device, dtype), form),
+        "weight": weight.to(device, dtype),
+        "bias": randn(n).to(device, dtype) if bias else None,
+        "lora_a": randn(rank, k, scale=max(k, 1) ** -0.5).to(device, wide),
+        "lora_b": randn(n, rank, scale=rank**-0.5).to(device, wide),
+    }
+
+
+def check_lora(fused: Callable[..., Tensor], draws: list[Arguments], dropout_p: float) -> None:
+    """Hold `fused(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)` to the formula with its own mask."""
+    x = draws[0]["x"]
+    assert x is not None
+    seed = torch.tensor([20240229 + x.shape[0]], device=x.device) if dropout_p > 0 else None
+    keep = None if seed is None else dropout.keep_mask(seed, *x.shape, dropout_p)
+
+    def formula(**given: Any) -> Tensor:
+        return reference.lora_linear(**given, scaling=1.5, dropout_p=dropout_p, keep=keep)
+
+    def call(**given: Any) -> Tensor:
+        return fused(**given, scaling=1.5, dropout_p=dropout_p, seed=seed)
+
+    compare(call, formula, draws, ("lora_a", "lora_b"))
+
+
+def adapter_arguments(
+    m: int,
+    k: int,
+    rank: int,
+    dtypes: str,
+    device: str,
+    *,
+    form: str = "dense",
+    bias: bool = True,
+    draw: int = 0,
+) -> Arguments:
+    """Arguments of a bottleneck adapter, `up` nonzero."""
+    dtype, wide = DTYPES[dtypes]
+    generator = torch.Generator().manual_seed(draw)
+
+    def randn(*shape: int, scale: float = 1.0) -> Tensor:
+        return torch.randn(shape, generator=generator) * scale
+
+    return {
+        "x": view(randn(m, k).to(device, dtype), form),
+        "down_weight": randn(rank, k, scale=k**-0.5).to(device, wide),
+        "down_bias": randn(rank, scale=0.3).to(device, wide) if bias else None,
+        "up_weight": randn(k, rank, scale=rank**-0.5).to(device, wide),
+        "up_bias": randn(k, scale=0.3).to(device, wide) if bias else None,
+    }
+
+
+def check_adapter(fused: Callable[..., Tensor], draws: list[Arguments], activation: str) -> None:
+    """Hold `fused(x, down_weight, down_bias, up_weight, up_bias, activation, scale)` to the formula."""
+
+    def formula(**given: Any) -> Tensor:
+        return reference.adapter(**given, activation=activation, scale=0.7)
+
+    def call(**given: Any) -> Tensor:
+        return fused(**given, activation=activation, scale=0.7)
+
+    compare(call, formula, draws, ("down_weight", "down_bias", "up_weight", "up_bias"))

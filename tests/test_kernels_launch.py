@@ -1,0 +1,199 @@
+"""Which calls the kernels serve, and what happens where one can't be built."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from kernel_checks import lora_arguments
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+import fastpeft
+from fastpeft import ops
+from fastpeft.kernels import launch, lora_linear, tiling
+
+
+class FakeKernel:
+    """A kernel whose build raises what it is given."""
+
+    def __init__(self, error):
+        self.error = error
+        self.__name__ = "fake_kernel"
+        self.builds = 0
+
+    def warmup(self, **arguments):
+        self.builds += 1
+        if self.error:
+            raise self.error
+        return self
+
+    @property
+    def run(self):
+        return None
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """`launch.build` as a GPU host has it, for one launch of a fake kernel."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_failures", {})
+
+    def call(kernel, key="key"):
+        return launch.build(key, torch.empty(1), lambda: launch.launch(kernel, (1,), {}, 4, 2))
+
+    return call
+
+
+BUILD_FAILURES = [
+    CompilationError("", None, "no such layout"),
+    OutOfResources(300_000, 232_448, "shared memory"),
+    RuntimeError("PassManager::run failed"),
+    RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+]
+
+
+@pytest.mark.parametrize("error", BUILD_FAILURES, ids=lambda e: type(e).__name__)
+def test_a_failed_build_warns_once_and_is_remembered(build, error):
+    kernel = FakeKernel(error)
+    with pytest.warns(UserWarning, match="uses PyTorch instead of Triton: fake_kernel can't be built here"):
+        reason = build(kernel)
+    assert type(error).__name__ in reason
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build(kernel) == reason
+    assert kernel.builds == 1
+
+
+def test_another_cuda_error_is_raised_as_it_is_each_time(build):
+    kernel = FakeKernel(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            build(kernel)
+    assert kernel.builds == 2
+
+
+def test_a_kernel_is_built_once_for_each_key(build):
+    kernel = FakeKernel(None)
+    assert build(kernel) is None
+    assert build(kernel) is None
+    assert build(kernel, "another") is None
+    assert kernel.builds == 2
+
+
+def call(backend, *, strict=False, dropout_p=0.5):
+    x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
+    torch.manual_seed(5)
+    y, route = ops.routed_lora_linear(x, weight, bias, a, b, 1.0, dropout_p, backend, False, strict)
+    return y, route, torch.get_rng_state()
+
+
+def test_a_failed_build_falls_back_before_a_seed_is_drawn_and_strict_raises(monkeypatch):
+    monkeypatch.setattr(lora_linear, "ready", lambda *a: "linear_kernel can't be built here: too large")
+    y, route, state = call("triton")
+    expected, _, expected_state = call("torch")
+    assert route == ops.Route("torch", "linear_kernel can't be built here: too large")
+    assert torch.equal(y, expected)
+    assert torch.equal(state, expected_state)
+    with pytest.raises(RuntimeError, match="can't be built here"):
+        call("triton", strict=True)
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter")
+def test_the_generator_decides_the_mask():
+    y, route, _ = call("triton")
+    again, _, _ = call("triton")
+    assert route.path == "triton"
+    assert torch.equal(y, again)
+    x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
+    other = fastpeft.lora_linear(x, weight, bias, a, b, 1.0, 0.5, "triton")
+    assert not torch.equal(y, other)
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "rank", "reason"),
+    [
+        ((torch.float64, torch.float64), 3, "no kernel for torch.float64"),
+        ((torch.float32, torch.float64), 3, "no kernel for torch.float64"),
+        ((torch.float32, torch.float32), 257, "rank 257 is above 256"),
+    ],
+)
+def test_what_no_kernel_serves_is_named(dtypes, rank, reason):
+    x, factor = torch.empty(2, 300, dtype=dtypes[0]), torch.empty(rank, 300, dtype=dtypes[1])
+    assert reason in launch.unsupported(x, rank, factor)
+    x, factor = torch.zeros(2, 4, dtype=dtypes[0]), torch.zeros(rank, 4, dtype=dtypes[1])
+    weight = torch.zeros(4, 5, dtype=dtypes[0])
+    with pytest.raises(ValueError, match=f"backend='triton' can't serve this: .*{reason}"):
+        ops.lora_linear(x, weight, None, factor, factor.new_zeros(5, rank), 1.0, backend="triton")
+
+
+def test_devices_without_triton_are_named(monkeypatch):
+    assert "NVIDIA" in launch.unsupported_device(torch.device("meta"))
+    monkeypatch.setattr(launch, "_capability", lambda device: (7, 5))
+    assert "8.0, and this GPU has 7.5" in launch.unsupported_device(torch.device("cuda"))
+    monkeypatch.setattr(launch, "_capability", lambda device: (8, 6))
+    assert launch.unsupported_device(torch.device("cuda")) is None
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert "TRITON_INTERPRET=1" in launch.unsupported_device(torch.device("cpu"))
+
+
+def test_without_the_interpreter_a_cpu_model_refuses_triton_and_auto_takes_pytorch():
+    code = """
+import torch, fastpeft
+x, w, a, b = torch.ones(2, 4), torch.ones(4, 5), torch.ones(3, 4), torch.ones(5, 3)
+print(fastpeft.lora_linear(x, w, None, a, b, 1.0).shape)
+try:
+    fastpeft.lora_linear(x, w, None, a, b, 1.0, backend="triton")
+except ValueError as error:
+    print(error)
+"""
+    environment = {"PATH": "/usr/bin:/bin", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert "torch.Size([2, 5])" in done.stdout
+    assert "TRITON_INTERPRET=1" in done.stdout
+
+
+class TestTheChoiceOfATile:
+    """On the H100's figures: 132 multiprocessors, tensor descriptors."""
+
+    @pytest.fixture(autouse=True)
+    def h100(self, monkeypatch):
+        architecture = next(a for a in tiling.ARCHITECTURES if a.name == 90)
+        monkeypatch.setattr(tiling, "architecture", lambda device: architecture)
+
+    def linear(self, m, k, n, rank=16, p=0.0, dtype=torch.bfloat16):
+        x, weight, a = (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k, n), (rank, k)))
+        return tiling.linear(x, weight, a, rank, p)
+
+    def test_many_rows_take_a_large_tile_and_few_a_small_one(self):
+        assert self.linear(8192, 768, 2304).tile[:2] == (128, 256)
+        assert self.linear(64, 768, 768, p=0.1).tile[:2] == (64, 64)
+
+    def test_a_small_rank_is_computed_on_the_way_and_a_large_one_or_a_dropped_one_before(self):
+        assert self.linear(8192, 768, 2304, rank=16).single
+        assert not self.linear(8192, 768, 2304, rank=128).single
+        assert not self.linear(8192, 768, 2304, rank=16, p=0.1).single
+
+    def test_what_a_descriptor_cant_describe_goes_by_pointers(self):
+        assert self.linear(64, 768, 768).descriptor
+        assert not self.linear(64, 100, 768).descriptor
+        assert not self.linear(64, 768, 36).descriptor
+        x, weight = (
+            torch.empty(64, 769, dtype=torch.float16)[:, 1:],
+            torch.empty(768, 768, dtype=torch.float16),
+        )
+        assert not tiling.linear(x, weight, None, 16, 0.0).descriptor
+        assert tiling.linear(weight, weight.T, None, 16, 0.0).descriptor
+
+    def test_every_multiprocessor_gets_a_program_of_the_rank_r_passes(self):
+        t = torch.empty(8192, 768, dtype=torch.bfloat16)
+        strip, splits = tiling.gradient(t, 16)
+        assert -(-768 // strip.block_c) * splits >= 132
+        strip, splits = tiling.shrink_gradient(t, 16)
+        assert 100 <= 8192 // strip.block_m * splits <= 132
+        assert 8192 // tiling.shrink(t, 16).block_m >= 128

@@ -1,0 +1,257 @@
+"""The LoRA linear kernels against float64 with the same dropout mask: y, dx and every parameter's gradient."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from kernel_checks import DTYPES, check_lora, describe, draws_of, lora_arguments, pairwise
+
+from fastpeft.kernels import launch, lora_linear, tiling
+
+GPT2_LAYERS = {
+    "attn.c_attn": (768, 2304),
+    "attn.c_proj": (768, 768),
+    "mlp.c_fc": (768, 3072),
+    "mlp.c_proj": (3072, 768),
+}
+RAGGED = [(100, 36), (72, 72), (40, 264)]
+TOKENS = [1, 17, 63, 128, 257]
+LORA_RANKS = [1, 3, 8, 16, 64, 100]
+DROPOUTS = [0.0, 0.1, 0.5]
+SAMPLE = list(
+    pairwise(
+        m=TOKENS,
+        layer=RAGGED,
+        rank=LORA_RANKS,
+        p=DROPOUTS,
+        dtypes=list(DTYPES),
+        layout=["conv1d", "linear"],
+        form=["dense", "offset", "transposed", "expanded"],
+        bias=[True, False],
+    )
+)
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("kernels are compiled here: the same test runs on cuda")
+    return request.param
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=describe)
+def test_ragged_shapes_agree_with_float64(case, device):
+    k, n = case["layer"]
+    sizes = case["m"], k, n, case["rank"], case["dtypes"], device
+    form = {name: case[name] for name in ("layout", "form", "bias")}
+    check_lora(lora_linear.lora_linear, draws_of(lora_arguments, *sizes, **form), case["p"])
+
+
+@pytest.mark.parametrize(("dtypes", "p", "layout"), [("bf16+fp32", 0.1, "conv1d"), ("fp16", 0.0, "linear")])
+@pytest.mark.parametrize("layer", GPT2_LAYERS)
+def test_the_four_gpt2_layers_agree_with_float64(layer, dtypes, p, layout, device):
+    draws = draws_of(lora_arguments, 65, *GPT2_LAYERS[layer], 16, dtypes, device, layout=layout)
+    check_lora(lora_linear.lora_linear, draws, p)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layer", RAGGED)
+@pytest.mark.parametrize("m", TOKENS)
+def test_every_ragged_shape_agrees_with_float64(m, layer, device):
+    for rank, p, dtypes in itertools.product(LORA_RANKS, DROPOUTS, DTYPES):
+        check_lora(lora_linear.lora_linear, draws_of(lora_arguments, m, *layer, rank, dtypes, device), p)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("layer", GPT2_LAYERS)
+def test_every_gpt2_layer_agrees_with_float64(layer, dtypes, device):
+    for rank, p in itertools.product(LORA_RANKS, DROPOUTS):
+        draws = draws_of(lora_arguments, 17, *GPT2_LAYERS[layer], rank, dtypes, device)
+        check_lora(lora_linear.lora_linear, draws, p)
+
+
+LINEAR_TILES = sorted({t for table in tiling.LINEAR.values() for tiles in table.values() for t in tiles})
+
+
+@pytest.mark.parametrize("variant", ["split", "dropout", "single"])
+@pytest.mark.parametrize("form", ["pointer", "descriptor"])
+@pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
+def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device):
+    if device == "cuda" and form == "descriptor" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("tensor descriptors need compute capability 9.0")
+    if (
+        device == "cuda"
+        and tile not in tiling.LINEAR[tiling.architecture(torch.device("cuda")).name][variant]
+    ):
+        pytest.skip("not a tile of this architecture's table")
+    how = tiling.Linear(tile, form == "descriptor", variant == "single", 3)
+
+    def fused(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
+        class Forward(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, bias, lora_a, lora_b):
+                ctx.save_for_backward(x, weight, lora_a, lora_b)
+                if how.single:
+                    return lora_linear.linear(x, weight, bias, lora_b.T, scaling, a=lora_a, how=how)[0]
+                if seed is None:
+                    xa = lora_linear.shrink(x, lora_a.T)
+                    return lora_linear.linear(x, weight, bias, lora_b.T, scaling, u=xa, how=how)[0]
+                return lora_linear.forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)[0]
+
+            @staticmethod
+            def backward(ctx, dy):
+                x, weight, lora_a, lora_b = ctx.saved_tensors
+                scale = scaling / (1 - dropout_p)
+                dxa = lora_linear.shrink(dy, lora_b, scale)
+                backward_how = how._replace(single=False)
+                dropped = {"dropout_p": dropout_p, "seed": seed}
+                dx, _ = lora_linear.linear(
+                    dy, weight.T, None, lora_a, 1.0, u=dxa, how=backward_how, **dropped
+                )
+                xa = lora_linear.shrink(x, lora_a.T, **dropped)
+                d_lora_b = lora_linear.gradient(dy, xa, torch.empty_like(lora_b), scale)
+                d_lora_a = torch.empty_like(lora_a)
+                lora_linear.gradient(x, dxa, d_lora_a.T, **dropped)
+                return dx, x.T @ dy, dy.sum(0), d_lora_a, d_lora_b
+
+        return Forward.apply(x, weight, bias, lora_a, lora_b)
+
+    draws = draws_of(lora_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
+    check_lora(fused, draws, 0.3 if variant == "dropout" else 0.0)
+
+
+@pytest.mark.parametrize("rank", sorted(tiling.SHRINK))
+def test_every_strip_of_the_rank_r_passes(rank, device):
+    arguments = lora_arguments(300, 136, 40, rank, "bf16", device)
+    x, lora_a = arguments["x"], arguments["lora_a"]
+    truth = x.double() @ lora_a.double().T
+    for strip in tiling.SHRINK[rank]:
+        xa = lora_linear.shrink(x, lora_a.T, strip=strip)
+        assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+    u = torch.randn(300, rank, generator=torch.Generator().manual_seed(0)).to(device, x.dtype)
+    truth = x.double().T @ u.double()
+    for splits in (1, 3):
+        df = torch.empty(136, rank, dtype=x.dtype, device=device)
+        lora_linear.gradient(x, u, df, splits=splits, strip=tiling.GRADIENT[rank])
+        assert (df.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+    du_truth = x.double() @ lora_a.T.double()
+    for strip, splits in itertools.product(tiling.SHRINK_GRADIENT.get(rank, ()), (1, 2)):
+        du, df = lora_linear.shrink_gradient(x, lora_a.T, u, 1.0, splits=splits, strip=strip)
+        assert (df.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+        assert (du.double() - du_truth).abs().max() <= 2**-8 * du_truth.abs().max()
+
+
+@pytest.mark.parametrize(("m", "k", "n"), [(0, 24, 16), (5, 0, 16), (5, 24, 0)])
+def test_an_empty_dimension_gives_empty_or_bias_and_zero_gradients(m, k, n, device):
+    check_lora(lora_linear.lora_linear, draws_of(lora_arguments, m, k, n, 3, "fp32", device), 0.5)
+
+
+def test_no_rows_launch_no_kernel(device):
+    arguments = lora_arguments(0, 24, 16, 3, "fp32", device)
+    with launch.record() as launches:
+        y, xa = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.0, seed=None)
+        x, weight, _, a, b = arguments.values()
+        lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.0, None, True, True, True)
+    assert launches == []
+
+
+def test_nan_stays_in_its_row(device):
+    arguments = lora_arguments(70, 100, 36, 8, "fp16", device)
+    arguments["x"][5] = float("nan")
+    y, xa = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.0, seed=None)
+    assert y[5].isnan().all()
+    assert y.isnan().any(1).sum() == 1
+    dy = torch.ones_like(y)
+    dy[69] = float("nan")
+    x, weight, _, a, b = arguments.values()
+    dx, _, _ = lora_linear.backward(dy, x, weight, a, b, xa, 1.0, 0.0, None, True, True, True)
+    assert dx[69].isnan().all()
+    assert dx.isnan().any(1).sum() == 1
+
+
+def test_only_what_is_asked_for_is_computed(device):
+    arguments = lora_arguments(40, 24, 16, 3, "fp32", device)
+    x, weight, _, a, b = arguments.values()
+    y, xa = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.0, seed=None)
+    kernels = {}
+    for needs in itertools.product([False, True], repeat=3):
+        with launch.record() as launches:
+            gradients = lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.0, None, *needs)
+        assert [g is not None for g in gradients] == list(needs)
+        kernels[needs] = [each.kernel.__name__ for each in launches]
+    assert kernels[False, False, False] == []
+    assert not any("linear" in name for name in kernels[False, True, True])
+    assert kernels[False, False, True][0] == "gradient_kernel"
+
+
+def test_gradients_are_the_same_bits_each_time(device):
+    arguments = lora_arguments(257, 72, 72, 8, "bf16+fp32", device)
+    x, weight, _, a, b = arguments.values()
+    seed = torch.tensor([3], device=device)
+    y, xa = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.5, seed=seed)
+    first = lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.5, seed, True, True, True)
+    again = lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.5, seed, True, True, True)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+OFFSETS = """
+import torch
+from fastpeft.kernels import lora_linear
+step = 2**31 + 64  # elements from one row to the next: beyond int32
+storage = torch.from_file({path!r}, shared=True, size=3 * step, dtype=torch.float16)
+torch.manual_seed(0)
+def far(rows, columns):
+    view = storage.as_strided((rows, columns), (step, 1))
+    return view.copy_(torch.randn(rows, columns) * 0.1)
+x = far(3, 24)
+weight, a, b = torch.randn(24, 16).half(), torch.randn(4, 24).half(), torch.randn(16, 4).half()
+near = lora_linear.forward(x.clone(), weight, None, a, b, 1.0, 0.0, None)
+assert all(map(torch.equal, lora_linear.forward(x, weight, None, a, b, 1.0, 0.0, None), near))
+xa = near[1]
+dy = far(3, 16)
+args = (weight, a, b, xa, 1.0, 0.0, None, True, True, True)
+close = lora_linear.backward(dy.clone(), dy.new_ones(3, 24), *args)
+assert all(map(torch.equal, lora_linear.backward(dy, dy.new_ones(3, 24), *args), close))
+w = far(3, 16)
+rows, a = torch.randn(5, 3).half(), torch.randn(4, 3).half()
+near = lora_linear.forward(rows, w.clone(), None, a, b, 1.0, 0.0, None)
+assert all(map(torch.equal, lora_linear.forward(rows, w, None, a, b, 1.0, 0.0, None), near))
+print("same")
+"""
+
+
+def test_offsets_beyond_int32_reach_the_right_rows(tmp_path):
+    """A sparse file stands for 12 GiB, of which only the touched pages exist; in a process, for it may crash."""
+    script = OFFSETS.format(path=str(tmp_path / "sparse"))
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "same", done.stderr[-2000:]
+
+
+def test_opcheck_passes_with_and_without_dropout_and_bias(device):
+    x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", device).values()
+    a.requires_grad_()
+    b.requires_grad_()
+    x.requires_grad_()
+    operator = torch.ops.fastpeft.lora_linear.default
+    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.5, torch.tensor([5], device=device)))
+    torch.library.opcheck(operator, (x, weight, None, a, b, 2.0, 0.0, None))
+
+
+def test_a_second_derivative_is_refused(device):
+    x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", device).values()
+    x.requires_grad_()
+    y = lora_linear.lora_linear(x, weight, bias, a, b, 2.0)
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        dx.sum().backward()

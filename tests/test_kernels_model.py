@@ -1,0 +1,121 @@
+"""Whole models trained through the kernels: the report says so, and the losses follow the PyTorch path's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import lora_arguments
+from models import assert_fused, gpt2, with_adapters, with_lora
+from torch.utils.checkpoint import checkpoint
+
+import fastpeft
+from fastpeft.kernels import launch, lora_linear
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("kernels are compiled here: the same test runs on cuda")
+    return request.param
+
+
+def losses(model, steps=4):
+    torch.manual_seed(3)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ids = torch.randint(2, model.config.vocab_size, (3, 9)).to(next(model.parameters()).device)
+    seen = []
+    for _ in range(steps):
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        seen.append(loss.item())
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_a_gpt2_trained_through_the_kernels_follows_the_pytorch_path(kind, device):
+    def make():
+        return with_lora(gpt2()) if kind == "lora" else with_adapters(gpt2(), "post_attn", "post_mlp")
+
+    through_kernels = fastpeft.patch(make().to(device), backend="triton")
+    seen = losses(through_kernels)
+    expected = losses(fastpeft.patch(make().to(device), backend="torch"))
+    assert_fused(through_kernels, (kind,), path="triton")
+    assert seen == pytest.approx(expected, rel=1e-5)
+    assert seen[-1] < seen[0] - 0.05
+
+
+def test_dropout_at_the_same_seed_gives_the_same_training(device):
+    def run():
+        return losses(
+            fastpeft.patch(with_lora(gpt2(), lora_dropout=0.3).to(device), backend="triton"), steps=2
+        )
+
+    assert run() == run()
+
+
+def test_gradient_checkpointing_redraws_the_same_mask(device):
+    x, weight, bias, a, b = lora_arguments(33, 24, 16, 3, "fp32", device).values()
+    results = []
+    for checkpointed in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (x, a, b)]
+
+        def forward(x, a, b):
+            return fastpeft.lora_linear(x, weight, bias, a, b, 1.0, 0.5, backend="triton")
+
+        torch.manual_seed(4)
+        y = checkpoint(forward, *leaves, use_reentrant=False) if checkpointed else forward(*leaves)
+        y.square().sum().backward()
+        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_autocast_runs_the_kernels_in_its_dtype(device):
+    x, weight, bias, a, b = lora_arguments(33, 24, 16, 3, "fp32", device).values()
+    a.requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = fastpeft.lora_linear(x, weight, bias, a, b, 1.0, backend="triton")
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert a.grad.dtype == torch.float32
+
+
+def test_leading_dimensions_are_kept(device):
+    x, weight, bias, a, b = lora_arguments(12, 24, 16, 3, "fp32", device).values()
+    flat = fastpeft.lora_linear(x, weight, bias, a, b, 1.0, backend="triton")
+    deep = fastpeft.lora_linear(x.view(2, 3, 2, 24), weight, bias, a, b, 1.0, backend="triton")
+    assert torch.equal(deep.view(12, 16), flat)
+    assert torch.equal(fastpeft.lora_linear(x[3], weight, bias, a, b, 1.0, backend="triton"), flat[3])
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_torch_compile_traces_through_without_a_break(dropout, device):
+    x, weight, bias, a, b = lora_arguments(12, 24, 16, 3, "fp32", device).values()
+    leaves = [t.requires_grad_() for t in (x, a, b)]
+
+    def f(x, a, b):
+        return fastpeft.lora_linear(x, weight, bias, a, b, 1.0, dropout, backend="triton").square().sum()
+
+    torch._dynamo.reset()
+    torch.manual_seed(4)
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    gradients = torch.autograd.grad(compiled(*leaves), leaves)
+    torch.manual_seed(4)
+    expected = torch.autograd.grad(f(*leaves), leaves)
+    assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+def test_the_kernels_bytes_are_what_they_must_be():
+    """Of x and y, forward with dropout moves x twice and y once; nothing else is as large."""
+    m, k, n = 64, 48, 80
+    arguments = lora_arguments(m, k, n, 4, "bf16", "cpu")
+    seed = torch.tensor([1])
+    with launch.record() as launches:
+        lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.1, seed=seed)
+    tensors = [t for each in launches for t in each.args.values() if isinstance(t, torch.Tensor)]
+    descriptors = [d.base for each in launches for d in each.args.values() if hasattr(d, "base")]
+    rows = [t for t in (*tensors, *descriptors) if t.dim() == 2 and t.shape[0] == m]
+    assert sorted(t.shape[1] for t in rows) == [4, 4, k, k, n]
