@@ -205,8 +205,13 @@ class FusedGelu(NewGELUActivation):
 
 
 def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
-    """The class a fused class stands for."""
-    return fused.__mro__[2] if issubclass(fused, FusedAdapter) else fused.__mro__[1]
+    """The class a fused class stands for; ValueError where it is none of ours."""
+    if fused in (FusedLoraLinear, FusedGelu):
+        return fused.__mro__[1]
+    stock = fused.__mro__[2]
+    if fused.__mro__[1] is not FusedAdapter:
+        raise ValueError(f"{fused.__name__} was swapped on top of a fused class: unpatch before you shard")
+    return stock
 
 
 def _is_plain(module: nn.Module) -> bool:

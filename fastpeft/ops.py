@@ -218,7 +218,7 @@ def _refuse(backend: str, reason: str) -> Route:
 def _confirm(
     route: Route, backend: str, strict: bool, unsupported: str | None, ready: Callable[[], str | None]
 ) -> Route:
-    """`route` where the kernels serve the call and are built, else PyTorch's, decided before a seed is drawn."""
+    """`route` where the kernels serve the call and are built, else PyTorch's; decided before a seed is drawn."""
     if unsupported:
         return _refuse(backend, unsupported)
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for

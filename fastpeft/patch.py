@@ -93,11 +93,16 @@ def patch(
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Give every swapped module of `model` its stock class back, in place; returns the model."""
-    for module in model.modules():
-        if "_fastpeft" in module.__dict__:
-            module.__class__ = stock_class(type(module))
-            del module._fastpeft
+    """Give every swapped module of `model` its stock class back, in place; returns the model.
+
+    Raises:
+        ValueError: another library (FSDP) has swapped a fused class since; nothing is changed then.
+    """
+    swapped = [module for module in model.modules() if "_fastpeft" in module.__dict__]
+    classes = [stock_class(type(module)) for module in swapped]
+    for module, stock in zip(swapped, classes, strict=True):
+        module.__class__ = stock
+        del module._fastpeft
     return model
 
 
@@ -114,20 +119,27 @@ def candidates(model: nn.Module) -> list[Candidate]:
 def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | None:
     """Kind, fused class and reason for one module; None for a module that is none of our business.
 
-    Classes are compared exactly: a subclass (a quantised layer, one that FSDP swapped) may do more.
+    Stock classes are compared exactly: a subclass (a quantised layer, one that FSDP swapped) may do more.
+    A fused class stays what it is, also below the class that FSDP has put on top.
     """
     kind: Any = type(module)
     if isinstance(module, LoraLayer):
-        if kind not in (LoraLinear, FusedLoraLinear):
-            return "lora", None, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"
-        return "lora", FusedLoraLinear, why_not_lora(module)
+        if isinstance(module, FusedLoraLinear):
+            return "lora", kind, why_not_lora(module)
+        if kind is LoraLinear:
+            return "lora", FusedLoraLinear, why_not_lora(module)
+        return "lora", None, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"
     if isinstance(module, FusedAdapter):
         return "adapter", kind, why_not_adapter(module)
     if kind is Adapter:
         return "adapter", fused_adapter(kind), why_not_adapter(module)
+    if isinstance(module, Adapter):
+        return "adapter", None, f"{kind.__module__}.{kind.__name__} isn't fastpeft's Adapter"
     if probe.looks_like_adapter(module):
         reason = probe.why_not_fusible(module)
         return "adapter", None if reason else fused_adapter(kind), reason
-    if kind in (NewGELUActivation, FusedGelu):
+    if isinstance(module, FusedGelu):
+        return "activation", kind, None
+    if kind is NewGELUActivation:
         return "activation", FusedGelu, None
     return None

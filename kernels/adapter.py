@@ -130,6 +130,7 @@ def adapter_forward_kernel(
     )  # fmt: skip
     if down_bias_ptr is not None:
         z += tl.load(down_bias_ptr + offs_r, mask=mask_r, other=0.0).to(tl.float32)[None, :]
+    z = tl.where(mask_r[None, :], z, 0.0)  # an infinite x times a padding zero is NaN
     z = rounded(z, z_ptr.dtype.element_ty)
     tl.store(z_ptr + rows[:, None] * R + offs_r[None, :], z, mask=mask_m[:, None] & mask_r[None, :])
 
@@ -163,7 +164,8 @@ def adapter_backward_kernel(
     )  # fmt: skip
     offsets, mask = rows[:, None] * R + offs_r[None, :], mask_m[:, None] & mask_r[None, :]
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    dz = rounded(scale * dh * activation_gradient(z, ACTIVATION), dz_ptr.dtype.element_ty)
+    dz = tl.where(mask_r[None, :], scale * dh * activation_gradient(z, ACTIVATION), 0.0)
+    dz = rounded(dz, dz_ptr.dtype.element_ty)
     tl.store(dz_ptr + offsets, dz, mask=mask)
 
     if dx_ptr is not None:

@@ -126,6 +126,7 @@ def linear_kernel(
         w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
 
     if SINGLE:
+        u = tl.where(mask_r[None, :], u, 0.0)  # an infinite x times a padding zero is NaN
         if pid_n == 0:
             u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
             tl.store(u_ptrs, rounded(u, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
@@ -189,6 +190,7 @@ def linear_descriptor_kernel(
                 u = dot(x, rounded(a_desc.load([0, k]).T, x.dtype), u, INPUT_PRECISION)
 
         if SINGLE:
+            u = tl.where(mask_r[None, :], u, 0.0)  # an infinite x times a padding zero is NaN
             if pid_n == 0:
                 u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
                 tl.store(u_ptrs, rounded(u, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])

@@ -58,6 +58,7 @@ def classes(model):
     return [type(module) for module in model.modules()]
 
 
+@pytest.mark.fidelity("every head of GPT-2", "fused")
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head_of_gpt2_is_patched_and_keeps_its_outputs(head):
     model = gpt2(head)
@@ -86,6 +87,7 @@ def test_patch_keeps_keys_parameters_and_isinstance():
     assert sum(isinstance(m, FusedGelu) for m in model.modules()) == 2
 
 
+@pytest.mark.fidelity("unpatch, once and twice", "classes, attributes and bits as before")
 def test_unpatch_restores_classes_attributes_and_bits():
     model = with_adapters(with_lora(gpt2(), lora_dropout=0.1), "post_mlp")
     before_classes = classes(model)
@@ -103,6 +105,7 @@ def test_unpatch_restores_classes_attributes_and_bits():
     assert classes(model) == before_classes
 
 
+@pytest.mark.fidelity("patch twice", "fused; takes up what was added since")
 def test_patch_twice_keeps_the_counts_and_takes_up_what_was_added():
     model = fastpeft.patch(with_lora(gpt2()))
     step(model)
@@ -175,6 +178,7 @@ def test_dora_stays_stock_with_the_reason():
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
+@pytest.mark.fidelity("patching that raises midway", "error; nothing is changed")
 def test_patching_fails_as_a_whole(monkeypatch):
     model = with_adapters(with_lora(gpt2()), "post_mlp")
     before = classes(model)
@@ -313,6 +317,7 @@ def test_a_users_scale_is_read_at_each_call():
     assert_fused(model, ("adapter",))
 
 
+@pytest.mark.fidelity("hooks on base_layer, lora_A, lora_B or lora_dropout", "stock, with the reason")
 @pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
 def test_hooks_that_fusing_would_bypass_keep_a_layer_stock(part):
     model = fastpeft.patch(with_lora(gpt2(n_layer=1), ["c_fc"], lora_dropout=0.1))
@@ -341,73 +346,7 @@ def test_hooks_on_a_fused_module_run():
     assert len(seen) == 2 * 6
 
 
-@pytest.mark.parametrize("state", ["disabled", "merged", "no adapter"])
-def test_states_in_which_peft_skips_the_update(state):
-    model = with_lora(gpt2()).eval()
-    stock = copy.deepcopy(model)
-    fastpeft.patch(model, exact=True)
-    results = []
-    for m in (model, stock):
-        with torch.no_grad():
-            if state == "disabled":
-                with m.disable_adapter():
-                    results.append(m(IDS).logits)
-            elif state == "merged":
-                m.merge_adapter()
-                results.append(m(IDS).logits)
-                m.unmerge_adapter()
-            else:
-                m.base_model.set_adapter([])
-                results.append(m(IDS).logits)
-                m.base_model.set_adapter("default")
-    assert torch.equal(*results)
-    assert {path for path, _ in paths(model, "lora").values()} == {"stock"}
-    with torch.no_grad():
-        torch.testing.assert_close(model(IDS).logits, stock(IDS).logits)
-    assert_fused(model, ("lora",))
-
-
-def test_two_active_adapters_a_bias_and_rank_patterns():
-    for dropout in (0.0, 0.2):
-        model = with_lora(
-            gpt2(),
-            lora_dropout=dropout,
-            lora_bias=True,
-            use_rslora=True,
-            rank_pattern={"c_fc": 7},
-            alpha_pattern={"c_fc": 3},
-        )
-        second = copy.deepcopy(model.peft_config["default"])
-        second.r, second.rank_pattern = 3, {}
-        model.add_adapter("second", second)
-        randomise(model, "lora_B")
-        for layer in model.modules():
-            if isinstance(layer, LoraLinear):
-                layer.set_adapter(["default", "second"])
-        stock = copy.deepcopy(model)
-        fastpeft.patch(model, exact=True)
-        result, expected = step(model), step(stock)
-        assert_fused(model, ("lora",))
-        assert_stock(stock)
-        assert len([name for name in expected if "second" in name]) > 0
-        for name in expected:
-            torch.testing.assert_close(result[name], expected[name], rtol=1e-4, atol=1e-4)
-
-
-def test_settings_are_read_at_each_call():
-    model = fastpeft.patch(with_lora(gpt2()), exact=True)
-    for module in model.modules():
-        if isinstance(module, LoraLinear):
-            module.set_scale("default", 0.0)
-    plain = gpt2()
-    with torch.no_grad():
-        assert torch.equal(model.eval()(IDS).logits, plain.eval()(IDS).logits)
-        for module in model.modules():
-            if isinstance(module, LoraLinear):
-                module.set_scale("default", 1.0)
-        assert not torch.allclose(model(IDS).logits, plain(IDS).logits)
-
-
+@pytest.mark.fidelity("deepcopy, pickle, torch.save of the whole model", "fused")
 @pytest.mark.parametrize("copy_of", [
     copy.deepcopy,
     lambda model: pickle.loads(pickle.dumps(model)),
@@ -434,6 +373,7 @@ def _saved(model):
     return file
 
 
+@pytest.mark.fidelity("config files", "no trace of a fused class")
 def test_saved_configs_bear_no_trace(tmp_path):
     for name, patched in (("stock", False), ("patched", True)):
         model = with_lora(gpt2(GPT2ForSequenceClassification))
@@ -451,26 +391,7 @@ def test_saved_configs_bear_no_trace(tmp_path):
         assert (tmp_path / "stock" / file).read_bytes() == (tmp_path / "patched" / file).read_bytes()
 
 
-def enable_checkpointing(model, options):
-    name = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
-    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(options)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_recomputes_the_same_mask(reentrant):
-    results = []
-    for checkpointing in (False, True):
-        model = with_lora(gpt2(), lora_dropout=0.3)
-        model.enable_input_require_grads()
-        if checkpointing:
-            enable_checkpointing(model, {"use_reentrant": reentrant})
-        fastpeft.patch(model)
-        results.append(step(model))
-        assert_fused(model, ("lora",))
-    for name in results[0]:
-        torch.testing.assert_close(results[1][name], results[0][name])
-
-
+@pytest.mark.fidelity("prefix tuning", "as stock; the activation is fused")
 def test_prefix_tuning_gains_the_activation_and_works_as_stock():
     model = get_peft_model(gpt2(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     stock = copy.deepcopy(model)
