@@ -99,15 +99,14 @@ def compare(
         backend=backend,
     )
     # Imported here: `--help` and a mistyped option needn't wait for the Trainer and the plots.
-    from accelerate import PartialState
-
+    from fastpeft.compare.machine import processes
     from fastpeft.compare.progress import Reporter
     from fastpeft.compare.runner import REPORT_FILE, finished_runs
     from fastpeft.compare.runner import compare as run
     from fastpeft.compare.table import table
 
     _quieten()
-    leads = PartialState().is_main_process
+    leads = processes().is_main_process
     try:
         with Reporter(Console(stderr=True, quiet=not leads)) as reporter:
             results = run(arguments, reporter)
@@ -118,8 +117,9 @@ def compare(
     except KeyboardInterrupt:
         if leads:
             kept = finished_runs(out)
+            runs = "run" if kept == 1 else "runs"
             print(
-                f"fastpeft: stopped; {kept} finished runs are kept, the same command goes on", file=sys.stderr
+                f"fastpeft: stopped; {kept} finished {runs} kept; the same command goes on", file=sys.stderr
             )
         raise typer.Exit(130) from None
     if leads:

@@ -40,7 +40,7 @@ RECIPE: dict[str, Any] = {
     "positions": 256,
     "crop": 64,
     "batch": 64,
-    "steps": 540,
+    "steps": 480,
     "learning_rate": 1e-3,
     "warm_up": 0.1,
     "first_judged_token": 4,
@@ -63,18 +63,18 @@ def ensure(
     """
     recipe = RECIPE | changes
     folder = location(recipe)
-    if (folder / RECIPE_FILE).exists():
+    if folder.exists():
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A folder that appears whole or not at all: a training that was killed leaves only this one behind.
+        # A folder that appears whole or not at all: a training that is killed leaves at most this one behind.
         unfinished = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
     except OSError as error:
         raise BadInput(f"the cache folder {folder.parent} can't be written: {error.strerror}") from None
     try:
         _train(recipe, unfinished, device, notify)
-        shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        if not folder.exists():  # another process may have been first
+            unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return folder

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 from torch import nn
 
 import fastpeft
 from fastpeft.compare import base_model, checkpoint
 from fastpeft.compare.arguments import IMDB_SMALL, Arguments
-from fastpeft.compare.machine import machine, versions
+from fastpeft.compare.machine import machine, processes, versions
 from fastpeft.compare.methods import METHODS
 
 
@@ -20,7 +19,7 @@ def inspection(name: str) -> str:
     Raises:
         BadInput: the model can't be loaded.
     """
-    device = torch.device(machine()["device"])
+    device = processes().device
     if name == IMDB_SMALL:
         model: nn.Module = base_model.untrained()  # a report doesn't depend on weights
     else:

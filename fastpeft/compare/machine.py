@@ -14,6 +14,11 @@ from accelerate import PartialState
 PACKAGES = ("fastpeft", "torch", "triton", "transformers", "peft", "accelerate")
 
 
+def processes() -> PartialState:
+    """The processes that work together (one, unless torchrun started more) and this one's device."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide the results; None for one that isn't installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
@@ -27,7 +32,7 @@ def versions() -> dict[str, str | None]:
 
 def machine() -> dict[str, Any]:
     """Processor, cores, GPU and how the work is spread over them; nothing that names the machine."""
-    state = PartialState()
+    state = processes()
     gpu = torch.cuda.get_device_name(state.device) if state.device.type == "cuda" else None
     return {
         "system": f"{platform.system()} {platform.machine()}",

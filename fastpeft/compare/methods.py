@@ -48,7 +48,7 @@ class Method:
     load: str  # Python that puts the saved weights on `model`
 
     def formula(self, config: Any, arguments: Arguments) -> str:
-        """Trainable parameters as `symbols = numbers`, for a GPT-2 of this config."""
+        """Trainable parameters as `symbols = numbers`, for a GPT-2 classifier of this config."""
         formula = f"{self.term} + {HEAD_TERM}" if self.term else HEAD_TERM
         sizes = _sizes(config, arguments)
         return f"{formula.format(**{name: name for name in sizes})} = {formula.format(**sizes)}"
@@ -151,12 +151,12 @@ METHODS: dict[str, Method] = {
     "prefix": Method(
         f"a prefix of {PREFIX_TOKENS} keys and values in every layer",
         PREFIX_TERM,
-        1e-2,
+        5e-3,
         _prefix,
         _save_pretrained,
         _LOAD_PEFT,
     ),
-    "full": Method("every weight of the model", BASE_TERM, 1e-4, _full, _save_pretrained, _LOAD_FULL),
+    "full": Method("every weight of the model", BASE_TERM, 3e-4, _full, _save_pretrained, _LOAD_FULL),
 }
 
 

@@ -9,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastpeft.compare import plots
 from fastpeft.compare.methods import METHODS
-from fastpeft.compare.summary import Spread, ranking, speed_shown, summarise
+from fastpeft.compare.summary import Spread, ranking, speed_shown, standard_error, summarise
 
 
 def render(results: dict[str, Any]) -> str:
@@ -27,6 +27,7 @@ def render(results: dict[str, Any]) -> str:
         "gigabytes": gigabytes,
         "seconds": lambda spread: f"{spread.mean:.0f} s",
     }
+    summaries = summarise(results["runs"])
     figures = [
         {
             "source": "data:image/svg+xml;base64," + base64.b64encode(plots.svg(plot, results)).decode(),
@@ -37,15 +38,15 @@ def render(results: dict[str, Any]) -> str:
     ]
     return environment.get_template("report.html.j2").render(
         results=results,
-        summaries=summarise(results["runs"]),
-        ranking=ranking(summarise(results["runs"])),
+        summaries=summaries,
+        ranking=ranking(summaries, results["data"]["eval_rows"]),
         figures=figures,
         methods=METHODS,
         speed_shown=speed_shown,
         base_sentence=base_sentence(results["model"]),
         command=command(results["arguments"]),
         folder=lambda method: f"runs/{method}-seed0/weights",
-        standard_error=_standard_error(results),
+        standard_error=f"{100 * standard_error(summaries, results['data']['eval_rows']):.1f}",
         memory_kind="tensors on the GPU"
         if results["machine"]["device"] == "cuda"
         else "resident memory of the process",
@@ -100,10 +101,3 @@ def milliseconds(spread: Spread) -> str:
 def gigabytes(spread: Spread | None) -> str:
     """The highest of the runs, in 10⁹ bytes."""
     return "not measured" if spread is None else f"{spread.high / 1e9:.2f} GB"
-
-
-def _standard_error(results: dict[str, Any]) -> str:
-    """One standard error, in points, that the number of eval rows alone gives an accuracy (binomial)."""
-    rows = results["data"]["eval_rows"]
-    mean = sum(run["accuracy"] for run in results["runs"]) / len(results["runs"])
-    return f"{100 * (mean * (1 - mean) / rows) ** 0.5:.1f}"

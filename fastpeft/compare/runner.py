@@ -39,7 +39,7 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         BadInput: an argument, file, model or output folder that can't be used; nothing has been written then.
     """
     reporter = reporter or Reporter(Console(quiet=True))
-    state = PartialState()
+    state = machine.processes()
     out = arguments.out
     _check_folder(out)
     corpus = (

@@ -13,9 +13,9 @@ class Spread(NamedTuple):
     low: float
     high: float
 
-    def overlaps(self, other: Spread) -> bool:
-        """Whether the two ranges share a value."""
-        return self.low <= other.high and other.low <= self.high
+    def stands_above(self, other: Spread, gap: float) -> bool:
+        """Whether this range lies above the other, and its mean by more than `gap`."""
+        return self.low > other.high and self.mean - other.mean > gap
 
 
 class Summary(NamedTuple):
@@ -31,7 +31,7 @@ class Summary(NamedTuple):
     steps: int
     step_seconds_stock: Spread
     step_seconds_patched: Spread
-    speed_up: Spread
+    speed_up: Spread  # stock / patched, of each run
     peak_memory_bytes: Spread | None  # None where it wasn't measured
     train_seconds: Spread
     sites: list[dict[str, Any]]
@@ -70,32 +70,52 @@ def _spread(values: list[float]) -> Spread:
     return Spread(sum(values) / len(values), min(values), max(values))
 
 
-def ranking(summaries: list[Summary]) -> list[str]:
-    """Sentences on what the accuracies allow to say: who stands above whom, and where no ranking follows."""
+def ranking(summaries: list[Summary], eval_rows: int) -> list[str]:
+    """Sentences on what the accuracies allow to say: who stands above whom, and where no ranking follows.
+
+    A pair is ranked where its spreads over the seeds don't overlap and its means are further apart than two
+    standard errors of their difference, `2·√(2·p·(1 - p) / eval_rows)` (binomial; p the mean accuracy).
+    """
     seeds = summaries[0].seeds
     if len(summaries) < 2:
         return ["One method alone: there is nothing to rank."]
     if seeds < 2:
         return ["One seed shows no spread: no ranking follows."]
+    gap = 2 * math.sqrt(2) * standard_error(summaries, eval_rows)
     ordered = sorted(summaries, key=lambda s: s.accuracy.mean, reverse=True)
-    above = {s.method: [o.method for o in ordered if o.accuracy.high < s.accuracy.low] for s in ordered}
+    above = {
+        s.method: [o.method for o in ordered if s.accuracy.stands_above(o.accuracy, gap)] for s in ordered
+    }
+    told_apart = f"closer than the {100 * gap:.1f} points that {eval_rows:,} eval texts can tell apart"
     if not any(above.values()):
-        return [f"The spreads of all methods overlap over {seeds} seeds: no ranking follows."]
+        return [
+            f"No ranking follows: over {seeds} seeds the spreads of any two methods overlap, or lie "
+            f"{told_apart}."
+        ]
     ranked = "; ".join(f"{method} above {listed(below)}" for method, below in above.items() if below)
-    sentences = [f"Ranked, since their spreads over {seeds} seeds don't overlap: {ranked}."]
+    sentences = [f"Ranked, as spreads over {seeds} seeds don't overlap: {ranked}."]
     if sum(map(len, above.values())) < math.comb(len(ordered), 2):
-        sentences.append("The spreads of all other pairs overlap: no ranking follows between them.")
+        sentences.append(f"All other pairs overlap, or lie {told_apart}: no ranking follows between them.")
     chance = math.comb(2 * seeds, seeds) / 2
     sentences.append(
-        f"With {seeds} seeds, two equally good methods come apart like this by chance in 1 of {chance:g} "
+        f"With {seeds} seeds, the spreads of two equally good methods lie apart by chance in 1 of {chance:g} "
         "cases."
     )
     return sentences
 
 
+def standard_error(summaries: list[Summary], eval_rows: int) -> float:
+    """One standard error that the number of eval rows alone gives an accuracy (binomial, at the mean one)."""
+    mean = sum(s.accuracy.mean for s in summaries) / len(summaries)
+    return math.sqrt(mean * (1 - mean) / eval_rows)
+
+
 def speed_shown(summary: Summary) -> bool:
-    """Whether the runs show a difference between stock and patched: their spreads don't overlap."""
-    return summary.seeds > 1 and not summary.step_seconds_stock.overlaps(summary.step_seconds_patched)
+    """Whether the runs show stock and patched to differ: every one of them has the same side faster.
+
+    The ratio counts, not the times: a run measures both sides in turn, but a machine is busier in some runs.
+    """
+    return summary.seeds > 1 and not summary.speed_up.low <= 1.0 <= summary.speed_up.high
 
 
 def listed(names: list[str]) -> str:

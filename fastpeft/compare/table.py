@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fastpeft.compare.page import gigabytes, milliseconds, percent
+from fastpeft.compare.page import percent
 from fastpeft.compare.summary import ranking, speed_shown, summarise
 
 
@@ -20,10 +20,10 @@ def table(results: dict[str, Any]) -> RenderableType:
     for heading in (
         "accuracy",
         "trainable\nparameters",
-        "step,\nstock",
-        "step,\npatched",
+        "step ms\nstock",
+        "step ms\npatched",
         "speed-\nup",
-        "peak\nmemory",
+        "peak\nGB",
     ):
         grid.add_column(heading, justify="right", no_wrap=True)
     for s in summaries:
@@ -32,12 +32,14 @@ def table(results: dict[str, Any]) -> RenderableType:
             s.method,
             percent(s.accuracy),
             f"{s.trainable_parameters:,}",
-            milliseconds(s.step_seconds_stock),
-            milliseconds(s.step_seconds_patched),
+            f"{s.step_seconds_stock.mean * 1e3:.1f}",
+            f"{s.step_seconds_patched.mean * 1e3:.1f}",
             speed_up if speed_shown(s) else f"({speed_up})",
-            gigabytes(s.peak_memory_bytes),
+            f"{s.peak_memory_bytes.high / 1e9:.2f}" if s.peak_memory_bytes else "-",
         )
-    notes = ranking(summaries)
+    notes = ranking(summaries, results["data"]["eval_rows"])
     if not all(map(speed_shown, summaries)):
-        notes.append("Speed-ups in brackets lie within the spread of stock and patched: none is shown.")
+        notes.append(
+            "Speed-ups in brackets: not every run (or only one) has the same side faster, so none follows."
+        )
     return Group(grid, *notes)

@@ -110,7 +110,7 @@ def train_run(
         "accuracy": evaluations[-1]["eval_accuracy"],
         "trainable_parameters": trained,
         "trainable_share": trained / base_parameters,
-        "formula": method.formula(base.model.config, arguments),
+        "formula": f"{method.formula(base.model.config, arguments)} = {trained:,}",
         "learning_rate": learning_rate,
         "steps": trainer.state.global_step,
         "step_seconds_stock": seconds.stock,
@@ -172,6 +172,7 @@ def _trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
     trainer = Trainer(

@@ -1,0 +1,224 @@
+"""The command line: help, exit codes, one clear line for what the user can mend."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_comparison import checkpoint, corpus
+
+from fastpeft import cli
+from fastpeft.compare import runner, train
+from fastpeft.compare.methods import METHODS
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    """A folder with `texts.csv`, `gpt2`, and what is wrong in several ways."""
+    folder = tmp_path_factory.mktemp("files")
+    corpus(folder / "texts.csv")
+    gpt2 = checkpoint(folder / "gpt2")
+    bert = folder / "bert"
+    bert.mkdir()
+    (bert / "config.json").write_text('{"model_type": "bert"}', encoding="utf-8")
+    (folder / "empty").mkdir()
+    for name, missing in ("no-weights", "model.safetensors"), ("no-tokenizer", "tokenizer.json"):
+        shutil.copytree(gpt2, folder / name)
+        (folder / name / missing).unlink()
+    shutil.copytree(gpt2, folder / "damaged")
+    (folder / "damaged" / "model.safetensors").write_bytes(b"not safetensors")
+    (folder / "strange").mkdir()
+    (folder / "strange" / "config.json").write_text("GPT-2", encoding="utf-8")
+    (folder / "full").mkdir()
+    (folder / "full" / "thesis.txt").write_text("mine", encoding="utf-8")
+    (folder / "file").touch()
+    texts = (folder / "texts.csv").read_text(encoding="utf-8")
+    (folder / "no-label.csv").write_text(texts.replace("text,label", "text,stars"), encoding="utf-8")
+    (folder / "no-text.csv").write_text(texts.replace("text,label", "words,label"), encoding="utf-8")
+    (folder / "empty.csv").touch()
+    (folder / "one-class.csv").write_text(texts.replace(",bad", ",good"), encoding="utf-8")
+    (folder / "holes.csv").write_text(texts + '"",good\n" ",bad\n', encoding="utf-8")
+    (folder / "latin1.csv").write_bytes(texts.encode() + b"caf\xe9,good\n")
+    (folder / "unseen.csv").write_text(texts + "odd one out,ugly\n", encoding="utf-8")
+    return folder
+
+
+def _refused(arguments: list[str], capsys) -> str:
+    """The one line on stderr with which these arguments are refused."""
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    said = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert said.out == ""
+    assert said.err.startswith("fastpeft: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+BAD_INPUT = {
+    "no such file": (["--data", "{}/none.csv"], "none.csv: no such file"),
+    "no label column": (["--data", "{}/no-label.csv"], "no 'label' column"),
+    "no text column": (["--data", "{}/no-text.csv"], "no 'text' column"),
+    "empty file": (["--data", "{}/empty.csv"], "the file is empty"),
+    "one class": (["--data", "{}/one-class.csv"], "one class only ('good')"),
+    "empty rows": (["--data", "{}/holes.csv"], "2 rows are unusable (empty text): row 42, 43"),
+    "rows that are not UTF-8": (["--data", "{}/latin1.csv"], "1 row is unusable (not UTF-8): row 42"),
+    "a label only in the eval part": (
+        ["--data", "{}/unseen.csv"],
+        "only the eval part would have the label 'ugly'",
+    ),
+    "another kind of file": (["--data", "{}/file"], "a file ending in .csv, .tsv, .jsonl"),
+    "unknown method": (["--methods", "head,ia3"], "unknown method 'ia3': choose from head, lora"),
+    "a method twice": (["--methods", "head,head"], "each method once"),
+    "no method": (["--methods", ","], "each method once"),
+    "unknown backend": (["--backend", "cuda"], "unknown backend 'cuda': choose from auto, triton, torch"),
+    "no seed": (["--seeds", "0"], "--seeds must be a number above 0, got 0"),
+    "a negative learning rate": (["--lr", "-1"], "--lr must be a number above 0, got -1"),
+    "a learning rate that is no number": (["--lr", "nan"], "--lr must be a number above 0, got nan"),
+    "no steps": (["--max-steps", "0"], "--max-steps must be a number above 0, got 0"),
+    "a model that isn't GPT-2": (["--model", "{}/bert"], "its model is bert"),
+    "no such model folder": (["--model", "{}/none"], "no such folder"),
+    "a model folder without config": (["--model", "{}/empty"], "no config.json"),
+    "a config that can't be read": (["--model", "{}/strange"], "config.json can't be read"),
+    "a model without weights": (["--model", "{}/no-weights"], "can't be loaded"),
+    "a damaged model": (["--model", "{}/damaged"], "can't be loaded"),
+    "a model without tokenizer": (["--model", "{}/no-tokenizer"], "tokenizer"),
+    "a Hub name without network": (["--model", "openai-community/gpt2"], "the Hub can't be reached"),
+    "a name that the Hub can't have": (["--model", "openai gpt2"], "neither a folder here nor a name"),
+    "an output folder below a file": (["--out", "{}/file/out"], "can't be written: Not a directory"),
+    "an output folder of something else": (["--out", "{}/full"], "holds something else"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing(
+    case, files, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(runner, "train_run", lambda *_: pytest.fail("training began"))
+    before = sorted(files.rglob("*"))
+    wrong, message = BAD_INPUT[case]
+    options = {
+        "--out": str(tmp_path / "out"),
+        "--data": str(files / "texts.csv"),
+        "--model": str(files / "gpt2"),
+        "--methods": "head",
+        wrong[0]: wrong[1].format(files),
+    }
+    said = _refused(["compare", *(word for option in options.items() for word in option)], capsys)
+    assert message in said
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(files.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a file system that refuses even root")
+def test_an_output_folder_that_cannot_be_written_is_refused(files, capsys):
+    said = _refused(["compare", "--out", "/proc/comparison", "--data", str(files / "texts.csv")], capsys)
+    assert "--out /proc/comparison: can't be written" in said
+
+
+def test_compare_shows_a_line_a_run_a_table_and_the_path_of_the_report(files, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--out", str(out), "--data", str(files / "texts.csv"), "--model", str(files / "gpt2")]
+    numbers = ["--seeds", "2", "--max-steps", "2", "--batch-size", "4", "--bottleneck", "3"]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["compare", *options, *numbers, "--methods", "head,adapter-mlp"])
+    assert not exit_.value.code
+    said = capsys.readouterr()
+    assert "[1/4] head seed 0: accuracy" in said.err
+    assert "[4/4] adapter-mlp seed 1: accuracy" in said.err
+    assert "adapter-mlp" in said.out
+    assert "o ranking follows" in said.out
+    assert f"Report: {out / 'report.html'}" in said.out.replace("\n", "")
+    recorded = json.loads((out / "results.json").read_text(encoding="utf-8"))["arguments"]
+    assert recorded["bottleneck"] == 3
+    assert recorded["methods"] == ["head", "adapter-mlp"]
+
+
+def test_ctrl_c_says_what_is_kept_and_how_to_go_on(files, tmp_path, capsys, monkeypatch):
+    real = runner.train_run
+
+    def second_is_interrupted(name, seed, *rest):
+        if seed == 1:
+            raise KeyboardInterrupt
+        return real(name, seed, *rest)
+
+    monkeypatch.setattr(runner, "train_run", second_is_interrupted)
+    options = [
+        "--out",
+        str(tmp_path / "out"),
+        "--data",
+        str(files / "texts.csv"),
+        "--model",
+        str(files / "gpt2"),
+    ]
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["compare", *options, "--methods", "head", "--max-steps", "1"])
+    assert exit_.value.code == 130
+    assert "1 finished run kept; the same command goes on" in capsys.readouterr().err
+
+
+def test_inspect_shows_versions_the_machine_and_every_site(files, capsys, monkeypatch):
+    def no_network(*_):
+        raise AssertionError("inspect opened a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", no_network)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["inspect", "--model", str(files / "gpt2")])
+    assert not exit_.value.code
+    said = capsys.readouterr().out
+    for word in ("fastpeft", "torch", "peft", "processor", "device"):
+        assert f"  {word}" in said
+    assert "transformer.h.1.attn.c_attn" in said
+    assert "transformer.h.0.mlp.adapter" in said
+    # Two layers: four projections, two adapters and one activation in each.
+    assert "14 sites" in said
+
+
+def test_inspect_of_the_built_in_model_trains_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(SystemExit):
+        cli.main(["inspect"])
+    assert "21 sites" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_inspect_refuses_what_compare_refuses(files, capsys):
+    assert "its model is bert" in _refused(["inspect", "--model", str(files / "bert")], capsys)
+
+
+def test_help_names_every_method_and_default(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["compare", "--help"])
+    assert not exit_.value.code
+    said = capsys.readouterr().out
+    assert all(name in said for name in METHODS)
+    for option in ("--methods", "--model", "--data", "--seeds", "--epochs", "--max-steps", "--batch-size"):
+        assert option in said
+    for option in ("--lr", "--rank", "--bottleneck", "--out", "--backend"):
+        assert option in said
+    assert "rotten-tomatoes" in said
+
+
+def test_python_m_fastpeft_is_the_same_program():
+    done = subprocess.run(
+        [sys.executable, "-m", "fastpeft", "compare", "--out", "unused", "--methods", "none"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("fastpeft: unknown method 'none'")
+    assert "Traceback" not in done.stderr
+
+
+def test_each_text_is_cut_to_what_model_and_prefix_can_take(files):
+    base = runner.checkpoint.load(str(files / "gpt2"), ("bad", "good"), runner.machine.processes().device)
+    long = runner.data.Part(["a lovely film " * 50, "short"], [1, 0])
+    encoded = train.encode(runner.data.Data("x", ("bad", "good"), long, long, 0, ""), base)
+    assert encoded.cut == 2
+    assert max(len(example["input_ids"]) for example in encoded.train) == 64 - 20

@@ -1,0 +1,301 @@
+"""A whole comparison on a tiny model: what it writes, how it goes on, what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from small_comparison import arguments, checkpoint, corpus
+from transformers import AutoTokenizer, GPT2ForSequenceClassification
+
+import fastpeft
+from fastpeft.compare import runner, train
+from fastpeft.compare.errors import BadInput
+from fastpeft.compare.methods import METHODS
+from fastpeft.compare.runner import compare
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder, arguments and results of a comparison of all methods, made while no network was in reach."""
+    folder = tmp_path_factory.mktemp("comparison")
+    asked = arguments(folder, methods=tuple(METHODS), seeds=1)
+
+    def no_network(*_):
+        raise AssertionError("a comparison of local files opened a connection")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", no_network)
+        results = compare(asked)
+    return folder, asked, results
+
+
+def _logits(model: torch.nn.Module, folder: Path) -> torch.Tensor:
+    tokenizer = AutoTokenizer.from_pretrained(folder / "gpt2")
+    tokenizer.pad_token = tokenizer.eos_token
+    batch = tokenizer(["a lovely film", "a chore to watch, no. 7"], return_tensors="pt", padding=True)
+    with torch.no_grad():
+        return model.eval()(**batch).logits
+
+
+def _base(folder: Path) -> GPT2ForSequenceClassification:
+    return GPT2ForSequenceClassification.from_pretrained(
+        folder / "gpt2", num_labels=2, pad_token_id=0, ignore_mismatched_sizes=True
+    )
+
+
+def test_results_json_has_a_full_record_of_every_run(finished):
+    folder, _, results = finished
+    written = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(results))
+    assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in METHODS]
+    for run in written["runs"]:
+        assert 0 <= run["accuracy"] <= 1
+        assert 0 < run["step_seconds_patched"] < 10
+        assert 0 < run["step_seconds_stock"] < 10
+        assert run["train_seconds"] > 0
+        assert run["steps"] == 4
+        assert [point["step"] for point in run["curve"]] == [1, 2, 3, 4]
+        assert all({"loss", "eval_accuracy"} <= point.keys() for point in run["curve"])
+        assert run["curve"][-1]["eval_accuracy"] == run["accuracy"]
+        assert all(site["path"] == "torch" for site in run["sites"]) or torch.cuda.is_available()
+    assert written["versions"]["fastpeft"] == fastpeft.__version__
+    assert written["machine"]["cores"] >= 1
+    assert written["data"]["rows"] == 40
+    assert written["data"]["eval_rows"] == 6
+    assert socket.gethostname() not in json.dumps(written["machine"])
+
+
+def test_adapter_runs_fuse_their_adapters_and_lora_runs_their_projections(finished):
+    kinds = {
+        run["method"]: {site["kind"]: site["count"] for site in run["sites"]} for run in finished[2]["runs"]
+    }
+    assert kinds["lora"] == {"lora": 8, "activation": 2}
+    assert kinds["adapter-attn"] == {"adapter": 2, "activation": 2}
+    assert kinds["adapter-head"] == {"adapter": 1, "activation": 2}
+    assert kinds["head"] == kinds["prefix"] == kinds["full"] == {"activation": 2}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of one run can't be measured")
+def test_peak_memory_is_that_of_a_process_with_torch_in_it(finished):
+    for run in finished[2]["runs"]:
+        assert 100e6 < run["peak_memory_bytes"] < 20e9
+
+
+@pytest.mark.parametrize("name", METHODS, ids="method-{}".format)
+def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logits(
+    finished, name, monkeypatch
+):
+    folder, asked, results = finished
+    weights = folder / "again" / name / "weights"
+    record = next(run for run in results["runs"] if run["method"] == name)
+    trained = {}
+
+    def keep(model, *_):
+        trained["model"] = model
+        raise InterruptedError  # the steps that are timed would train the model on
+
+    monkeypatch.setattr(train.timing, "step_seconds", keep)
+    base = runner.checkpoint.load(asked.model, ("bad", "good"), torch.device("cpu"))
+    encoded = train.encode(runner.data.load_file(Path(asked.data)), base)
+    with pytest.raises(InterruptedError):
+        train.train_run(name, 0, base, encoded, asked, weights.parent)
+    model = _base(folder)
+    if name in ("lora", "prefix"):
+        model = peft.PeftModel.from_pretrained(model, weights)
+    elif name == "head":
+        model.score.load_state_dict(load_file(weights / "head.safetensors"))
+    elif name == "full":
+        model = GPT2ForSequenceClassification.from_pretrained(weights)
+    else:
+        fastpeft.load_adapters(model, weights)
+    expected = _logits(trained["model"], folder)
+    assert torch.equal(_logits(model, folder), expected)
+    assert not torch.equal(_logits(_base(folder), folder), expected)
+    # The run that was kept is the same one: equal seeds train equal weights.
+    for file in (folder / "out" / "runs" / f"{name}-seed0" / "weights").glob("*.safetensors"):
+        kept, again = load_file(file), load_file(weights / file.name)
+        assert kept.keys() == again.keys()
+        assert all(torch.equal(kept[key], again[key]) for key in kept)
+    assert record["trainable_parameters"] == sum(p.numel() for p in train.trainable(trained["model"]))
+
+
+class _Page(HTMLParser):
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_well_formed_self_contained_and_names_every_method(finished):
+    folder, _, results = finished
+    text = (folder / "out" / "report.html").read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 3
+    assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in images)
+    assert all(name in images[0]["alt"] for name in METHODS)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
+    assert "http" not in text.replace("http-equiv", "")
+    for run in results["runs"]:
+        assert run["method"] in page.text
+        assert f"{run['accuracy']:.1%}" in page.text
+        assert run["formula"] in page.text
+    assert "One seed shows no spread: no ranking follows." in page.text
+
+
+def test_the_plots_are_png_files_of_a_legible_size(finished):
+    for name in "accuracy", "step_time", "curves":
+        with Image.open(finished[0] / "out" / f"{name}.png") as image:
+            assert image.width > 1000
+            assert len(image.convert("L").getcolors()) > 20  # not blank
+
+
+def _recorded(out: Path) -> dict[str, float]:
+    """The finished runs in a folder and when each was written."""
+    return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/[!.]*/record.json")}
+
+
+def test_killed_and_started_again_it_keeps_finished_runs_and_ends_with_the_same_results(tmp_path):
+    asked = arguments(tmp_path, methods=("head", "adapter-attn"), max_steps=8)
+    command = [sys.executable, "-m", "fastpeft", "compare", *_options(asked)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not _recorded(asked.out):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = _recorded(asked.out)
+    assert 1 <= len(kept) < 4
+    assert not (asked.out / "results.json").exists()
+
+    results = compare(asked)
+    now = _recorded(asked.out)
+    assert len(now) == 4
+    assert {name: now[name] for name in kept} == kept
+    assert not list(asked.out.glob("runs/.*"))
+    whole = compare(dataclasses.replace(asked, out=tmp_path / "whole"))
+    assert [run["accuracy"] for run in results["runs"]] == [run["accuracy"] for run in whole["runs"]]
+    losses = [[point["loss"] for point in run["curve"]] for run in results["runs"]]
+    assert losses == [[point["loss"] for point in run["curve"]] for run in whole["runs"]]
+
+
+def _options(asked) -> list[str]:
+    options = {"out": asked.out, **asked.recorded(), "methods": ",".join(asked.methods)}
+    return [
+        word
+        for name, value in options.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def test_a_run_cut_short_by_ctrl_c_leaves_nothing_that_counts(tmp_path, monkeypatch):
+    asked = arguments(tmp_path, methods=("head",))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.timing, "step_seconds", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(asked)
+    assert runner.finished_runs(asked.out) == 0
+    monkeypatch.undo()
+    assert len(compare(asked)["runs"]) == 2
+
+
+def test_a_finished_comparison_started_again_trains_nothing(finished, monkeypatch):
+    _, asked, results = finished
+    monkeypatch.setattr(runner, "train_run", None)
+    assert compare(asked)["runs"] == results["runs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rank": 3}, "--rank (was 2, now 3)"),
+        ({"seeds": 2, "lr": 0.5}, "--seeds (was 1, now 2); --lr (was None, now 0.5)"),
+        ({"methods": ("head",)}, "--methods (was head,lora,adapter-attn"),
+    ],
+)
+def test_other_arguments_on_the_same_folder_are_refused_by_name(finished, change, named):
+    folder, asked, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
+    with pytest.raises(BadInput) as refusal:
+        compare(dataclasses.replace(asked, **change))
+    assert named in str(refusal.value)
+    assert {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")} == before
+
+
+def test_other_data_or_another_model_under_the_same_name_is_refused(tmp_path):
+    asked = arguments(tmp_path, methods=("head",), seeds=1, max_steps=1)
+    compare(asked)
+    corpus(Path(asked.data), rows=50)
+    with pytest.raises(BadInput, match="data rows"):
+        compare(asked)
+    corpus(Path(asked.data))
+    shutil.rmtree(asked.model)
+    checkpoint(Path(asked.model), initializer_range=0.1)
+    with pytest.raises(BadInput, match="model sha256"):
+        compare(asked)
+
+
+def test_a_folder_that_moves_still_goes_on(finished, tmp_path):
+    folder, asked, results = finished
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(folder / "out", moved)
+    assert compare(dataclasses.replace(asked, out=moved))["runs"] == results["runs"]
+
+
+def test_more_seeds_vary_the_start_on_one_split(tmp_path):
+    results = compare(arguments(tmp_path, methods=("lora",)))
+    first, second = results["runs"]
+    assert first["seed"] != second["seed"]
+    assert first["curve"][0]["loss"] != second["curve"][0]["loss"]
+
+
+def test_two_processes_write_the_results_of_one(tmp_path):
+    asked = arguments(tmp_path, methods=("lora",), seeds=1, max_steps=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "-m", "fastpeft", "compare", *_options(asked)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((asked.out / "results.json").read_text(encoding="utf-8"))
+    assert results["machine"]["processes"] == 2
+    assert len(results["runs"]) == 1
+    assert done.stdout.count("Report:") == 1
