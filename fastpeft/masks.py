@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _LANES = 1 << 16
+_CHUNK = 1 << 12  # bytes of bits, for which 64 KiB of random lanes are drawn
 
 
 def draw(x: Tensor, dropout_p: float, *, exact: bool) -> tuple[Tensor, float]:
@@ -26,9 +27,13 @@ def draw(x: Tensor, dropout_p: float, *, exact: bool) -> tuple[Tensor, float]:
     if exact or x.device.type != "cpu":
         return _pack(torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)), dropout_p
     drop_below = min(round(dropout_p * _LANES), _LANES - 1)
-    seed = int(torch.randint(2**63 - 1, ()))
-    lanes = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.uint16)[: x.numel()]
-    return torch.from_numpy(np.packbits(lanes >= drop_below)), drop_below / _LANES
+    generator = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
+    bits = np.empty(-(-x.numel() // 8), np.uint8)
+    for start in range(0, len(bits), _CHUNK):  # in pieces that stay in the cache
+        chunk = bits[start : start + _CHUNK]
+        lanes = generator.random_raw(2 * len(chunk)).view(np.uint16)
+        chunk[:] = np.packbits(lanes >= drop_below)
+    return torch.from_numpy(bits), drop_below / _LANES
 
 
 def unpack(bits: Tensor, x: Tensor) -> Tensor:

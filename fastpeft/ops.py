@@ -255,7 +255,7 @@ class _LoraLinear(torch.autograd.Function):
         bits = None
         if dropout_p > 0.0:
             bits, dropout_p = masks.draw(update_x, dropout_p, exact=exact)
-            update_x = masks.unpack(bits, update_x).mul_(update_x)
+            update_x = update_x * masks.unpack(bits, update_x)
             scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         xa = update_x @ a.T
         y = x @ weight if bias is None else torch.addmm(bias, x, weight)
@@ -281,7 +281,8 @@ class _LoraLinear(torch.autograd.Function):
         dy_wide, x_wide = dy.to(ctx.wide), x.to(ctx.wide)
         keep = masks.unpack(bits, x_wide) if bits is not None and (need_x or need_a) else None
         if need_b:
-            d_lora_b = (dy_wide.T @ xa).mul_(ctx.scaling).to(lora_b.dtype)
+            # (R, M) @ (M, N) keeps the long side last, twice as fast as the transpose of it
+            d_lora_b = (xa.T @ dy_wide).mul_(ctx.scaling).T.to(lora_b.dtype)
         if need_x or need_a:
             dxa = (dy_wide @ b).mul_(ctx.scaling)
         if need_a:
