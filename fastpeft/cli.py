@@ -68,7 +68,7 @@ def compare(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate of all methods.  [default: one that suits each]", show_default=False
+            help="Peak learning rate of all methods, instead of each one's own.", show_default=False
         ),
     ] = None,
     rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = Arguments.rank,
@@ -81,8 +81,7 @@ def compare(
 ) -> None:
     """Train fine-tuning methods side by side on one split of labelled text.
 
-    Shows accuracy, trainable parameters, step time (stock and patched) and memory of each, in the terminal
-    and as results.json, report.html, plots and trained weights in the --out folder.
+    Shows a table, and writes results.json, report.html, plots and the trained weights to --out.
     """
     arguments = Arguments(
         out=out,

@@ -23,7 +23,7 @@ class Arguments:
         BadInput: an unknown method or one named twice, an unknown backend, a number out of its range.
     """
 
-    out: Path
+    out: Path = Path("fastpeft-report")
     methods: tuple[str, ...] = DEFAULT_METHODS
     model: str = IMDB_SMALL
     data: str = ROTTEN_TOMATOES

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 
 import fastpeft
@@ -24,7 +22,7 @@ def inspection(name: str) -> str:
         model: nn.Module = base_model.untrained()  # a report doesn't depend on weights
     else:
         model = checkpoint.load(name, ("negative", "positive"), device).model
-    arguments = Arguments(Path())
+    arguments = Arguments()
     for method in "lora", "adapter-attn", "adapter-mlp":
         model = METHODS[method].apply(model, arguments)
     fastpeft.patch(model.to(device))

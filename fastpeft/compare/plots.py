@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastpeft.compare.methods import METHODS
 from fastpeft.compare.summary import listed, speed_shown, summarise
@@ -35,6 +35,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 12,
     "svg.hashsalt": "fastpeft",  # the same results give the same file
 }
+_LEAST_SPAN = 0.1  # of the accuracy axis
 _WIDTH = 6.6  # inches: on a phone the page shows it at about half size, still legible
 
 
@@ -98,14 +99,18 @@ def _draw_accuracy(results: dict[str, Any]) -> Figure:
             accuracy.mean,
             marker,
             color=colour,
-            markersize=10,
+            markersize=9,
             markeredgecolor="white",
             label=summary.method,
         )
     axes.set_xscale("log")
     axes.margins(x=0.12, y=0.12)
+    low, high = axes.get_ylim()
+    # Differences too small to mean anything shouldn't fill the plot.
+    short = max(0.0, _LEAST_SPAN - (high - low))
+    axes.set_ylim(low - short / 2, high + short / 2)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     axes.set_xlabel("trainable parameters (log scale)")
     axes.set_ylabel("accuracy on the eval part")
     _legend(figure, axes)
@@ -113,11 +118,17 @@ def _draw_accuracy(results: dict[str, Any]) -> Figure:
 
 
 def _apart(values: list[int]) -> list[float]:
-    """The values, equal ones moved a little apart on a log axis so that both can be seen."""
-    placed: list[float] = []
-    for index, value in enumerate(values):
-        same = [i for i, other in enumerate(values) if other == value]
-        placed.append(value * 1.12 ** (same.index(index) - (len(same) - 1) / 2))
+    """The values, those within a tenth of each other moved apart on a log axis so that all can be seen."""
+    placed = [float(value) for value in values]
+    groups: list[list[int]] = []
+    for index in sorted(range(len(values)), key=values.__getitem__):
+        if groups and values[index] <= 1.1 * values[groups[-1][-1]]:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    for group in groups:
+        for place, index in enumerate(group):
+            placed[index] *= 1.25 ** (place - (len(group) - 1) / 2)
     return placed
 
 
@@ -143,7 +154,7 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
             axes.fill_between(
                 steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0
             )
-    upper.yaxis.set_major_formatter(PercentFormatter(1.0))
+    upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
     upper.set_ylabel("accuracy on the eval part")
     lower.set_ylabel("training loss (nats)")
     lower.set_xlabel("training step")
@@ -220,7 +231,7 @@ PLOTS = (
     Plot(
         "accuracy",
         "Accuracy against trainable parameters. The marker is the mean, the bar reaches from the lowest to "
-        "the highest seed. Methods with equally many parameters are set a little apart.",
+        "the highest seed. Methods with about as many parameters are set a little apart.",
         _describe_accuracy,
         _draw_accuracy,
     ),
