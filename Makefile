@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-.PHONY: demo test test-full test-gpu fuzz lint clean
+.PHONY: demo test test-full test-gpu fuzz bench bench-gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastpeft compare --out demo-report
@@ -19,6 +19,28 @@ fuzz: $(INSTALLED)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
+
+# On the CPU, an hour on an idle machine: writes bench/results and the README's table.
+bench: $(INSTALLED)
+	$(BIN)/python bench/traffic.py --json bench/results/traffic.json
+	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default \
+	  --benchmark-json=bench/results/micro.json
+	$(BIN)/python bench/throughput.py --method lora adapter --dtype fp32 bf16 --dropout 0 0.05 --inference --startup \
+	  --json bench/results/throughput.json
+	$(BIN)/python bench/plot.py --table README.md
+
+# On a GPU: the tests first, then all that is counted and measured, into one page, $(GPU)/report.html.
+GPU := bench/results/gpu
+bench-gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("bench-gpu needs a CUDA device")'
+	mkdir -p $(GPU)
+	$(BIN)/python -m pytest -m gpu > $(GPU)/tests.txt || { cat $(GPU)/tests.txt; exit 1; }
+	$(BIN)/python bench/compile_report.py --json $(GPU)/compile_report.json
+	$(BIN)/python bench/traffic.py --json $(GPU)/traffic.json
+	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default --benchmark-json=$(GPU)/micro.json
+	$(BIN)/python bench/throughput.py --model small medium --method lora adapter --dtype bf16 fp32 --dropout 0 0.1 \
+	  --rank 16 --batch 8 --seq 256 1024 --inference --startup --json $(GPU)/throughput.json
+	$(BIN)/python bench/plot.py --results $(GPU) --report $(GPU)/report.html
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -6,6 +6,8 @@ import copy
 from typing import Any
 
 import torch
+from cases import DTYPES, AdapterCase, LoraCase
+from check import Wrong, hold
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -13,6 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import fastpeft
 from fastpeft.adapters import Adapter
+
+LORA_VARIANTS = ("frozen", "peft", "peft_fp32", "addmm", "compile", "fastpeft")
+ADAPTER_VARIANTS = ("eager", "compile", "fastpeft")
 
 
 class OneLayer(nn.Module):
@@ -123,3 +128,45 @@ def adapter_layer(
         layer = Adapter(width, bottleneck).to(dtype)
     nn.init.normal_(layer.up.weight, std=0.02)
     return layer
+
+
+def lora_variant(case: LoraCase, variant: str, device: str) -> nn.Module:
+    """The layer of one of `LORA_VARIANTS`, in training mode, once it agrees with peft's."""
+    k, n = case.projection.k, case.projection.n
+    stock = peft_layer(k, n, case.rank, case.dropout, DTYPES[case.dtype], variant == "peft_fp32", device)
+    return frozen(stock) if variant == "frozen" else _variant(stock, variant, k)
+
+
+def adapter_variant(case: AdapterCase, variant: str, device: str) -> nn.Module:
+    """The layer of one of `ADAPTER_VARIANTS`, in training mode, once it agrees with the eager one."""
+    stock = adapter_layer(case.width, case.bottleneck, DTYPES[case.dtype], device)
+    return _variant(stock, variant, case.width)
+
+
+def _variant(stock: nn.Module, variant: str, width: int) -> nn.Module:
+    torch._dynamo.reset()  # each variant its own graphs, below the limit on recompilations
+    others = {
+        "addmm": AddmmLora,
+        "compile": lambda layer: torch.compile(layer, dynamic=False),
+        "fastpeft": patched,
+    }
+    layer = others.get(variant, lambda layer: layer)(stock)
+    truth = copy.deepcopy(stock).double()
+    found, expected, exact = (_results(each.eval(), width) for each in (layer, stock, truth))
+    for part in exact:
+        hold(f"{variant}: {part}", found[part], expected[part], exact[part])
+    (row,) = fastpeft.report(OneLayer(layer if variant == "fastpeft" else stock))
+    if (row.path != "stock" and row.calls > 0) != (variant == "fastpeft"):
+        raise Wrong(f"{variant} doesn't run the code it is named for: {row}")
+    return layer.train()
+
+
+def _results(layer: nn.Module, width: int) -> dict[str, Tensor]:
+    """Output and gradients for the same numbers in every dtype."""
+    first = next(layer.parameters())
+    numbers = torch.randn(4, 32, width, generator=torch.Generator().manual_seed(2)).bfloat16()
+    x = numbers.to(first.device, first.dtype).requires_grad_()
+    y = layer(x)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).bfloat16().to(y)
+    gradients = torch.autograd.grad(y, [x, *(p for p in layer.parameters() if p.requires_grad)], dy)
+    return {"y": y.detach(), **{f"gradient {i}": each for i, each in enumerate(gradients)}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,14 @@ def write(path: Path, record: dict[str, Any]) -> None:
     """Write a record as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median with the 20 % and 80 % quantiles."""
+    if len(values) == 1:
+        values = values * 2
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return {"median": statistics.median(values), "q20": fifths[0], "q80": fifths[-1]}
 
 
 def _git(*arguments: str) -> str:

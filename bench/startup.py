@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-import models
+import variants
 
 import fastpeft
 
@@ -30,8 +30,8 @@ def import_seconds(rounds: int = 3) -> float:
 
 def patch_seconds(rounds: int = 10) -> float:
     """Median time of `fastpeft.patch` on GPT-2 small with LoRA on all projections."""
-    setting = models.Setting("small", "lora", "fp32", dropout=0.1, rank=8, head="lm", device="cpu")
-    model = models.build(setting, ["peft"])["peft"]
+    setting = variants.Setting("small", "lora", "fp32", dropout=0.1, rank=8, head="lm", device="cpu")
+    model = variants.build(setting, ["peft"])["peft"]
     taken = []
     for _ in range(rounds):
         began = time.perf_counter()

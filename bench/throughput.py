@@ -16,30 +16,22 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import models
 import record
 import startup
+import tables
 import torch
+import variants
 from cases import DTYPES, MODELS
 from torch import Tensor, nn
 
 from fastpeft.compare.memory import PeakMemory
 
 WARM_UP = 2
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """The median with the 20 % and 80 % quantiles."""
-    if len(values) == 1:
-        values = values * 2
-    fifths = statistics.quantiles(values, n=5, method="inclusive")
-    return {"median": statistics.median(values), "q20": fifths[0], "q80": fifths[-1]}
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -100,12 +92,12 @@ def step_peak_bytes(step: Callable[[], None], device: str) -> int | None:
 
 
 def point(
-    variants: dict[str, nn.Module], setting: models.Setting, mode: str, batch: int, seq: int, rounds: int
+    models: dict[str, nn.Module], setting: variants.Setting, mode: str, batch: int, seq: int, rounds: int
 ) -> dict[str, Any]:
     """Measure one grid point: a dictionary by variant."""
-    data = models.batch_of(setting, batch, seq)
+    data = variants.batch_of(setting, batch, seq)
     steps: dict[str, Callable[[], None]] = {}
-    for name, model in variants.items():
+    for name, model in models.items():
         model.train(mode == "training")
         if name == "compile":
             torch._dynamo.reset()  # each point its own graph, below the limit on recompilations
@@ -115,19 +107,19 @@ def point(
     taken = seconds(steps, rounds, setting.device)
     found = {}
     for name, times in taken.items():
-        row: dict[str, Any] = {"seconds": spread(times)}
+        row: dict[str, Any] = {"seconds": record.spread(times)}
         row["tokens_per_second"] = batch * seq / row["seconds"]["median"]
-        baseline = models.BASELINES[setting.method][name]
+        baseline = variants.BASELINES[setting.method][name]
         if baseline in taken:
             ratios = [b / t for b, t in zip(taken[baseline], times, strict=True)]
-            row["speedup"] = {"over": baseline, **spread(ratios)}
+            row["speedup"] = {"over": baseline, **record.spread(ratios)}
         if "frozen" in taken:
-            row["over_frozen"] = spread([t / f for t, f in zip(times, taken["frozen"], strict=True)])
+            row["over_frozen"] = record.spread([t / f for t, f in zip(times, taken["frozen"], strict=True)])
         row["step_peak_bytes"] = step_peak_bytes(steps[name], setting.device)
         if mode == "training" and name != "compile":  # what a compiled graph saves, hooks don't see
-            row["saved_bytes"] = saved_bytes(variants[name], data)
+            row["saved_bytes"] = saved_bytes(models[name], data)
         found[name] = row
-        variants[name].zero_grad()
+        models[name].zero_grad()
     return found
 
 
@@ -150,22 +142,29 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def settings(args: argparse.Namespace) -> list[models.Setting]:
+def settings(args: argparse.Namespace) -> list[variants.Setting]:
     """What to build, each once: LoRA's dropout is nothing to adapters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     product = itertools.product(args.model, args.method, args.dtype, args.dropout)
-    wanted = [models.Setting(*each, args.rank, args.head, device) for each in product]
+    wanted = [variants.Setting(*each, args.rank, args.head, device) for each in product]
     return list(dict.fromkeys(s if s.method == "lora" else s._replace(dropout=0.0) for s in wanted))
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """The record: each of its `points` has its setting, shapes, and what was measured by variant."""
-    points: list[dict[str, Any]] = []
-    inferred: set[models.Setting] = set()
+    """The record: each of its `points` has its setting, shapes, and what was measured by variant.
+
+    It is written after each point, so that a point which doesn't fit the machine costs none before it.
+    """
+    result = {"kind": "throughput", **record.header(), "points": []}
+    if args.startup:
+        result["startup"] = startup.measure()
+        print(f"import fastpeft: {result['startup']['import_seconds']:.3f} s beyond torch, peft and GPT-2")
+        print(f"fastpeft.patch on GPT-2 small: {result['startup']['patch_seconds']:.4f} s")
+    inferred: set[variants.Setting] = set()
     for setting in settings(args):
-        names = [name for name in models.variants_of(setting) if not args.variants or name in args.variants]
-        variants = models.build(setting, names)
-        models.check(variants, setting)
+        names = [name for name in variants.variants_of(setting) if not args.variants or name in args.variants]
+        models = variants.build(setting, names)
+        variants.check(models, setting)
         modes = ["training"]
         without_dropout = setting._replace(dropout=0.0)  # as inference is
         if args.inference and without_dropout not in inferred:
@@ -173,52 +172,40 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             modes.append("inference")
         for mode, batch, seq in itertools.product(modes, args.batch, args.seq):
             found = {"mode": mode, **setting._asdict(), "batch": batch, "seq": seq, "rounds": args.rounds}
-            found["variants"] = point(variants, setting, mode, batch, seq, args.rounds)
-            points.append(found)
-            print(f"\n{title(found)}\n{table(found['variants'])}", flush=True)
-    result = {"kind": "throughput", "points": points}
-    if args.startup:
-        result["startup"] = startup.measure()
-        print(f"\nimport fastpeft: {result['startup']['import_seconds']:.3f} s beyond torch, peft and GPT-2")
-        print(f"fastpeft.patch on GPT-2 small: {result['startup']['patch_seconds']:.4f} s")
-    return {**result, **record.header()}
+            found["variants"] = point(models, setting, mode, batch, seq, args.rounds)
+            result["points"].append(found)
+            print(f"\n{tables.describe(found)}, {args.rounds} rounds\n{table(found['variants'])}", flush=True)
+            if args.json:
+                record.write(args.json, result)
+    return result
 
 
-def title(found: dict[str, Any]) -> str:
-    """A grid point in words."""
-    lora = f" r={found['rank']}" if found["method"] == "lora" else ""
-    if lora and found["mode"] == "training":
-        lora += f" dropout {found['dropout']:g}"
-    return (
-        f"{found['mode']}, GPT-2 {found['model']}, {found['method']}{lora}, {found['dtype']}, "
-        f"batch {found['batch']} x {found['seq']} tokens, {found['device']}, {found['rounds']} rounds"
-    )
-
-
-def main() -> None:
+def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["small"])
-    parser.add_argument("--method", nargs="+", choices=models.BASELINES, default=["lora"])
-    parser.add_argument("--head", choices=models.HEADS, default="lm")
+    parser.add_argument("--method", nargs="+", choices=variants.BASELINES, default=["lora"])
+    parser.add_argument("--head", choices=variants.HEADS, default="lm")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.1], help="of LoRA")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
     parser.add_argument("--seq", nargs="+", type=int, default=[128])
-    everything = sorted({name for method in models.BASELINES.values() for name in method})
+    everything = sorted({name for method in variants.BASELINES.values() for name in method})
     parser.add_argument("--variants", nargs="+", choices=everything, help="default: all")
     parser.add_argument("--inference", action="store_true", help="measure inference as well")
     parser.add_argument("--startup", action="store_true", help="time `import fastpeft` and `patch` as well")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--json", type=Path, help="write the record here")
-    args = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    args = parsed()
     if args.threads:
         torch.set_num_threads(args.threads)
-    result = measure(args)
-    if args.json:
-        record.write(args.json, result)
+    measure(args)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from cases import ADAPTER_SLOTS, BOTTLENECK, DTYPES, LORA_TARGETS, MODELS
+from check import Wrong, hold
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
@@ -120,10 +121,6 @@ def batch_of(setting: Setting, batch: int, seq: int) -> dict[str, Tensor]:
     return {"input_ids": ids.to(setting.device), "labels": labels.to(setting.device)}
 
 
-class Wrong(RuntimeError):
-    """A variant that must not be timed: it isn't what it says, or computes something else."""
-
-
 def check(models: dict[str, nn.Module], setting: Setting) -> None:
     """Hold logits and gradients of each variant against its baseline, both measured against float64.
 
@@ -144,7 +141,7 @@ def check(models: dict[str, nn.Module], setting: Setting) -> None:
             training = name == "exact" and setting.device == "cpu"
             exact, expected, found = (results(m, batch, training) for m in (truth, stock, model))
             for part in exact:
-                _hold(f"{name}: {part}", found[part], expected[part], exact[part])
+                hold(f"{name}: {part}", found[part], expected[part], exact[part])
         _assert_runs_its_own_code(name, model)
 
 
@@ -168,13 +165,6 @@ def _gradients(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
             role = next(part for part in ("lora_A", "lora_B", "down", "up") if f".{part}." in name)
             roles.setdefault(f"gradient of {role}", []).append(parameter.grad.flatten())
     yield from roles.items()
-
-
-def _hold(what: str, found: Tensor, expected: Tensor, exact: Tensor) -> None:
-    error, stock_error = ((t.double() - exact).norm().item() for t in (found, expected))
-    allowed = 2 * stock_error + torch.finfo(expected.dtype).eps * exact.norm().item()
-    if not error <= allowed:  # a NaN compares false
-        raise Wrong(f"{what}: error {error:.3e} where stock's allows {allowed:.3e}")
 
 
 def _assert_runs_its_own_code(name: str, model: nn.Module) -> None:

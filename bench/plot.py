@@ -1,0 +1,193 @@
+"""Figures of recorded results, and the tables in the README; nothing is measured here.
+
+    python bench/plot.py [--results bench/results] [--table README.md] [--report FILE]
+
+Draws a PNG for each kind of record that the folder holds. `--table` rewrites the section of a Markdown file
+between its two markers; `--report` writes tables and figures into one HTML file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import report
+import tables
+from record import RESULTS
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+#: Okabe and Ito's palette, which colour-blind readers can tell apart; a variant keeps its colour.
+COLOURS = {
+    "frozen": "#999999",
+    "peft": "#E69F00",
+    "peft_bf16": "#E69F00",
+    "peft_fp16": "#E69F00",
+    "peft_fp32": "#D55E00",
+    "eager": "#E69F00",
+    "addmm": "#56B4E9",
+    "compile": "#CC79A7",
+    "fastpeft": "#009E73",
+    "fastpeft_fp32": "#0072B2",
+    "exact": "#F0E442",
+}
+plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
+
+
+def roofline(record: dict[str, Any]) -> Figure:
+    """Bytes and launches of each layer by variant, the bytes beside the least possible."""
+    shapes = record["shapes"]
+    layers = {**record["layers"], "adapter": record["adapter"]}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
+    width = 0.84 / max(len(rows) - 1 for rows in layers.values())
+    for axes, key, unit in ((left, "bytes", 1e6), (right, "launches", 1)):
+        for place, rows in enumerate(layers.values()):
+            drawn = [variant for variant in rows if variant != "bound"]
+            for i, variant in enumerate(drawn):
+                x = place + (i - (len(drawn) - 1) / 2) * width
+                value = rows[variant][key] / unit
+                axes.bar(x, value, width * 0.92, color=COLOURS[variant])
+                label = axes.annotate(f"{value:.0f}", (x, value), (0, 2), textcoords="offset points")
+                label.set(
+                    ha="center", fontsize=6, zorder=5, bbox={"color": "white", "pad": 0.4, "alpha": 0.8}
+                )
+            if key == "bytes":
+                least = rows["bound"]["bytes"] / unit
+                axes.hlines(least, place - 0.45, place + 0.45, color="black", linewidth=1.4)
+        axes.set_xticks(range(len(layers)), list(layers))
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    left.set_ylabel("MB moved, forward and backward")
+    right.set_ylabel("kernel launches, forward and backward")
+    seen = dict.fromkeys(v for rows in layers.values() for v in rows if v != "bound")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[v]) for v in seen]
+    handles.append(plt.Line2D([], [], color="black", linewidth=1.4))
+    names = [*(tables.LABELS[v] for v in seen), "each tensor once (least)"]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    figure.suptitle(
+        f"GPT-2 small's layers, {shapes['tokens']} tokens, {record['dtype']}, r={shapes['rank']}, "
+        f"dropout {shapes['dropout']:g}, bottleneck {shapes['bottleneck']}: counted from what is launched",
+        fontsize=10,
+    )
+    return figure
+
+
+def throughput(record: dict[str, Any]) -> Figure:
+    """Tokens a second by variant, a panel a grid point, the 20 % to 80 % quantiles as whiskers."""
+    points = sorted(record["points"], key=lambda point: point["mode"] != "training")
+    columns = min(3, len(points))
+    lines = math.ceil(len(points) / columns)
+    bars = max(len(point["variants"]) for point in points)
+    size = (4.6 * columns, (0.3 * bars + 0.9) * lines + 0.4)
+    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
+    for axes, point in zip(grid.flat, points, strict=False):
+        _tokens_per_second(axes, point)
+    for axes in grid.flat[len(points) :]:
+        axes.set_axis_off()
+    machine = record["machine"]
+    figure.suptitle(f"Tokens a second on {machine['gpu'] or machine['processor']}", fontsize=10)
+    return figure
+
+
+def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
+    tokens = point["batch"] * point["seq"]
+    furthest = max(tokens / row["seconds"]["q20"] for row in point["variants"].values())
+    for place, (variant, row) in enumerate(point["variants"].items()):
+        value, slow, fast = row["tokens_per_second"], *(tokens / row["seconds"][q] for q in ("q80", "q20"))
+        whiskers = [[value - slow], [fast - value]]
+        axes.barh(place, value, 0.75, color=COLOURS[variant], xerr=whiskers, error_kw={"linewidth": 0.8})
+        speedup = row.get("speedup")
+        if speedup and speedup["over"] != variant:
+            text = f"{speedup['median']:.2f} x {tables.LABELS[speedup['over']]}"
+            axes.text(fast + furthest * 0.03, place, text, va="center", fontsize=7)
+    axes.set_xlim(0, furthest * 1.5)
+    axes.xaxis.get_major_locator().set_params(nbins=4)
+    axes.set_yticks(range(len(point["variants"])), [tables.LABELS[v] for v in point["variants"]])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens/s")
+    lora = (
+        f", dropout {point['dropout']:g}" if point["method"] == "lora" and point["mode"] == "training" else ""
+    )
+    shape = f"{point['dtype']}, {point['batch']} x {point['seq']}"
+    axes.set_title(f"{point['mode']}: {point['model']}, {point['method']}{lora}, {shape}", fontsize=8)
+
+
+def micro(record: dict[str, Any]) -> Figure:
+    """Times of one layer over the baseline's, a panel a phase and state, a group a shape."""
+    rows = record["rows"]
+    panels = list(dict.fromkeys((r["phase"], r["run"], r["l2"]) for r in rows))
+    height = 0.16 * len(rows) / len(panels) + 1.6
+    figure, grid = plt.subplots(
+        1, len(panels), figsize=(4.6 * len(panels), height), layout="constrained", squeeze=False
+    )
+    for axes, panel in zip(grid.flat, panels, strict=True):
+        _relative_times(axes, [r for r in rows if (r["phase"], r["run"], r["l2"]) == panel])
+        state = () if rows[0]["device"] == "cpu" else (panel[1], f"{panel[2]} L2")
+        axes.set_title(", ".join((panel[0], *state)), fontsize=9)
+    for axes in grid.flat[1:]:
+        axes.set_yticklabels([])
+    seen = dict.fromkeys(r["variant"] for r in rows)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[v]) for v in seen]
+    names = [tables.LABELS[v] for v in seen]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
+    return figure
+
+
+def _relative_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        name = row.get("projection", "adapter")
+        lora = f", p={row['dropout']:g}" if row["operation"] == "lora" else ""
+        groups.setdefault(f"{name}, {row['dtype']}{lora}", []).append(row)
+    place, ticks = 0.0, []
+    for group in groups.values():
+        baseline = next(r for r in group if r["variant"] in ("peft", "eager"))["seconds"]["median"]
+        ticks.append(place + (len(group) - 1) / 2)
+        for row in group:
+            seconds = {name: value / baseline for name, value in row["seconds"].items()}
+            whiskers = [[seconds["median"] - seconds["q20"]], [seconds["q80"] - seconds["median"]]]
+            axes.barh(
+                place,
+                seconds["median"],
+                0.85,
+                color=COLOURS[row["variant"]],
+                xerr=whiskers,
+                error_kw={"linewidth": 0.6},
+            )
+            place += 1
+        place += 1
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_yticks(ticks, list(groups))
+    axes.invert_yaxis()
+    axes.set_xlabel("time over that of peft, or of the eager adapter")
+
+
+def main() -> None:
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of records and figures")
+    parser.add_argument("--table", type=Path, help="rewrite the marked section of this Markdown file")
+    parser.add_argument("--report", type=Path, help="write tables and figures into this HTML file")
+    args = parser.parse_args()
+    records = tables.load(args.results)
+    if not records:
+        parser.error(f"no record in {args.results}: `make bench` makes them")
+    figures = {}
+    for kind, draw in {"traffic": roofline, "throughput": throughput, "micro": micro}.items():
+        if kind in records:
+            figures[kind] = args.results / f"{kind}.png"
+            draw(records[kind]).savefig(figures[kind])
+            print(figures[kind])
+    if args.table:
+        tables.rewrite(args.table, tables.short(records))
+    if args.report:
+        report.write(args.report, args.results, records, figures)
+
+
+if __name__ == "__main__":
+    main()

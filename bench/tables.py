@@ -1,0 +1,215 @@
+"""Tables of recorded results, and the section of a Markdown file made of them; nothing here measures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+LABELS = {
+    "bound": "each tensor once",
+    "frozen": "frozen model alone",
+    "peft": "peft",
+    "peft_bf16": "peft, bf16 factors",
+    "peft_fp16": "peft, fp16 factors",
+    "peft_fp32": "peft, fp32 factors",
+    "addmm": "addmm by hand",
+    "compile": "torch.compile",
+    "eager": "eager module",
+    "fastpeft": "fastpeft",
+    "fastpeft_fp32": "fastpeft, fp32 factors",
+    "exact": "fastpeft, exact",
+}
+
+
+class Table(NamedTuple):
+    """A title, a line on how it came about, and cells."""
+
+    title: str
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The records in `folder`, by kind."""
+    records = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
+    return {record["kind"]: record for record in records if isinstance(record, dict) and "kind" in record}
+
+
+def compiled(folder: Path) -> Iterator[Table]:
+    """What the kernels cost once compiled, an architecture a row, where the folder has a compile report."""
+    path = folder / "compile_report.json"
+    if not path.exists():
+        return
+    report = json.loads(path.read_text(encoding="utf-8"))
+    by_architecture: dict[int, list[dict[str, Any]]] = {}
+    for row in report["rows"]:
+        by_architecture.setdefault(row["arch"], []).append(row)
+    rows = []
+    for architecture, found in by_architecture.items():
+        spills = sum(1 for row in found if row["spill_loads"] or row["spill_stores"])
+        registers = max(row["registers"] for row in found)
+        shared = max(row["shared_bytes"] / row["shared_limit"] for row in found)
+        rows.append([f"sm_{architecture}", str(len(found)), str(spills), str(registers), f"{shared:.0%}"])
+    header = ["", "configurations", "that spill", "most registers", "most shared memory, of the limit"]
+    yield Table("Compiled kernels", f"Machine code read back; triton {report['triton']}.", header, rows)
+
+
+def every(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
+    """All tables that the records give."""
+    for kind, make in (("traffic", traffic), ("throughput", throughput), ("micro", micro)):
+        if kind in records:
+            yield from make(records[kind])
+
+
+def short(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
+    """What a README has room for."""
+    if "traffic" in records:
+        yield from traffic(records["traffic"])
+    if "throughput" in records:
+        yield speedups(records["throughput"])
+
+
+def traffic(record: dict[str, Any]) -> Iterator[Table]:
+    """The bytes and launches of a block's four LoRA layers, and of an adapter."""
+    shapes = record["shapes"]
+    lora = f"r={shapes['rank']}, dropout {shapes['dropout']:g}"
+    note = (
+        f"{shapes['tokens']} tokens, width {shapes['width']}, {record['dtype']}, forward and backward, {{}}. "
+    )
+    note += f"Counted, not timed: what is launched on {record['architecture']}. {provenance(record)}"
+    header = ["", "launches", "MB moved", "x least", "MB saved for backward"]
+    for title, rows, what in (
+        ("Memory traffic of the LoRA layers of one block", record["block"], lora),
+        ("Memory traffic of one adapter", record["adapter"], f"bottleneck {shapes['bottleneck']}"),
+    ):
+        least = rows["bound"]["bytes"]
+        cells = []
+        for variant, row in rows.items():
+            moved, saved = mega(row["bytes"]), mega(row["saved_bytes"])
+            cells.append([LABELS[variant], str(row["launches"]), moved, f"{row['bytes'] / least:.2f}", saved])
+        yield Table(title, note.format(what), header, cells)
+
+
+def throughput(record: dict[str, Any]) -> Iterator[Table]:
+    """Every variant of every point, training and inference apart."""
+    header = ["", "ms", "tokens/s", "speed-up (20-80 %)", "x frozen", "MB saved", "MB step peak"]
+    for point in record["points"]:
+        rows = []
+        for variant, row in point["variants"].items():
+            speedup, frozen, saved = row.get("speedup"), row.get("over_frozen"), row.get("saved_bytes")
+            is_baseline = speedup is None or speedup["over"] == variant
+            rows.append(
+                [
+                    LABELS[variant],
+                    f"{row['seconds']['median'] * 1e3:.1f}",
+                    f"{row['tokens_per_second']:.0f}",
+                    "" if is_baseline else f"{ratio(speedup)} over {LABELS[speedup['over']]}",
+                    "" if frozen is None else f"{frozen['median']:.2f}",
+                    "" if saved is None else mega(saved),
+                    "" if row["step_peak_bytes"] is None else mega(row["step_peak_bytes"]),
+                ]
+            )
+        yield Table(
+            describe(point), f"Medians of {point['rounds']} rounds. {provenance(record)}", header, rows
+        )
+
+
+def speedups(record: dict[str, Any]) -> Table:
+    """A line for each variant that is compared with another, over all points."""
+    rows = []
+    for point in record["points"]:
+        for variant, row in point["variants"].items():
+            speedup, frozen = row.get("speedup"), row.get("over_frozen")
+            if variant == "frozen" or speedup is None or speedup["over"] == variant:
+                continue
+            against = point["variants"][speedup["over"]]["tokens_per_second"]
+            tokens = f"{row['tokens_per_second']:.0f} : {against:.0f}"
+            floor = "" if frozen is None else f"{frozen['median']:.2f}"
+            compared = f"{LABELS[variant]} : {LABELS[speedup['over']]}"
+            rows.append([describe(point), compared, tokens, ratio(speedup), floor])
+    header = ["", "compared", "tokens/s", "speed-up (20-80 %)", "time over the frozen model's"]
+    return Table("Whole models", f"Medians of rounds. {provenance(record)}", header, rows)
+
+
+def micro(record: dict[str, Any]) -> Iterator[Table]:
+    """Median times of one layer, a column a variant."""
+    by_operation: dict[str, list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        by_operation.setdefault(row["operation"], []).append(row)
+    for operation, rows in by_operation.items():
+        variants = list(dict.fromkeys(row["variant"] for row in rows))
+        lines: dict[str, dict[str, str]] = {}
+        for row in rows:
+            lines.setdefault(shape(row), {})[row["variant"]] = f"{row['seconds']['median'] * 1e3:.3f}"
+        cells = [[name, *(line.get(v, "") for v in variants)] for name, line in lines.items()]
+        header = ["ms", *(LABELS[v] for v in variants)]
+        yield Table(f"One {operation} layer", f"Medians. {provenance(record)}", header, cells)
+
+
+def shape(row: dict[str, Any]) -> str:
+    """What a microbenchmark measured, in words."""
+    parts = [
+        row.get("projection", f"{row.get('width')} x {row.get('bottleneck')}"),
+        f"{row['tokens']} tokens",
+    ]
+    if row["operation"] == "lora":
+        parts += [f"r={row['rank']}", f"dropout {row['dropout']:g}"]
+    state = [] if row["device"] == "cpu" else [row["run"], f"{row['l2']} L2"]
+    return ", ".join([*parts, row["dtype"], row["phase"], *state])
+
+
+def describe(point: dict[str, Any]) -> str:
+    """A grid point of the throughput in words."""
+    lora = f" r={point['rank']}" if point["method"] == "lora" else ""
+    if lora and point["mode"] == "training":
+        lora += f" dropout {point['dropout']:g}"
+    size = f"batch {point['batch']} x {point['seq']} tokens"
+    where = "GPU" if point["device"] == "cuda" else "CPU"
+    model = f"GPT-2 {point['model']} ({point['head']})"
+    return f"{point['mode']}, {model}, {point['method']}{lora}, {point['dtype']}, {size}, {where}"
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """Where a record comes from."""
+    machine, versions = record["machine"], record["versions"]
+    where = machine["gpu"] or f"{machine['processor']}, {machine['torch_threads']} threads"
+    return f"{where}; torch {versions['torch']}, peft {versions['peft']}; commit {record['commit']}."
+
+
+def ratio(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.2f} ({spread['q20']:.2f}-{spread['q80']:.2f})"
+
+
+def mega(size: int) -> str:
+    """Bytes as MB."""
+    return f"{size / 1e6:.1f}" if size < 1e8 else f"{size / 1e6:.0f}"
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, its title above and its note below."""
+    lines = [
+        f"| {' | '.join(row)} |"
+        for row in (table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows)
+    ]
+    return "\n".join([f"**{table.title[0].upper()}{table.title[1:]}**", "", *lines, "", table.note, ""])
+
+
+def rewrite(path: Path, tables: list[Table]) -> None:
+    """Replace what stands between the markers in a Markdown file.
+
+    Raises:
+        ValueError: the file doesn't have both markers, once and in order.
+    """
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(
+            f"{path.name} needs one {BEGIN} and, below it, one {END}: the tables go between them"
+        )
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    section = "\n".join(map(markdown, tables))
+    path.write_text(f"{before}{BEGIN}\n{section}{END}{after}", encoding="utf-8")

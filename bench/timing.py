@@ -1,0 +1,72 @@
+"""How microbenchmarks are timed: by the host's clock on the CPU, by events in the stream on CUDA."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROUNDS, WARM_UP = (100, 10) if DEVICE == "cuda" else (15, 2)
+PHASES = ("forward", "forward+backward")
+#: How kernels are launched, and what L2 holds: on CUDA one by one or by a graph, after a use or a flush.
+STATES = [(run, l2) for run in ("eager", "graph") for l2 in ("warm", "cold")]
+if DEVICE == "cpu":
+    STATES = [("eager", "warm")]
+
+
+class Instant:
+    """A point in CUDA's stream; the difference of two is seconds."""
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: Instant) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+CLOCK: Callable[[], Any] = Instant if DEVICE == "cuda" else time.perf_counter
+
+
+def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
+    """`step` captured as a CUDA graph: calling it replays the kernels, without the host's share."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # a capture wants what it runs compiled, and its memory allocated
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def flush_l2() -> None:
+    """Fill L2 with something else (it is 50 MB on an H100)."""
+    torch.empty(256 << 20, dtype=torch.int8, device="cuda").zero_()
+
+
+def measure(
+    benchmark: Any, layer: nn.Module, x: Tensor, phase: str, state: tuple[str, str], **about: Any
+) -> None:
+    """Have pytest-benchmark time `layer` on x in a phase and a state; `about` goes into the record."""
+    run, l2 = state
+    x.requires_grad_()
+    inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
+    dy = torch.randn_like(layer(x))
+
+    def step() -> None:
+        y = layer(x)
+        if phase == "forward+backward":
+            torch.autograd.grad(y, inputs, dy)
+
+    timed = graphed(step) if run == "graph" else step
+    setup = flush_l2 if l2 == "cold" else None
+    benchmark.extra_info.update(**about, phase=phase, device=DEVICE, run=run, l2=l2)
+    benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, warmup_rounds=WARM_UP)

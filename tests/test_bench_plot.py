@@ -1,0 +1,128 @@
+"""Figures, tables and the report are made of recorded JSON alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.append(str(BENCH))
+
+import tables  # noqa: E402
+
+HEADER = {
+    "command": "bench/some.py",
+    "commit": "0123456789ab",
+    "machine": {"system": "Linux", "processor": "Some CPU", "cores": 2, "torch_threads": 2, "gpu": None},
+    "versions": {"python": "3.11", "torch": "2.13.0", "peft": "0.21.2"},
+}
+SPREAD = {"median": 0.5, "q20": 0.4, "q80": 0.8}
+COUNT = {"launches": 3, "bytes": 3_000_000, "saved_bytes": 500_000}
+BOUND = {"launches": 2, "bytes": 2_000_000, "saved_bytes": 400_000}
+TRAFFIC = {
+    "kind": "traffic",
+    "shapes": {"tokens": 8192, "width": 768, "rank": 16, "dropout": 0.1, "bottleneck": 64},
+    "dtype": "bf16",
+    "architecture": "sm_90",
+    "block": {"bound": BOUND, "frozen": COUNT, "peft_bf16": COUNT, "fastpeft": COUNT},
+    "adapter": {"bound": BOUND, "eager": COUNT, "fastpeft": COUNT},
+    "layers": {"c_attn": {"bound": BOUND, "frozen": COUNT, "peft_bf16": COUNT, "fastpeft": COUNT}},
+    **HEADER,
+}
+ROW = {
+    "seconds": SPREAD,
+    "tokens_per_second": 2048.0,
+    "speedup": {"over": "peft", "median": 0.91, "q20": 0.88, "q80": 0.94},
+    "over_frozen": {"median": 1.07, "q20": 1.05, "q80": 1.09},
+    "step_peak_bytes": 2_000_000,
+    "saved_bytes": 1_000_000,
+}
+POINT = {
+    "mode": "training", "model": "small", "method": "lora", "dtype": "fp32", "dropout": 0.05, "rank": 8,
+    "head": "lm", "device": "cpu", "batch": 8, "seq": 128, "rounds": 5,
+    "variants": {"frozen": ROW, "peft": ROW, "fastpeft": ROW},
+}  # fmt: skip
+THROUGHPUT = {"kind": "throughput", "points": [POINT], **HEADER}
+LAYER = {
+    "operation": "lora", "projection": "c_attn", "tokens": 1024, "rank": 8, "dropout": 0.1, "dtype": "fp32",
+    "phase": "forward", "device": "cpu", "run": "eager", "l2": "warm", "seconds": SPREAD,
+}  # fmt: skip
+MICRO = {"kind": "micro", "rows": [{**LAYER, "variant": v} for v in ("frozen", "peft", "fastpeft")], **HEADER}
+COMPILED = {
+    "arch": 90, "registers": 168, "spill_loads": 0, "spill_stores": 0,
+    "shared_bytes": 98304, "shared_limit": 232448,
+}  # fmt: skip
+
+
+@pytest.fixture
+def results(tmp_path):
+    for name, content in (("traffic", TRAFFIC), ("throughput", THROUGHPUT), ("micro", MICRO)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    (tmp_path / "compile_report.json").write_text(json.dumps({"triton": "3.7.1", "rows": [COMPILED]}))
+    (tmp_path / "tests.txt").write_text("...\n3 passed in 1.0s\n")
+    return tmp_path
+
+
+def test_one_command_draws_rewrites_the_readme_and_reports(results):
+    readme = results / "README.md"
+    readme.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    command = [
+        BENCH / "plot.py",
+        "--results",
+        results,
+        "--table",
+        readme,
+        "--report",
+        results / "report.html",
+    ]
+    subprocess.run([sys.executable, *command], check=True)
+    for kind in ("traffic", "throughput", "micro"):
+        assert (results / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith(f"{tables.END}\nafter\n")
+    assert "old" not in text
+    assert "fastpeft : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07" in text
+    page = (results / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3
+    for part in ("3 passed", "sm_90", "0123456789ab", "c_attn, 1024 tokens, r=8, dropout 0.1, fp32, forward"):
+        assert part in page
+
+
+def test_rewriting_twice_changes_nothing(results):
+    readme = results / "README.md"
+    readme.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    tables.rewrite(readme, list(tables.short(tables.load(results))))
+    once = readme.read_text()
+    tables.rewrite(readme, list(tables.short(tables.load(results))))
+    assert readme.read_text() == once
+    assert "| fastpeft | 3 | 3.0 | 1.50 | 0.5 |" in once
+
+
+def test_a_file_without_both_markers_is_left_alone(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"{tables.END}\n{tables.BEGIN}\n")
+    with pytest.raises(ValueError, match=r"README\.md needs one"):
+        tables.rewrite(path, [])
+    assert path.read_text() == f"{tables.END}\n{tables.BEGIN}\n"
+
+
+def test_a_folder_without_records_is_an_error(tmp_path):
+    done = subprocess.run(
+        [sys.executable, BENCH / "plot.py", "--results", tmp_path], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "no record in" in done.stderr
+
+
+def test_every_variant_has_a_label():
+    import layers
+    import variants
+
+    names = {*layers.LORA_VARIANTS, *layers.ADAPTER_VARIANTS}
+    names |= {name for method in variants.BASELINES.values() for name in method}
+    assert names <= tables.LABELS.keys()

@@ -1,0 +1,95 @@
+"""bench/traffic.py counts what is launched: held against counts by hand."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCH = Path(__file__).parent.parent / "bench"
+sys.path.append(str(BENCH))
+
+import traffic  # noqa: E402
+
+M, K, N, R = 640, 48, 144, 16  # tokens, in_features, out_features, rank
+BF16, FP32, MASK = 2, 4, 1  # bytes
+
+
+@pytest.fixture(scope="module")
+def layer():
+    return {name: found.record() for name, found in traffic.lora_variants(K, N, M, R, 0.1, "bf16").items()}
+
+
+def test_the_frozen_layer_is_two_gemms(layer):
+    forward = M * K + K * N + N + M * N
+    backward = M * N + K * N + M * K
+    assert layer["frozen"]["launches"] == 2
+    assert layer["frozen"]["bytes"] == BF16 * (forward + backward)
+    assert layer["frozen"]["saved_bytes"] == 0  # but the weight, which is a parameter
+
+
+def test_peft_in_bf16_is_fourteen_kernels(layer):
+    forward = [
+        M * K + K * N + N + M * N,  # the frozen GEMM
+        2 * M * K,  # dropout, and its mask below
+        M * K + K * R + M * R,
+        M * R + R * N + M * N,
+        2 * M * N,  # times scaling
+        3 * M * N,  # plus the frozen output
+    ]
+    backward = [
+        2 * M * N,  # times scaling
+        M * N + M * R + N * R,  # d_lora_b
+        M * N + N * R + M * R,  # dxa
+        M * R + M * K + K * R,  # d_lora_a
+        M * R + K * R + M * K,  # gradient of dropout's output
+        2 * M * K,  # through dropout
+        M * N + K * N + M * K,  # the frozen GEMM's
+        3 * M * K,  # and their sum
+    ]
+    assert layer["peft_bf16"]["launches"] == len(forward) + len(backward) == 14
+    assert layer["peft_bf16"]["bytes"] == BF16 * sum(forward + backward) + 2 * MASK * M * K
+    assert layer["peft_bf16"]["saved_bytes"] == BF16 * (M * K + M * R) + MASK * M * K
+
+
+def test_the_bound_reads_and_writes_each_tensor_once(layer):
+    factors = R * K + R * N
+    forward = M * K + K * N + N + factors + M * N
+    backward = M * N + M * K + K * N + factors + M * K + factors
+    assert layer["bound"]["bytes"] == BF16 * (forward + backward)
+
+
+def test_float32_factors_widen_what_eager_peft_moves(layer):
+    assert layer["peft_fp32"]["bytes"] > 2 * layer["peft_bf16"]["bytes"]
+    assert layer["peft_fp32"]["saved_bytes"] == FP32 * (M * K + M * R) + MASK * M * K
+
+
+def test_fastpeft_is_counted_by_its_kernels_and_saves_x_and_xa_alone(layer):
+    names = [kernel["name"] for kernel in layer["fastpeft"]["forward"] + layer["fastpeft"]["backward"]]
+    assert sum(name.endswith("_kernel") for name in names) >= 4
+    assert layer["fastpeft"]["saved_bytes"] == BF16 * (M * K + M * R) + 8  # the seed
+    assert layer["bound"]["bytes"] < layer["fastpeft"]["bytes"] < layer["addmm"]["bytes"]
+
+
+def test_an_expanded_operand_costs_what_it_stores():
+    assert traffic.stored_bytes(torch.empty(N, device="meta").expand(M, N)) == FP32 * N
+    assert traffic.distinct_bytes([w := torch.empty(K, N), w.T, w[:1]]) == FP32 * (K * N + N)
+
+
+def test_the_record_of_gpt2_small_names_every_variant_of_every_layer(tmp_path):
+    path = tmp_path / "traffic.json"
+    subprocess.run([sys.executable, BENCH / "traffic.py", "--json", path], check=True, capture_output=True)
+    record = json.loads(path.read_text())
+    variants = ["bound", "frozen", "peft_bf16", "peft_fp32", "addmm", "fastpeft"]
+    assert list(record["block"]) == variants
+    assert list(record["layers"]) == ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]
+    for key in ("launches", "bytes", "saved_bytes"):
+        for variant in variants:
+            by_layer = [rows[variant][key] for rows in record["layers"].values()]
+            assert record["block"][variant][key] == sum(by_layer)
+    assert 4.8 < record["block"]["peft_bf16"]["bytes"] / record["block"]["bound"]["bytes"] < 5.0
+    assert {"commit", "machine", "versions", "command", "shapes", "dtype"} <= record.keys()
