@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def compare(
     out: Annotated[
         Path, typer.Option(help="Folder of the results; an interrupted comparison goes on in it.")
-    ],
+    ] = Arguments.out,
     methods: Annotated[str, typer.Option(help=_METHODS_HELP)] = ",".join(DEFAULT_METHODS),
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = IMDB_SMALL,
     data: Annotated[

@@ -32,6 +32,7 @@ def files(tmp_path_factory) -> Path:
         (folder / name / missing).unlink()
     shutil.copytree(gpt2, folder / "damaged")
     (folder / "damaged" / "model.safetensors").write_bytes(b"not safetensors")
+    checkpoint(folder / "few-tokens", vocab_size=20)
     (folder / "strange").mkdir()
     (folder / "strange" / "config.json").write_text("GPT-2", encoding="utf-8")
     (folder / "full").mkdir()
@@ -88,6 +89,10 @@ BAD_INPUT = {
     "a model without weights": (["--model", "{}/no-weights"], "can't be loaded"),
     "a damaged model": (["--model", "{}/damaged"], "can't be loaded"),
     "a model without tokenizer": (["--model", "{}/no-tokenizer"], "tokenizer"),
+    "a tokenizer of another model": (
+        ["--model", "{}/few-tokens"],
+        "tokens, its model 20: keep the tokenizer's files",
+    ),
     "a Hub name without network": (["--model", "openai-community/gpt2"], "the Hub can't be reached"),
     "a name that the Hub can't have": (["--model", "openai gpt2"], "neither a folder here nor a name"),
     "an output folder below a file": (["--out", "{}/file/out"], "can't be written: Not a directory"),
@@ -173,17 +178,17 @@ def test_inspect_shows_versions_the_machine_and_every_site(files, capsys, monkey
     said = capsys.readouterr().out
     for word in ("fastpeft", "torch", "peft", "processor", "device"):
         assert f"  {word}" in said
-    assert "transformer.h.1.attn.c_attn" in said
-    assert "transformer.h.0.mlp.adapter" in said
-    # Two layers: four projections, two adapters and one activation in each.
-    assert "14 sites" in said
+    sites = [line.split()[:2] for line in said.splitlines() if ".h." in line]
+    kinds = [kind for _, kind in sites]
+    assert (kinds.count("lora"), kinds.count("adapter"), kinds.count("activation")) == (8, 4, 2)
+    assert any(name.endswith("transformer.h.1.attn.c_attn") for name, _ in sites)
 
 
 def test_inspect_of_the_built_in_model_trains_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit):
         cli.main(["inspect"])
-    assert "21 sites" in capsys.readouterr().out
+    assert "transformer.h.2.mlp.adapter" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -214,6 +219,18 @@ def test_python_m_fastpeft_is_the_same_program():
     assert done.returncode == 2
     assert done.stderr.startswith("fastpeft: unknown method 'none'")
     assert "Traceback" not in done.stderr
+
+
+def test_texts_are_padded_on_the_right_whatever_the_checkpoint_says(files, tmp_path):
+    """Positions count from the first token, so padding before it would give every text another meaning."""
+    shutil.copytree(files / "gpt2", tmp_path / "gpt2")
+    settings = tmp_path / "gpt2" / "tokenizer_config.json"
+    changed = json.loads(settings.read_text(encoding="utf-8")) | {"padding_side": "left"}
+    settings.write_text(json.dumps(changed), encoding="utf-8")
+    base = runner.checkpoint.load(str(tmp_path / "gpt2"), ("bad", "good"), runner.machine.processes().device)
+    padded = base.tokenizer(["short", "a much longer text"], padding=True)["attention_mask"][0]
+    assert padded == sorted(padded, reverse=True)
+    assert 0 in padded
 
 
 def test_each_text_is_cut_to_what_model_and_prefix_can_take(files):

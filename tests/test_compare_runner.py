@@ -84,10 +84,11 @@ def test_adapter_runs_fuse_their_adapters_and_lora_runs_their_projections(finish
     kinds = {
         run["method"]: {site["kind"]: site["count"] for site in run["sites"]} for run in finished[2]["runs"]
     }
-    assert kinds["lora"] == {"lora": 8, "activation": 2}
-    assert kinds["adapter-attn"] == {"adapter": 2, "activation": 2}
-    assert kinds["adapter-head"] == {"adapter": 1, "activation": 2}
-    assert kinds["head"] == kinds["prefix"] == kinds["full"] == {"activation": 2}
+    assert kinds["lora"]["lora"] == 8
+    assert "adapter" not in kinds["lora"]
+    assert kinds["adapter-attn"]["adapter"] == kinds["adapter-mlp"]["adapter"] == 2
+    assert kinds["adapter-head"]["adapter"] == 1
+    assert all(kind["activation"] == 2 for kind in kinds.values())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of one run can't be measured")
@@ -248,8 +249,11 @@ def test_a_finished_comparison_started_again_trains_nothing(finished, monkeypatc
         ({"methods": ("head",)}, "--methods (was head,lora,adapter-attn"),
     ],
 )
-def test_other_arguments_on_the_same_folder_are_refused_by_name(finished, change, named):
+def test_other_arguments_on_the_same_folder_are_refused_by_name(finished, change, named, monkeypatch):
     folder, asked, _ = finished
+    monkeypatch.setattr(
+        runner.checkpoint, "load", lambda *_: pytest.fail("the model was loaded, or trained, first")
+    )
     before = {path: path.stat().st_mtime_ns for path in (folder / "out").rglob("*")}
     with pytest.raises(BadInput) as refusal:
         compare(dataclasses.replace(asked, **change))
@@ -277,11 +281,17 @@ def test_a_folder_that_moves_still_goes_on(finished, tmp_path):
     assert compare(dataclasses.replace(asked, out=moved))["runs"] == results["runs"]
 
 
-def test_more_seeds_vary_the_start_on_one_split(tmp_path):
-    results = compare(arguments(tmp_path, methods=("lora",)))
-    first, second = results["runs"]
-    assert first["seed"] != second["seed"]
+def test_seeds_vary_the_start_and_the_order_of_texts_on_one_split(tmp_path):
+    asked = arguments(tmp_path, methods=("lora",), lr=1e-30)  # so small that the start is what is saved
+    first, second = compare(asked)["runs"]
     assert first["curve"][0]["loss"] != second["curve"][0]["loss"]
+    weights = [
+        load_file(asked.out / "runs" / f"lora-seed{seed}" / "weights" / "adapter_model.safetensors")
+        for seed in (0, 1)
+    ]
+    starts = [name for name in weights[0] if "lora_A" in name or "score" in name]
+    assert len(starts) == 9
+    assert not any(torch.equal(weights[0][name], weights[1][name]) for name in starts)
 
 
 def test_two_processes_write_the_results_of_one(tmp_path):
