@@ -122,6 +122,7 @@ def routed_lora_linear(
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     route = choose(backend, exact, x.device)
     if route.path == "triton":
+        from fastpeft.kernels import launch
         from fastpeft.kernels import lora_linear as kernels
 
         scaling, dropout_p = float(scaling), float(dropout_p)
@@ -130,7 +131,7 @@ def routed_lora_linear(
             route,
             backend,
             strict,
-            kernels.unsupported(rows, lora_a.shape[0], *factors),
+            launch.unsupported(rows, lora_a.shape[0], *factors),
             lambda: kernels.ready(*factors, dropout_p),
         )
         if route.path == "triton":
@@ -163,13 +164,14 @@ def routed_adapter(
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
+        from fastpeft.kernels import launch
 
         parts = (rows, down_weight, down_bias, up_weight, up_bias)
         route = _confirm(
             route,
             backend,
             strict,
-            kernels.unsupported(rows, down_weight.shape[0], *parts),
+            launch.unsupported(rows, down_weight.shape[0], *parts),
             lambda: kernels.ready(*parts, activation),
         )
         if route.path == "triton":
@@ -218,7 +220,7 @@ def _refuse(backend: str, reason: str) -> Route:
 def _confirm(
     route: Route, backend: str, strict: bool, unsupported: str | None, ready: Callable[[], str | None]
 ) -> Route:
-    """`route` where the kernels serve the call and are built, else PyTorch's; decided before a seed is drawn."""
+    """`route` where the kernels serve the call and are built, else PyTorch's; before a seed is drawn."""
     if unsupported:
         return _refuse(backend, unsupported)
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for

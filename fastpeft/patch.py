@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
+from transformers import GenerationMixin
 from transformers.activations import NewGELUActivation
+from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
 from fastpeft import ops, probe
 from fastpeft.adapters import Adapter
@@ -22,8 +24,9 @@ from fastpeft.modules import (
     why_not_adapter,
     why_not_lora,
 )
+from fastpeft.packing import PackingSite, install, uninstall, why_not_model
 
-SCOPES = ("layers",)
+SCOPES = ("layers", "model")
 
 
 class Candidate(NamedTuple):
@@ -56,7 +59,9 @@ def patch(
             or `torch`.
         strict: raise where a site can't be fused, instead of leaving it stock.
         exact: on the CPU, peft's own random numbers and stock's arithmetic, to compare number by number.
-        scope: `layers`.
+        scope: `layers` swaps layers one by one; `model` also runs GPT-2 on packed tokens, without the padding
+            that the attention mask hides: the last hidden state is zero there, and with `use_cache` unset
+            heads that don't generate build no cache. `exact` implies `layers`.
 
     Returns:
         The model.
@@ -72,8 +77,11 @@ def patch(
         device = next((p.device for p in candidate.module.parameters()), None)
         if device is not None and candidate.fused is not None:
             ops.choose(backend, exact, device)
+    transformers = [(name, m) for name, m in model.named_modules() if type(m) is GPT2Model]
+    packing = transformers if scope == "model" and not exact else []
     if strict:
         stock = [f"{c.name}: {c.reason}" for c in plan if c.reason]
+        stock += [f"{name}: {reason}" for name, m in packing if (reason := why_not_model(m))]
         if stock or not plan:
             raise ValueError("can't fuse " + ("; ".join(stock) or f"anything in {type(model).__name__}"))
     if not plan:
@@ -89,6 +97,12 @@ def patch(
             candidate.module._fastpeft = Site(
                 candidate.name, backend, exact, calls=before.calls if before else 0
             )
+    for _, transformer in transformers:
+        uninstall(transformer)
+    for name, transformer in packing:
+        heads = [m for m in model.modules() if getattr(m, "transformer", None) is transformer]
+        generates = not heads or any(isinstance(head, GenerationMixin) for head in heads)
+        install(transformer, PackingSite(name or "model", backend, exact, builds_cache=generates))
     return model
 
 
@@ -98,11 +112,14 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: another library (FSDP) has swapped a fused class since; nothing is changed then.
     """
-    swapped = [module for module in model.modules() if "_fastpeft" in module.__dict__]
+    swapped = [m for m in model.modules() if "_fastpeft" in m.__dict__ and type(m) is not GPT2Model]
     classes = [stock_class(type(module)) for module in swapped]
     for module, stock in zip(swapped, classes, strict=True):
         module.__class__ = stock
         del module._fastpeft
+    for module in model.modules():
+        if type(module) is GPT2Model:
+            uninstall(module)
     return model
 
 
@@ -142,4 +159,6 @@ def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | Non
         return "activation", kind, None
     if kind is NewGELUActivation:
         return "activation", FusedGelu, None
+    if kind is GPT2Model and "_fastpeft" in module.__dict__:
+        return "packing", None, why_not_model(module)
     return None

@@ -15,7 +15,7 @@ class Row(NamedTuple):
     """One site of a model."""
 
     name: str  # of its module
-    kind: str  # lora, adapter or activation
+    kind: str  # lora, adapter, activation or packing
     path: str  # triton, torch or stock
     reason: str  # why this path
     calls: int  # fused calls so far
@@ -51,6 +51,7 @@ def _row(name: str, module: nn.Module, kind: str, fused: type[nn.Module] | None,
         return Row(name, kind, site.last.path, site.last.reason, site.calls)
     if reason:
         return Row(name, kind, "stock", reason, site.calls)
-    device = next((p.device for p in module.parameters()), None)
-    path, why = ops.choose(site.backend, site.exact, device) if device else ("torch", "one pass")
+    if kind in ("activation", "packing"):
+        return Row(name, kind, "torch", "one pass" if kind == "activation" else "not called yet", site.calls)
+    path, why = ops.choose(site.backend, site.exact, next(module.parameters()).device)
     return Row(name, kind, path, why, site.calls)

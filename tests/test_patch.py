@@ -333,6 +333,17 @@ def test_hooks_that_fusing_would_bypass_keep_a_layer_stock(part):
     assert_fused(model, ("lora",))
 
 
+def test_a_replaced_forward_of_the_base_layer_is_not_bypassed():
+    model = fastpeft.patch(with_lora(gpt2(n_layer=1), ["c_fc"]))
+    layer = next(m for m in model.modules() if isinstance(m, FusedLoraLinear))
+    layer.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], 192)
+    with torch.no_grad():
+        y = layer(torch.ones(2, 48))
+    ((path, reason),) = paths(model, "lora").values()
+    assert (path, reason) == ("stock", "base_layer has hooks or a replaced forward")
+    assert y.abs().max() < 5  # the update alone
+
+
 def test_hooks_on_a_fused_module_run():
     model = fastpeft.patch(with_adapters(with_lora(gpt2(n_layer=1)), "post_mlp"))
     model.enable_input_require_grads()

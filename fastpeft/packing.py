@@ -1,0 +1,220 @@
+"""GPT-2 on packed tokens: padding leaves before the embeddings and returns, as zeros, after the last block.
+
+Between, everything runs on (1, tokens, width): stock's own forward, blocks, adapters and user code. Only
+attention has to know which token belongs to which sequence; it alone sees a padded view, its rows flush left.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gpt2.modeling_gpt2 import (
+    GPT2Attention,
+    GPT2Block,
+    eager_attention_forward,
+)
+
+from fastpeft import ops
+from fastpeft.modules import Site
+
+#: Above this share of real tokens packing gains less than its gathers and scatters cost.
+FULL = 0.9
+_ARGUMENTS = (
+    "input_ids",
+    "past_key_values",
+    "attention_mask",
+    "token_type_ids",
+    "position_ids",
+    "inputs_embeds",
+)
+
+
+class Packed(NamedTuple):
+    """Where the packed tokens are: in the caller's (batch, length) grid, and in attention's padded view."""
+
+    tokens: Tensor  # (T,) flat indices into the grid
+    slots: Tensor  # (T,) flat indices into the view
+    grid: tuple[int, int]
+    view: tuple[int, int]  # (batch, longest)
+    mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
+
+
+class PackedAttention(GPT2Attention):
+    """GPT-2's self-attention over packed tokens; without `packed`, stock's own forward."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Any, *args: Any, packed: Packed | None = None, **kwargs: Any
+    ) -> tuple[Any, ...]:
+        """hidden_states (1, T, width) → the attention's output, (1, T, width), and no weights."""
+        if packed is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        batch, longest = packed.view
+        qkv = self.c_attn(hidden_states)[0]
+        padded = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, packed.slots, qkv)
+        heads = padded.view(batch, longest, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        # Rows are flush left, so the causal mask alone keeps every token from the padding.
+        output, _ = attend(
+            self,
+            *heads,
+            packed.mask,
+            dropout=self.attn_dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+        )
+        output = output.reshape(batch * longest, self.embed_dim).index_select(0, packed.slots)
+        return self.resid_dropout(self.c_proj(output[None])), None
+
+
+@dataclass
+class PackingSite(Site):
+    """The site of a GPT-2 on packed tokens."""
+
+    builds_cache: bool = True  # in eval mode, with `use_cache` unset: what its head may read later
+
+
+def install(transformer: Any, site: PackingSite) -> None:
+    """Make `transformer` pack its batches, its class unchanged: two hooks, and its attentions swapped."""
+    uninstall(transformer)
+    transformer._fastpeft = site
+    # The last before and the first after forward, so that a user's hooks see the caller's shapes.
+    transformer.register_forward_pre_hook(_pack, with_kwargs=True)
+    transformer.register_forward_hook(_unpack, with_kwargs=True, prepend=True)
+    for block in transformer.h:
+        if type(block.attn) is GPT2Attention:
+            block.attn.__class__ = PackedAttention
+
+
+def uninstall(transformer: Any) -> None:
+    """Undo `install`."""
+    for hooks, hook in ((transformer._forward_pre_hooks, _pack), (transformer._forward_hooks, _unpack)):
+        for key in [key for key, value in hooks.items() if value is hook]:
+            del hooks[key]
+            transformer._forward_pre_hooks_with_kwargs.pop(key, None)
+            transformer._forward_hooks_with_kwargs.pop(key, None)
+    for block in transformer.h:
+        if type(block.attn) is PackedAttention:
+            block.attn.__class__ = GPT2Attention  # type: ignore[assignment]
+    transformer.__dict__.pop("_fastpeft", None)
+
+
+def why_not_model(transformer: Any) -> str | None:
+    """Why this GPT-2, as it is built, can't run on packed tokens; None where it can."""
+    implementation = transformer.config._attn_implementation
+    if implementation not in ("eager", "sdpa"):
+        return f"attention is {implementation}, not eager or sdpa"
+    if transformer.config.reorder_and_upcast_attn:
+        return "reorder_and_upcast_attn"
+    for block in transformer.h:
+        if type(block) is not GPT2Block or "forward" in block.__dict__:
+            return f"a block is {type(block).__name__}, or its forward was replaced"
+        if type(block.attn) not in (GPT2Attention, PackedAttention) or "forward" in block.attn.__dict__:
+            return f"an attention is {type(block.attn).__name__}, or its forward was replaced"
+    return None
+
+
+def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
+    """Why this call runs stock; None where packing computes what stock does."""
+    config = module.config
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if torch.compiler.is_compiling():
+        return "compiled: the number of tokens depends on the data"
+    if ids is None or ids.dim() != 2:
+        return "input_ids (batch, length) are needed to see the padding"
+    if mask is None or mask.shape != ids.shape:
+        return "no attention_mask of the shape of input_ids"
+    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
+        return "a cache"
+    if (
+        arguments.get("use_cache") is None
+        and config.use_cache
+        and not module.training
+        and module._fastpeft.builds_cache
+    ):
+        return "a cache, which this head builds by default"
+    if arguments.get("encoder_hidden_states") is not None:
+        return "cross-attention"
+    for wanted in ("output_attentions", "output_hidden_states"):
+        asked = arguments.get(wanted)
+        if asked or (asked is None and getattr(config, wanted, False)):
+            return wanted
+    return why_not_model(module)
+
+
+def _why_not_batch(ids: Tensor, mask: Tensor, pad_token_id: int | None) -> str | None:
+    """Why padding can't leave this batch, or needn't; reads the mask once."""
+    real = mask.sum(1)
+    hidden = (
+        ((ids != pad_token_id) & ~mask).any() if pad_token_id is not None else torch.zeros_like(mask[0, 0])
+    )
+    tokens, fewest, hides = torch.stack((real.sum(), real.min(), hidden.to(real.dtype))).tolist()
+    if tokens > FULL * mask.numel():
+        return "the batch is full"
+    if not fewest:
+        return "a row is all padding"
+    if hides:
+        return "the mask hides tokens other than padding, which a head may read"
+    return None
+
+
+def _pack(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]] | None:
+    arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
+    reason = (
+        "called with unnamed arguments" if len(args) > len(_ARGUMENTS) else _why_not_call(module, arguments)
+    )
+    if reason is None:
+        mask = arguments["attention_mask"].bool()
+        reason = _why_not_batch(arguments["input_ids"], mask, module.config.pad_token_id)
+    if reason is not None:
+        module._fastpeft.record(ops.Route("stock", reason))
+        return None
+    ids = arguments["input_ids"]
+    positions, types = arguments.get("position_ids"), arguments.get("token_type_ids")
+    if positions is None:  # stock counts columns, padding or not
+        positions = torch.arange(ids.shape[1], device=ids.device)
+    packed = _layout(module, mask)
+    chosen = {
+        "input_ids": ids.flatten()[packed.tokens][None],
+        "position_ids": positions.expand_as(ids).flatten()[packed.tokens][None],
+        "token_type_ids": None if types is None else types.flatten()[packed.tokens][None],
+        # Anything with four dimensions is taken for a finished mask, so none is built.
+        "attention_mask": mask.new_empty(1, 1, 1, 1),
+        "use_cache": False,
+    }
+    module._fastpeft.record(ops.Route("torch", "packed: no padding between the embeddings and the head"))
+    return (), {**arguments, **chosen, "packed": packed}
+
+
+def _layout(module: Any, mask: Tensor) -> Packed:
+    batch, length = mask.shape
+    tokens = mask.flatten().nonzero()[:, 0]
+    places = mask.cumsum(1).flatten()[tokens] - 1
+    longest = int(places.max()) + 1
+    causal = None
+    if module.config._attn_implementation == "eager":
+        dtype = module.wpe.weight.dtype
+        causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+        causal = causal.triu(1)[None, None]
+    slots = tokens // length * longest + places
+    return Packed(tokens, slots, (batch, length), (batch, longest), causal)
+
+
+def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    packed = kwargs.get("packed")
+    if packed is None:
+        return None
+    hidden = output[0][0]
+    batch, length = packed.grid
+    full = hidden.new_zeros(batch * length, hidden.shape[1]).index_copy(0, packed.tokens, hidden)
+    full = full.view(batch, length, -1)
+    if isinstance(output, tuple):
+        return (full, *output[1:])
+    output.last_hidden_state = full
+    return output

@@ -1,0 +1,286 @@
+"""The model scope: GPT-2 on packed tokens equals stock on every token that isn't padding."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import assert_fused, gpt2, with_adapters, with_lora
+from peft import PrefixTuningConfig, get_peft_model
+from test_parity import by_role
+from tolerances import assert_as_good_as
+from transformers import (
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
+
+import fastpeft
+from fastpeft.packing import PackedAttention
+
+PAD = 0
+
+
+def batch(lengths, side="right", seed=0, width=12):
+    """Token ids and their mask, rows of the given lengths, padded on a side or, `mixed`, anywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 61, (len(lengths), width), generator=generator)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        places = torch.randperm(width, generator=generator)[:length]
+        mask[row, {"right": slice(length), "left": slice(width - length, width), "mixed": places}[side]] = 1
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def outcome(model, inputs, seed=0):
+    """What a training step gives where there is no padding: hidden states or logits, and every gradient."""
+    model.train().zero_grad()
+    torch.manual_seed(seed)
+    output = model(**inputs)[0]
+    if output.shape[:2] == inputs["input_ids"].shape:
+        output = output[inputs["attention_mask"].bool()]
+    output.double().square().sum().backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": output.detach(), **grads}
+
+
+def packing_row(model):
+    return next(row for row in fastpeft.report(model) if row.kind == "packing")
+
+
+def assert_packed_equals_stock(model, inputs, dtype=torch.float32):
+    patched, stock, truth = model.to(dtype), copy.deepcopy(model), copy.deepcopy(model).double()
+    fastpeft.patch(patched, scope="model")
+    results = [outcome(m, inputs) for m in (patched, stock, truth)]
+    assert packing_row(patched)[2:] == ("torch", packing_row(patched).reason, 1)
+    assert not any(isinstance(m, PackedAttention) for m in stock.modules())
+    assert results[0].keys() == results[1].keys()
+    for fused, pytorch, exact in by_role(*results):
+        assert_as_good_as(fused[1], pytorch[1], exact[1], fused[0])
+
+
+@pytest.mark.parametrize("side", ["right", "left", "mixed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_side_of_padding(side, dtype, attention):
+    model = with_adapters(
+        with_lora(gpt2(GPT2ForSequenceClassification, attn_implementation=attention)), "post_attn"
+    )
+    assert_packed_equals_stock(model, batch([12, 5, 3, 1], side), dtype)
+
+
+@pytest.mark.parametrize(
+    "head", [GPT2Model, GPT2LMHeadModel, GPT2ForTokenClassification, GPT2ForQuestionAnswering]
+)
+def test_every_head(head):
+    model = gpt2(head)
+    assert_packed_equals_stock(model, batch([4, 9, 2]))
+
+
+@pytest.mark.parametrize("slot", ["post_embed", "post_attn", "post_mlp", "post_block", "pre_head"])
+def test_adapters_in_every_slot(slot):
+    assert_packed_equals_stock(with_adapters(gpt2(GPT2ForSequenceClassification), slot), batch([4, 9, 2]))
+
+
+def test_position_ids_and_token_type_ids():
+    inputs = batch([4, 9, 2], "left")
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    inputs["token_type_ids"] = inputs["input_ids"] % 3
+    assert_packed_equals_stock(with_lora(gpt2(GPT2ForSequenceClassification)), inputs)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6).filter(
+        lambda n: sum(n) <= 0.9 * 12 * len(n)
+    ),
+    side=st.sampled_from(["right", "left", "mixed"]),
+    head=st.sampled_from([GPT2LMHeadModel, GPT2ForSequenceClassification]),
+    slots=st.lists(st.sampled_from(["post_embed", "post_mlp", "post_block"]), max_size=2, unique=True),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_drawn_lengths(lengths, side, head, slots, dtype):
+    model = with_lora(gpt2(head, n_layer=1))
+    model = with_adapters(model, *slots) if slots else model
+    assert_packed_equals_stock(model, batch(lengths, side), dtype)
+
+
+def test_hidden_states_keep_their_shape_and_padding_is_zero():
+    model = fastpeft.patch(gpt2(GPT2Model), scope="model").train()
+    inputs = batch([4, 9, 2])
+    hidden = model(**inputs).last_hidden_state
+    assert hidden.shape == (3, 12, 48)
+    assert not hidden[~inputs["attention_mask"].bool()].any()
+    assert hidden[inputs["attention_mask"].bool()].any(1).all()
+    assert torch.equal(model(**inputs, return_dict=False)[0], hidden)
+
+
+def test_nothing_leaks_between_sequences():
+    model = fastpeft.patch(with_lora(gpt2()), scope="model").train()
+    inputs = batch([4, 9, 2])
+    before = model(**inputs)[0]
+    inputs["input_ids"][1, :9] = 7
+    after = model(**inputs)[0]
+    assert packing_row(model).calls == 2
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert not torch.equal(before[1], after[1])
+
+
+ASIDE = {
+    "the batch is full": lambda i: {**i, "attention_mask": torch.ones_like(i["input_ids"])},
+    "no attention_mask of the shape of input_ids": lambda i: {"input_ids": i["input_ids"]},
+    "a cache": lambda i: {**i, "use_cache": True},
+    "output_hidden_states": lambda i: {**i, "output_hidden_states": True},
+    "a row is all padding": lambda i: {
+        **i, "attention_mask": i["attention_mask"] * torch.tensor([[1], [0], [1]])
+    },
+    "the mask hides tokens other than padding, which a head may read": lambda i: {
+        **i, "input_ids": i["input_ids"].clamp(min=5)
+    },
+    "input_ids (batch, length) are needed to see the padding": lambda i: {
+        "inputs_embeds": torch.ones(3, 12, 48), "attention_mask": i["attention_mask"]
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", ASIDE)
+@pytest.mark.filterwarnings("ignore")  # transformers' own, on padding without a mask
+def test_it_steps_aside_for_a_call(reason):
+    stock = gpt2(GPT2ForSequenceClassification).eval()
+    model = fastpeft.patch(copy.deepcopy(stock), scope="model")
+    inputs = ASIDE[reason](batch([4, 9, 2]))
+    with torch.no_grad():
+        outputs, expected = model(**inputs), stock(**inputs)
+    assert packing_row(model) == ("transformer", "packing", "stock", reason, 0)
+    torch.testing.assert_close(outputs.logits, expected.logits)
+    assert outputs.keys() == expected.keys()
+
+
+def test_it_steps_aside_for_cross_attention():
+    model = fastpeft.patch(gpt2(add_cross_attention=True), scope="model").train()
+    model(**batch([4, 9, 2]), encoder_hidden_states=torch.ones(3, 2, 48))
+    assert packing_row(model).reason == "cross-attention"
+
+
+def test_it_steps_aside_for_prefix_tuning():
+    model = get_peft_model(gpt2(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
+    assert packing_row(model).path == "stock"
+
+
+def test_a_generating_head_still_builds_its_cache():
+    stock = gpt2().eval()
+    model = fastpeft.patch(copy.deepcopy(stock), scope="model")
+    inputs = batch([4, 12, 2], "left")
+    assert model(**inputs).past_key_values is not None
+    assert packing_row(model).reason == "a cache, which this head builds by default"
+    texts = [m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, stock)]
+    assert torch.equal(*texts)
+    model(**inputs, use_cache=False)
+    assert packing_row(model).path == "torch"
+
+
+def test_a_replaced_attention_or_block_keeps_the_model_stock():
+    model = gpt2(GPT2ForSequenceClassification)
+    attention = model.transformer.h[1].attn
+    attention.forward = lambda *args, **kwargs: type(attention).forward(attention, *args, **kwargs)
+    with pytest.raises(ValueError, match="an attention is GPT2Attention, or its forward was replaced"):
+        fastpeft.patch(model, scope="model", strict=True)
+    assert not any(isinstance(m, PackedAttention) for m in model.modules())
+    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
+    assert packing_row(model).path == "stock"
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_recomputes_the_same_dropout(reentrant):
+    results = []
+    for checkpointing in (False, True):
+        model = with_lora(
+            gpt2(GPT2ForSequenceClassification, attn_pdrop=0.2, resid_pdrop=0.2), lora_dropout=0.3
+        )
+        model.enable_input_require_grads()
+        if checkpointing:
+            name = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
+            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(
+                {"use_reentrant": reentrant}
+            )
+        fastpeft.patch(model, scope="model")
+        results.append(outcome(model, batch([4, 9, 2])))
+        assert packing_row(model).calls == 1
+    for name in results[0]:
+        torch.testing.assert_close(results[1][name], results[0][name])
+
+
+def test_dropout_has_stocks_distribution():
+    """Means and variances of the logits over many seeds, within five standard errors."""
+    stock = with_lora(
+        gpt2(GPT2ForSequenceClassification, n_layer=1, embd_pdrop=0.1, attn_pdrop=0.2, resid_pdrop=0.2),
+        lora_dropout=0.3,
+    )
+    patched = fastpeft.patch(copy.deepcopy(stock), scope="model")
+    inputs = batch([4, 9, 2])
+    draws = []
+    for model in (patched, stock):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            draws.append(torch.stack([model.train()(**inputs).logits.flatten() for _ in range(400)]).double())
+    assert packing_row(patched).calls == 400
+    deviation = draws[1].std(0)
+    assert ((draws[0].mean(0) - draws[1].mean(0)).abs() < 5 * deviation * (2 / 400) ** 0.5).all()
+    assert ((draws[0].std(0) / deviation - 1).abs() < 5 * (1 / 400) ** 0.5).all()
+
+
+def test_users_hooks_see_the_callers_shapes_on_the_model_and_packed_rows_inside():
+    model = gpt2(GPT2ForSequenceClassification)
+    seen = {}
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(ids=args[0].shape), with_kwargs=True
+    )
+    model.transformer.register_forward_hook(lambda module, args, output: seen.update(hidden=output[0].shape))
+    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.update(block=output.shape))
+    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
+    assert seen == {"ids": (3, 12), "hidden": (3, 12, 48), "block": (1, 15, 48)}
+
+
+def test_unpatch_and_the_layers_scope_take_it_back():
+    model = gpt2(GPT2ForSequenceClassification)
+    classes = [type(m) for m in model.modules()]
+    attributes = [set(m.__dict__) for m in model.modules()]
+    fastpeft.unpatch(fastpeft.patch(model, scope="model"))
+    assert [type(m) for m in model.modules()] == classes
+    assert [set(m.__dict__) for m in model.modules()] == attributes
+    assert not model.transformer._forward_hooks
+    assert not model.transformer._forward_pre_hooks
+    fastpeft.patch(fastpeft.patch(model, scope="model"), scope="layers")
+    assert not any(row.kind == "packing" for row in fastpeft.report(model))
+    fastpeft.patch(model, scope="model", exact=True)
+    assert not any(row.kind == "packing" for row in fastpeft.report(model))
+
+
+@pytest.mark.parametrize(
+    "copy_of", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
+)
+def test_copies_pack_too(copy_of):
+    model = fastpeft.patch(with_lora(gpt2(GPT2ForSequenceClassification)), scope="model")
+    inputs = batch([4, 9, 2])
+    expected = outcome(model, inputs)
+    twin = copy_of(model)
+    result = outcome(twin, inputs)
+    assert packing_row(twin).calls == 2
+    assert all(torch.equal(result[name], expected[name]) for name in expected)
+
+
+def test_saved_files_bear_no_trace(tmp_path):
+    model = gpt2(GPT2Model)
+    model.save_pretrained(tmp_path / "stock")
+    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
+    model.save_pretrained(tmp_path / "patched")
+    for file in (tmp_path / "stock").iterdir():
+        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes()
+    assert_fused(model, ("activation", "packing"))
