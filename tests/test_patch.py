@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from models import assert_fused, assert_stock, gpt2, randomise, step, with_adapters, with_lora
+from models import assert_fused, assert_stock, gpt2, step, with_adapters, with_lora
 from peft import PrefixTuningConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
