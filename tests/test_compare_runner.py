@@ -186,7 +186,7 @@ def _recorded(out: Path) -> dict[str, float]:
 
 
 def test_killed_and_started_again_it_keeps_finished_runs_and_ends_with_the_same_results(tmp_path):
-    asked = arguments(tmp_path, methods=("head", "adapter-attn"), max_steps=8)
+    asked = arguments(tmp_path, methods=("adapter-attn",), seeds=3, max_steps=8)
     command = [sys.executable, "-m", "fastpeft", "compare", *_options(asked)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
@@ -197,12 +197,12 @@ def test_killed_and_started_again_it_keeps_finished_runs_and_ends_with_the_same_
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = _recorded(asked.out)
-    assert 1 <= len(kept) < 4
+    assert 1 <= len(kept) < 3
     assert not (asked.out / "results.json").exists()
 
     results = compare(asked)
     now = _recorded(asked.out)
-    assert len(now) == 4
+    assert len(now) == 3
     assert {name: now[name] for name in kept} == kept
     assert not list(asked.out.glob("runs/.*"))
     whole = compare(dataclasses.replace(asked, out=tmp_path / "whole"))

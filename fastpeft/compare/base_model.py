@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -67,16 +66,18 @@ def ensure(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A folder that appears whole or not at all: a training that is killed leaves at most this one behind.
-        unfinished = Path(tempfile.mkdtemp(prefix=".training-", dir=folder.parent))
+        with tempfile.TemporaryFile(dir=folder.parent):
+            pass
     except OSError as error:
         raise BadInput(f"the cache folder {folder.parent} can't be written: {error.strerror}") from None
-    try:
-        _train(recipe, unfinished, device, notify)
+    model, tokenizer, outcome = _train(recipe, device, notify)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        description = json.dumps(recipe | outcome, indent=2) + "\n"
+        (Path(unfinished) / RECIPE_FILE).write_text(description, encoding="utf-8")
         if not folder.exists():  # another process may have been first
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            Path(unfinished).rename(folder)  # it appears whole or not at all
     return folder
 
 
@@ -121,8 +122,9 @@ def _cache_folder() -> Path:
 
 
 def _train(
-    recipe: dict[str, Any], folder: Path, device: torch.device, notify: Callable[[int, int], None]
-) -> None:
+    recipe: dict[str, Any], device: torch.device, notify: Callable[[int, int], None]
+) -> tuple[Any, GPT2Tokenizer, dict[str, Any]]:
+    """The trained model, its tokenizer, and how well it does."""
     began = time.perf_counter()
     torch.manual_seed(recipe["seed"])
     generator = torch.Generator().manual_seed(recipe["seed"])
@@ -162,9 +164,7 @@ def _train(
         "train_reviews": len(rest),
         "seconds": time.perf_counter() - began,
     }
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    (folder / RECIPE_FILE).write_text(json.dumps(recipe | outcome, indent=2) + "\n", encoding="utf-8")
+    return model, tokenizer, outcome
 
 
 def _fresh(recipe: dict[str, Any], tokenizer: GPT2Tokenizer) -> Any:

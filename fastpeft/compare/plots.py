@@ -139,7 +139,7 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
             runs = [run for run in results["runs"] if run["method"] == summary.method]
             points = [[(p["step"], p[key]) for p in run["curve"] if key in p] for run in runs]
             steps = [step for step, _ in points[0]]
-            values = np.array([[value for _, value in run] for run in points])
+            values = np.array([[value for _, value in run] for run in points], dtype=float)
             colour, marker = _look(summary.method)
             axes.plot(
                 steps,

@@ -18,7 +18,7 @@ from fastpeft.compare import base_model, checkpoint, data, machine, page, plots
 from fastpeft.compare.arguments import IMDB_SMALL, ROTTEN_TOMATOES, Arguments
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.progress import Reporter
-from fastpeft.compare.train import encode, train_run
+from fastpeft.compare.train import Encoded, encode, train_run
 
 PLAN_FILE = "plan.json"
 RUNS_FOLDER = "runs"
@@ -61,32 +61,11 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
     encoded = encode(corpus, base)
     plan["data"]["cut_rows"] = encoded.cut
 
-    runs = [(method, seed) for method in arguments.methods for seed in range(arguments.seeds)]
     if state.is_main_process:
-        (out / RUNS_FOLDER).mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         _write(out / PLAN_FILE, plan)
-    kept = [_record(out, *run) for run in runs]
-    [kept] = broadcast_object_list([kept])
-    done = sum(record is not None for record in kept)
-    if done:
-        reporter.say(f"{done} of {len(runs)} runs are in {out} already and kept")
-    records = []
-    for index, ((method, seed), record) in enumerate(zip(runs, kept, strict=True)):
-        if record is None:
-            show = partial(reporter.step, f"{method}, seed {seed}")
-            reporter.step("all runs", index, len(runs))
-            unfinished = out / RUNS_FOLDER / f".{_run_name(method, seed)}"
-            if state.is_main_process:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                unfinished.mkdir()
-            state.wait_for_everyone()
-            record = train_run(method, seed, base, encoded, arguments, unfinished, show)
-            if state.is_main_process:
-                _write(unfinished / RECORD_FILE, record)
-                # The run counts from this rename on, weights and record together.
-                unfinished.rename(out / RUNS_FOLDER / _run_name(method, seed))
-            reporter.say(_line(record, index + 1, len(runs)))
-        records.append(record)
+        (out / RUNS_FOLDER).mkdir(exist_ok=True)
+    records = _train_all(arguments, base, encoded, reporter, state)
     results = plan | {"runs": records}
     if state.is_main_process:
         _write(out / RESULTS_FILE, results)
@@ -94,6 +73,34 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         _replace(out / REPORT_FILE, page.render(results))
     state.wait_for_everyone()
     return results
+
+
+def _train_all(
+    arguments: Arguments, base: checkpoint.Base, encoded: Encoded, reporter: Reporter, state: PartialState
+) -> list[dict[str, Any]]:
+    """The records of all runs, those that have none yet trained first."""
+    runs = [(method, seed) for method in arguments.methods for seed in range(arguments.seeds)]
+    [records] = broadcast_object_list([[_record(arguments.out, *run) for run in runs]])
+    kept = len(runs) - records.count(None)
+    if kept:
+        reporter.say(f"{kept} of {len(runs)} runs are in {arguments.out} already and kept")
+    for index, (method, seed) in enumerate(runs):
+        if records[index] is not None:
+            continue
+        reporter.step("all runs", index, len(runs))
+        show = partial(reporter.step, f"{method}, seed {seed}")
+        folder = arguments.out / RUNS_FOLDER / _run_name(method, seed)
+        unfinished = folder.with_name(f".{folder.name}")
+        if state.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+        state.wait_for_everyone()
+        records[index] = train_run(method, seed, base, encoded, arguments, unfinished, show)
+        if state.is_main_process:
+            _write(unfinished / RECORD_FILE, records[index])
+            unfinished.rename(folder)  # the run counts from here on, weights and record together
+        reporter.say(_line(records[index], index + 1, len(runs)))
+    return records
 
 
 def finished_runs(out: Path) -> int:
@@ -128,7 +135,8 @@ def _check_folder(out: Path) -> None:
             pass
     except OSError as error:
         raise BadInput(f"--out {out}: can't be written: {error.strerror}") from None
-    if out.exists() and any(out.iterdir()) and not (out / PLAN_FILE).exists():
+    ours = {PLAN_FILE, _part(out / PLAN_FILE).name}
+    if out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}:
         raise BadInput(f"--out {out}: the folder holds something else: name an empty or new one")
 
 
@@ -186,6 +194,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """The file is the old one or the new one, never a part."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    _part(path).write_text(text, encoding="utf-8")
+    os.replace(_part(path), path)
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")

@@ -100,7 +100,7 @@ def train_run(
     if trainer.is_world_process_zero():
         method.save(model, folder / "weights")
         shutil.rmtree(folder / "trainer", ignore_errors=True)
-    batches = [trainer._prepare_inputs(batch) for batch in _typical_batches(encoded.train, base, arguments)]
+    batches = _typical_batches(encoded.train, base, arguments, trainer.args.device)
     autocast: Callable[[], AbstractContextManager[Any]] = trainer.accelerator.autocast
     seconds = timing.step_seconds(model, batches, arguments.backend, autocast)
     trainer.accelerator.free_memory()
@@ -172,6 +172,7 @@ def _trainer(
         disable_tqdm=True,
         remove_unused_columns=False,
         label_names=["labels"],
+        ddp_find_unused_parameters=False,
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
@@ -194,7 +195,9 @@ def _verdicts(logits: Any, labels: Tensor) -> Tensor:
     return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
 
 
-def _typical_batches(examples: Examples, base: Base, arguments: Arguments) -> list[dict[str, Tensor]]:
+def _typical_batches(
+    examples: Examples, base: Base, arguments: Arguments, device: torch.device
+) -> list[dict[str, Tensor]]:
     """Training batches of short, middling and long texts: at even quantiles of their length."""
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     size = min(arguments.batch_size, len(ordered))
@@ -202,7 +205,8 @@ def _typical_batches(examples: Examples, base: Base, arguments: Arguments) -> li
         math.floor((len(ordered) - size) * (i + 1) / (timing.BATCHES + 1)) for i in range(timing.BATCHES)
     ]
     collate = DataCollatorWithPadding(base.tokenizer)
-    return [dict(collate(ordered[start : start + size])) for start in starts]
+    batches = [collate(ordered[start : start + size]) for start in starts]
+    return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
 
 def _sites(model: nn.Module) -> list[dict[str, Any]]:
@@ -218,7 +222,8 @@ def _curve(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Points of training by step: `loss` averaged since the point before, `eval_accuracy` and `eval_loss`."""
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
-        wanted: dict[str, Any] = {key: entry[key] for key in POINT if key in entry}
+        # JSON has no NaN: a loss that isn't a number becomes null.
+        wanted = {key: entry[key] if math.isfinite(entry[key]) else None for key in POINT if key in entry}
         if wanted:
             points.setdefault(entry["step"], {"step": entry["step"]}).update(wanted)
     return list(points.values())
