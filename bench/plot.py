@@ -16,7 +16,6 @@ from typing import Any
 import matplotlib
 import report
 import tables
-from record import RESULTS
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
@@ -37,6 +36,7 @@ COLOURS = {
     "fastpeft_fp32": "#0072B2",
     "exact": "#F0E442",
 }
+RESULTS = Path(__file__).parent / "results"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from fastpeft.compare.machine import machine, versions
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
 MEASURED = ("fastpeft", "kernels", "bench/*.py")
 
 
