@@ -2,21 +2,21 @@
 
     python bench/compile_report.py [--arch 80,86,89,90,100,120] [--json FILE]
 
-For each architecture and kernel: registers a thread, spill loads and stores, shared memory of a block, tensor-core
-instructions in the main loop, blocks a multiprocessor can hold. For the GEMM also its main loop's length over
-that of a plain Triton matmul with the same tile: what fusing costs the loop.
+For each architecture and kernel: registers a thread, spill loads and stores, shared memory of a block against the
+limit, tensor-core instructions in the main loop, blocks a multiprocessor holds. For the GEMM also the length of
+its main loop over that of a plain Triton matmul with the same tile: what fusing costs the loop.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,14 +25,144 @@ os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine 
 
 import torch
 import triton
+import triton.language as tl
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import launch, lora_linear, tiling
+from fastpeft.kernels import adapter, launch, lora_linear, tiling
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
+ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
+RANKS = (16, 32, 64, 128, 256)
+PROLOGUES = (16, 64, 256)  # the GEMM's rank-r term goes 64 ranks at a time, so these are all its forms
+M, K, N = 8192, 768, 2304  # c_attn of GPT-2 over 8192 tokens; only divisibility by 16 matters to the code
+
+
+class Case(NamedTuple):
+    """One configuration of one kernel; `dtype` is x's and, where they differ, the factors'."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    tile: tuple[int, ...]
+    rank: int
+    variant: str = ""
+
+    @property
+    def config(self) -> str:
+        *block, warps, stages = self.tile
+        return " ".join(
+            ("x".join(map(str, block)), f"w{warps}", f"s{stages}", f"r{self.rank}", self.variant)
+        ).strip()
+
+
+def cases(arch: int) -> Iterator[Case]:
+    """Every configuration that tiling.py may choose on sm_`arch`, with each dtype that changes its code."""
+    mixed = "bf16+fp32"  # float32 factors on a bfloat16 base: peft's default, and the costliest
+    for form in ("pointer", "descriptor") if arch >= 90 else ("pointer",):
+        for tile in tiling.LINEAR[arch]["split"]:
+            yield from (Case("linear", arch, mixed, tile, r, f"{form} split") for r in PROLOGUES)
+            yield Case("linear", arch, "fp16", tile, 16, f"{form} split")
+            yield Case("linear", arch, "bf16", tile, 16, f"{form} split transposed")
+        for tile in tiling.LINEAR[arch]["dropout"]:
+            yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in PROLOGUES)
+            yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
+    for tile in tiling.LINEAR[arch]["single"]:  # lora_a is rounded to x's dtype beforehand
+        for rank in (r for r in RANKS if tiling.single_pays(r, tile)):
+            yield from (
+                Case("linear", arch, dtype, tile, rank, "pointer single") for dtype in ("bf16", "fp16")
+            )
+    for rank in RANKS:
+        for strip in tiling.SHRINK[rank]:
+            yield Case("shrink", arch, mixed, strip, rank, "dropout")
+            yield Case("shrink", arch, "fp16", strip, rank)
+        for strip in tiling.SHRINK_GRADIENT.get(rank, ()):
+            yield from (Case("shrink_gradient", arch, d, strip, rank) for d in ("fp16", mixed))
+        yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout")
+        yield Case("gradient", arch, "fp16", tiling.GRADIENT[rank], rank)
+        for strip in tiling.ADAPTER[rank]:
+            for kernel in ("adapter_forward", "adapter_backward"):
+                yield Case(kernel, arch, mixed, strip, rank, "gelu")
+            yield Case("adapter_forward", arch, "fp16", strip, rank, "silu")
+        yield from (
+            Case("adapter_gradient", arch, d, tiling.ADAPTER_GRADIENT[rank], rank) for d in ("bf16", "fp16")
+        )
+    for kernel in ("adapter_forward", "adapter_backward"):
+        for activation in ("relu", "gelu_tanh", "silu"):
+            yield Case(kernel, arch, "bf16", tiling.ADAPTER[64][0], 64, activation)
+    for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
+        for rank in RANKS:
+            for tile in tiling.LINEAR_FLOAT32 if rank in PROLOGUES else ():
+                yield Case("linear", arch, precision, tile, rank, "pointer split")
+                yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
+            yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
+            yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout")
+            yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
+            yield Case("adapter_backward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
+            yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
+    yield Case("sum_partials", arch, "fp32", (4, 1), 16)
+
+
+def recorded(case: Case) -> launch.Launch:
+    """The launch of the case's kernel, on tensors that exist in shape only."""
+    dtype, _, factors = case.dtype.partition("+")
+    names = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+
+    def rows(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=names[dtype], device="meta")
+
+    def factor(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=names[factors or dtype], device="meta")
+
+    rank, drop = case.rank, "dropout" in case.variant
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if drop else None
+    dropped: dict[str, Any] = {"dropout_p": 0.1 if drop else 0.0, "seed": seed}
+    weights = factor(rank, K), factor(K, rank)
+    with launch.record() as launches:
+        if case.kernel == "linear":
+            form, variant = case.variant.split()[:2]
+            how = tiling.Linear(tiling.Tile(*case.tile), form == "descriptor", variant == "single", 132)
+            given = {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
+            if case.variant.endswith("transposed"):
+                lora_linear.linear(
+                    rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how=how, **given, **dropped
+                )
+            else:
+                f = factor(N, rank).T
+                lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how=how, **given, **dropped)
+        elif case.kernel == "shrink":
+            lora_linear.shrink(rows(M, K), factor(rank, K).T, strip=tiling.Strip(*case.tile), **dropped)
+        elif case.kernel == "shrink_gradient":
+            strip = tiling.Strip(*case.tile)
+            lora_linear.shrink_gradient(
+                rows(M, N), factor(N, rank), rows(M, rank), 2.0, splits=4, strip=strip
+            )
+        elif case.kernel == "gradient":
+            strip = tiling.Strip(*case.tile)
+            lora_linear.gradient(
+                rows(M, K), rows(M, rank), factor(rank, K).T, splits=16, strip=strip, **dropped
+            )
+        elif case.kernel == "adapter_forward":
+            strip = tiling.Strip(*case.tile)
+            adapter.forward(
+                rows(M, K), weights[0], factor(rank), weights[1], factor(K), case.variant, 1.0, strip
+            )
+        elif case.kernel == "sum_partials":
+            adapter.sum_partials(torch.empty(8, K, device="meta"), torch.empty(K, device="meta"))
+        else:
+            strip = tiling.Strip(*case.tile)
+            some = (rows(M, K), rows(M, K), *weights, rows(M, rank), case.variant, 1.0, torch.float32, True)
+            if case.kernel == "adapter_backward":
+                adapter.backward(*some, False, strip)
+            else:
+                adapter.backward(*some, True, strip, strip, 16)
+    wanted = f"{case.kernel}_kernel"
+    return next(each for each in launches if each.kernel.__name__.replace("_descriptor", "") == wanted)
 
 
 def source(recorded: launch.Launch) -> ASTSource:
@@ -60,10 +190,15 @@ def source(recorded: launch.Launch) -> ASTSource:
 class Code(NamedTuple):
     registers: int
     shared_bytes: int
+    tensor_memory: int  # columns, of 512
     spill_loads: int
     spill_stores: int
     mma: int  # tensor-core instructions in the main loop
     loop: int  # all instructions in the main loop
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([BIN / name, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def machine_code(recorded: launch.Launch, arch: int) -> Code:
@@ -72,16 +207,15 @@ def machine_code(recorded: launch.Launch, arch: int) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run(
-            [BIN / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True, check=True
-        )
-        text = subprocess.run(
-            [BIN / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True
-        ).stdout
+        usage = _tool("cuobjdump", "-res-usage", cubin.name)
+        text = _tool("nvdisasm", "-c", cubin.name)
     loop = main_loop(text)
+    registers = re.search(r"REG:(\d+)", usage)
+    assert registers, usage
     return Code(
-        registers=int(re.search(r"REG:(\d+)", usage.stdout)[1]),
+        registers=int(registers[1]),
         shared_bytes=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
         spill_loads=len(re.findall(r"\bLDL\b", text)),
         spill_stores=len(re.findall(r"\bSTL\b", text)),
         mma=sum(bool(MMA.search(i)) for i in loop),
@@ -106,3 +240,175 @@ def main_loop(disassembly: str) -> list[str]:
     weighed = [(sum(bool(MMA.search(i)) for i in body), body) for body in bodies]
     with_mma = [body for mma, body in weighed if mma]
     return min(with_mma, key=len) if with_mma else max(bodies, key=len, default=[])
+
+
+@triton.jit
+def plain_kernel(
+    x_ptr, w_ptr, y_ptr,
+    M, N, K,
+    stride_xm, stride_xk, stride_wk, stride_wn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`y = x w` and nothing else, one tile a program: the yardstick of the main loop."""
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk
+    w_ptrs = w_ptr + offs_k[:, None] * stride_wk + offs_n[None, :] * stride_wn
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for _ in range(0, K, BLOCK_K):
+        acc = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs), acc, input_precision=INPUT_PRECISION)
+        x_ptrs += BLOCK_K * stride_xk
+        w_ptrs += BLOCK_K * stride_wk
+    tl.store(y_ptr + offs_m[:, None] * N + offs_n[None, :], acc.to(y_ptr.dtype.element_ty))
+
+
+@triton.jit
+def plain_descriptor_kernel(
+    x_desc, w_desc, y_desc,
+    M, N, K,
+    W_TRANSPOSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`plain_kernel` with tensor descriptors and a persistent grid."""
+    num_pid_n = tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tl.cdiv(M, BLOCK_M) * num_pid_n, tl.num_programs(0)):
+        start_m, start_n = tile // num_pid_n * BLOCK_M, tile % num_pid_n * BLOCK_N
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(0, K, BLOCK_K):
+            if W_TRANSPOSED:
+                w = w_desc.load([start_n, k]).T
+            else:
+                w = w_desc.load([k, start_n])
+            acc = tl.dot(x_desc.load([start_m, k]), w, acc, input_precision=INPUT_PRECISION)
+        y_desc.store([start_m, start_n], acc.to(y_desc.dtype))
+
+
+@functools.cache
+def plain_loop(
+    arch: int, dtype: torch.dtype, tile: tuple[int, ...], descriptor: bool, transposed: bool, precision: str
+) -> int:
+    """Instructions in the main loop of a plain Triton matmul."""
+    block_m, block_n, block_k, num_warps, num_stages = tile
+    n, k = (K, N) if transposed else (N, K)
+    x, y = (torch.empty(M, columns, dtype=dtype, device="meta") for columns in (k, n))
+    stored = torch.empty((n, k) if transposed else (k, n), dtype=dtype, device="meta")
+    args: dict[str, Any] = {"M": M, "N": n, "K": k, "INPUT_PRECISION": precision}
+    args |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+    if descriptor:
+        block = [block_n, block_k] if transposed else [block_k, block_n]
+        args |= {
+            "x_desc": TensorDescriptor.from_tensor(x, [block_m, block_k]),
+            "w_desc": TensorDescriptor.from_tensor(stored, block),
+            "y_desc": TensorDescriptor.from_tensor(y, [block_m, block_n]),
+            "W_TRANSPOSED": transposed,
+        }
+    else:
+        w = stored.T if transposed else stored
+        args |= {"x_ptr": x, "w_ptr": w, "y_ptr": y}
+        args |= dict(
+            zip(("stride_xm", "stride_xk", "stride_wk", "stride_wn"), x.stride() + w.stride(), strict=True)
+        )
+    kernel = plain_descriptor_kernel if descriptor else plain_kernel
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return machine_code(launch.Launch(kernel, (1,), args, options), arch).loop
+
+
+def row(case: Case) -> dict[str, Any]:
+    """One line of the report."""
+    each = recorded(case)
+    code = machine_code(each, case.arch)
+    ratio = None
+    if case.kernel == "linear":
+        x = each.args.get("x_ptr", each.args.get("x_desc"))
+        dtype = x.dtype if isinstance(x, Tensor) else x.base.dtype
+        form = (*case.variant.split(), "")
+        descriptor, transposed = form[0] == "descriptor", "transposed" in form
+        plain = plain_loop(
+            case.arch, dtype, tuple(case.tile), descriptor, transposed, each.args["INPUT_PRECISION"]
+        )
+        ratio = round(code.loop / plain, 2)
+    return {
+        "kernel": case.kernel,
+        "arch": case.arch,
+        "dtype": case.dtype,
+        "config": case.config,
+        "registers": code.registers,
+        "spill_loads": code.spill_loads,
+        "spill_stores": code.spill_stores,
+        "shared_bytes": code.shared_bytes,
+        "shared_limit": ARCHITECTURES[case.arch].shared_limit,
+        "tensor_memory": code.tensor_memory,
+        "mma": code.mma,
+        "blocks": blocks(code, each.options["num_warps"], case.arch),
+        "loop_ratio": ratio,
+    }
+
+
+def blocks(code: Code, num_warps: int, arch: int) -> int:
+    """Blocks that one multiprocessor holds at a time, by registers, shared memory and warps."""
+    registers = -(-code.registers // 8) * 8 * 32 * num_warps
+    shared = code.shared_bytes + 1024  # the system's share of a block
+    most_warps = 64 if arch in (80, 90, 100) else 48
+    return min(
+        65536 // registers, (ARCHITECTURES[arch].shared_limit + 1024) // shared, most_warps // num_warps
+    )
+
+
+def faults(line: dict[str, Any]) -> list[str]:
+    """What a row of the report must not show."""
+    found = []
+    if line["spill_loads"] or line["spill_stores"]:
+        found.append(f"spills {line['spill_loads']}/{line['spill_stores']}")
+    if line["shared_bytes"] > line["shared_limit"] or line["tensor_memory"] > 512:
+        found.append("over the limit")
+    if line["dtype"] not in ("fp32",) and line["kernel"] != "sum_partials" and not line["mma"]:
+        found.append("no tensor-core instruction")
+    limit = 1.35 if "single" in line["config"] else 1.15
+    if line["loop_ratio"] is not None and line["loop_ratio"] > limit:
+        found.append(f"loop {line['loop_ratio']}")
+    return found
+
+
+def report(every: list[Case], workers: int = 2) -> Iterator[dict[str, Any]]:
+    """The rows of these cases, in order, as they are compiled."""
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(row, every, chunksize=4)
+
+
+def text(line: dict[str, Any]) -> str:
+    """A row as a line of the table."""
+    spills = f"{line['spill_loads']}/{line['spill_stores']}"
+    shared = f"{line['shared_bytes'] / 1024:.0f}/{line['shared_limit'] // 1024}"
+    return (
+        f"{line['arch']:<5} {line['kernel']:<16} {line['dtype']:<9} {line['config']:<50} {line['registers']:>4} "
+        f"{spills:>7} {shared:>8} {line['mma']:>4} {line['blocks']:>6} {line['loop_ratio'] or '-':>5}  "
+        f"{', '.join(faults(line))}"
+    ).rstrip()
+
+
+HEAD = f"{'arch':<5} {'kernel':<16} {'dtype':<9} {'config':<50} {'regs':>4} {'spills':>7} {'KiB':>8} {'mma':>4} blocks  loop"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description="Compile every shipped kernel configuration and read it back."
+    )
+    parser.add_argument(
+        "--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, like 80,90"
+    )
+    parser.add_argument("--json", type=Path, help="also write the rows there")
+    arguments = parser.parse_args()
+    rows = []
+    print(HEAD)
+    for line in report([case for arch in arguments.arch.split(",") for case in cases(int(arch))]):
+        rows.append(line)
+        print(text(line), flush=True)
+    bad = sum(bool(faults(line)) for line in rows)
+    print(f"{len(rows)} configurations, {bad} with a fault; triton {triton.__version__}")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -4,9 +4,9 @@
     backward   dz = s · (dy U) ⊙ act'(z)      dx = dy + dz D
                dD = dzᵀ x    dbd = Σ dz       dU = s · dyᵀ act(z)    dbu = s · Σ dy
 
-Shapes: x and y (M, K), D (R, K), bd (R,), U (K, R), bu (K,), z and dz (M, R). The forward is one kernel and so is
-dx with dz: a program holds the bottleneck of its rows between two passes over them, the second out of cache. All
-gradients of weights and biases are a third kernel's, one pass over x and dy.
+Shapes: x and y (M, K), D (R, K), bd (R,), U (K, R), bu (K,), z and dz (M, R). The forward is one kernel, and
+so is dx with dz: a program holds its rows' bottleneck between two passes over them, the second out of cache.
+All gradients of weights and biases are a third kernel's, one pass over x and dy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import tiling
 from .blocks import dot, input_precision, rounded, sum_partials
-from .launch import build, describe, differentiable_once, launch, on_device_of, unsupported
+from .launch import build, describe, differentiable_once, launch, on_device_of
 
 
 @triton.jit
@@ -88,7 +88,7 @@ def residual_plus(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Stores `out = t + scale · (u f + bias)` for BLOCK_M rows of t (M, K): u (BLOCK_M, RANK), f (R, K), out dense."""
+    """Stores `out = t + scale · (u f + bias)` for BLOCK_M rows of t (M, K): u (BLOCK_M, RANK), f (R, K)."""
     offs_k = tl.arange(0, BLOCK_K)
     t_ptrs = t_ptr + rows[:, None] * stride_tm + offs_k[None, :].to(tl.int64) * stride_tk
     f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_k[None, :].to(tl.int64) * stride_fk
@@ -119,7 +119,7 @@ def adapter_forward_kernel(
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`z = x downᵀ + down_bias` and `y = x + scale · (act(z) upᵀ + up_bias)`; a program for every BLOCK_M rows."""
+    """`z = x downᵀ + down_bias`, `y = x + scale · (act(z) upᵀ + up_bias)`; BLOCK_M rows a program."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, RANK)
     mask_m, mask_r = rows < M, offs_r < R
@@ -136,14 +136,14 @@ def adapter_forward_kernel(
 
     h = rounded(activate(z.to(tl.float32), ACTIVATION), z.dtype)
     residual_plus(
-        x_ptr, h, up_ptr, up_bias_ptr, y_ptr, rows, mask_m, offs_r, mask_r, K, stride_xm, stride_xk, stride_ur, stride_uk,
-        scale, INPUT_PRECISION, BLOCK_M, BLOCK_K,
+        x_ptr, h, up_ptr, up_bias_ptr, y_ptr, rows, mask_m, offs_r, mask_r, K,
+        stride_xm, stride_xk, stride_ur, stride_uk, scale, INPUT_PRECISION, BLOCK_M, BLOCK_K,
     )  # fmt: skip
 
 
 @triton.jit
 def adapter_backward_kernel(
-    dy_ptr, down_ptr, up_ptr, z_ptr, dz_ptr, dx_ptr,
+    dy_ptr, down_ptr, up_ptr, z_ptr, h_ptr, dz_ptr, dx_ptr,
     M, K, R,
     stride_ym, stride_yk, stride_dr, stride_dk, stride_uk, stride_ur,
     scale,
@@ -153,7 +153,7 @@ def adapter_backward_kernel(
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`dz = scale · (dy up) ⊙ act'(z)` and, unless dx_ptr is None, `dx = dy + dz down`."""
+    """`h = act(z)`, `dz = scale · (dy up) ⊙ act'(z)` and, unless dx_ptr is None, `dx = dy + dz down`."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, RANK)
     mask_m, mask_r = rows < M, offs_r < R
@@ -166,63 +166,64 @@ def adapter_backward_kernel(
     z = tl.load(z_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     dz = tl.where(mask_r[None, :], scale * dh * activation_gradient(z, ACTIVATION), 0.0)
     dz = rounded(dz, dz_ptr.dtype.element_ty)
+    tl.store(h_ptr + offsets, rounded(activate(z, ACTIVATION), h_ptr.dtype.element_ty), mask=mask)
     tl.store(dz_ptr + offsets, dz, mask=mask)
 
     if dx_ptr is not None:
         residual_plus(
-            dy_ptr, dz, down_ptr, None, dx_ptr, rows, mask_m, offs_r, mask_r, K, stride_ym, stride_yk, stride_dr, stride_dk,
-            1.0, INPUT_PRECISION, BLOCK_M, BLOCK_K,
+            dy_ptr, dz, down_ptr, None, dx_ptr, rows, mask_m, offs_r, mask_r, K,
+            stride_ym, stride_yk, stride_dr, stride_dk, 1.0, INPUT_PRECISION, BLOCK_M, BLOCK_K,
         )  # fmt: skip
 
 
 @triton.jit
 def adapter_gradient_kernel(
-    dy_ptr, x_ptr, z_ptr, dz_ptr, out_ptr,
+    dy_ptr, x_ptr, h_ptr, dz_ptr, out_ptr,
     M, K, R, rows_each,
     stride_ym, stride_yk, stride_xm, stride_xk,
     scale,
-    ACTIVATION: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`d_down = dzᵀ x`, `d_up = scale · dyᵀ act(z)`, `d_down_bias = Σ dz`, `d_up_bias = scale · Σ dy`.
+    """`d_down = dzᵀ x`, `d_up = scale · dyᵀ h`, `d_down_bias = Σ dz`, `d_up_bias = scale · Σ dy`.
 
-    Program (i, j) sums `rows_each` rows of BLOCK_K columns: the j-th partial of their part of `out`, which holds
-    d_down (R, K), d_up (K, R), d_down_bias (R,) and d_up_bias (K,), one after the other.
+    Program (i, j) sums `rows_each` rows of BLOCK_K columns: the j-th partial of their part of `out`, which
+    holds d_down (R, K), d_up (K, R), d_down_bias (R,) and d_up_bias (K,), one after the other.
     """
     pid_k, pid_m = tl.program_id(0), tl.program_id(1)
+    offs_m = tl.arange(0, BLOCK_M)
     offs_k = pid_k * BLOCK_K + tl.arange(0, BLOCK_K)
     offs_r = tl.arange(0, RANK)
     mask_k, mask_r = offs_k < K, offs_r < R
     start = pid_m.to(tl.int64) * rows_each
     end = tl.minimum(start + rows_each, M)
 
+    rows = start + offs_m
+    dy_ptrs = dy_ptr + rows[:, None] * stride_ym + offs_k[None, :].to(tl.int64) * stride_yk
+    x_ptrs = x_ptr + rows[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    offsets = rows[:, None] * R + offs_r[None, :]
+    h_ptrs, dz_ptrs = h_ptr + offsets, dz_ptr + offsets
+    # Sums over rows are products with ones: sixteen equal columns, the fewest a matrix instruction has.
+    ones = rounded(tl.full((BLOCK_M, 16), 1.0, dtype=tl.float32), x_ptr.dtype.element_ty)
     d_down = tl.zeros((BLOCK_K, RANK), dtype=tl.float32)  # transposed, as d_up lies
     d_up = tl.zeros((BLOCK_K, RANK), dtype=tl.float32)
-    d_down_bias = tl.zeros((RANK,), dtype=tl.float32)
-    d_up_bias = tl.zeros((BLOCK_K,), dtype=tl.float32)
+    d_down_bias = tl.zeros((16, RANK), dtype=tl.float32)
+    d_up_bias = tl.zeros((BLOCK_K, 16), dtype=tl.float32)
     for m in range(start, end, BLOCK_M):
-        rows = m + tl.arange(0, BLOCK_M)
-        mask_m = rows < end
-        mask = mask_m[:, None] & mask_k[None, :]
-        dy = tl.load(
-            dy_ptr + rows[:, None] * stride_ym + offs_k[None, :].to(tl.int64) * stride_yk,
-            mask=mask,
-            other=0.0,
-        )
-        x = tl.load(
-            x_ptr + rows[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk, mask=mask, other=0.0
-        )
-        offsets, mask_z = rows[:, None] * R + offs_r[None, :], mask_m[:, None] & mask_r[None, :]
-        z = tl.load(z_ptr + offsets, mask=mask_z, other=0.0)
-        dz = tl.load(dz_ptr + offsets, mask=mask_z, other=0.0)
-        h = rounded(activate(z.to(tl.float32), ACTIVATION), dy.dtype)
-        d_up = dot(tl.trans(dy), h, d_up, INPUT_PRECISION)
-        d_down = dot(tl.trans(x), dz, d_down, INPUT_PRECISION)
-        d_up_bias += tl.sum(dy.to(tl.float32), axis=0)
-        d_down_bias += tl.sum(dz.to(tl.float32), axis=0)
+        mask_m = offs_m < end - m
+        mask, mask_h = mask_m[:, None] & mask_k[None, :], mask_m[:, None] & mask_r[None, :]
+        dy = tl.trans(tl.load(dy_ptrs, mask=mask, other=0.0))
+        d_up = dot(dy, tl.load(h_ptrs, mask=mask_h, other=0.0), d_up, INPUT_PRECISION)
+        d_up_bias = dot(dy, ones, d_up_bias, INPUT_PRECISION)
+        dz = tl.load(dz_ptrs, mask=mask_h, other=0.0)
+        d_down = dot(tl.trans(tl.load(x_ptrs, mask=mask, other=0.0)), dz, d_down, INPUT_PRECISION)
+        d_down_bias = dot(tl.trans(ones), dz, d_down_bias, INPUT_PRECISION)
+        dy_ptrs += BLOCK_M * tl.cast(stride_ym, tl.int64)
+        x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
+        h_ptrs += BLOCK_M * R
+        dz_ptrs += BLOCK_M * R
 
     dtype = out_ptr.dtype.element_ty
     size = K * R
@@ -231,8 +232,10 @@ def adapter_gradient_kernel(
     tl.store(out_ptr + offs_r[None, :] * K + offs_k[:, None], rounded(d_down, dtype), mask=mask)
     tl.store(out_ptr + size + offs_k[:, None] * R + offs_r[None, :], rounded(d_up * scale, dtype), mask=mask)
     if pid_k == 0:
-        tl.store(out_ptr + 2 * size + offs_r, rounded(d_down_bias, dtype), mask=mask_r)
-    tl.store(out_ptr + 2 * size + R + offs_k, rounded(d_up_bias * scale, dtype), mask=mask_k)
+        sums = tl.sum(d_down_bias, axis=0) / 16
+        tl.store(out_ptr + 2 * size + offs_r, rounded(sums, dtype), mask=mask_r)
+    sums = tl.sum(d_up_bias, axis=1) * (scale / 16)
+    tl.store(out_ptr + 2 * size + R + offs_k, rounded(sums, dtype), mask=mask_k)
 
 
 def forward(
@@ -252,8 +255,8 @@ def forward(
         return y, z
     strip = strip or tiling.adapter(x, rank)
     args = {
-        "x_ptr": x, "down_ptr": down_weight, "down_bias_ptr": down_bias, "up_ptr": up_weight, "up_bias_ptr": up_bias,
-        "z_ptr": z, "y_ptr": y,
+        "x_ptr": x, "down_ptr": down_weight, "down_bias_ptr": down_bias,
+        "up_ptr": up_weight, "up_bias_ptr": up_bias, "z_ptr": z, "y_ptr": y,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1),
         **_common(x, down_weight, up_weight, activation, scale, strip),
     }  # fmt: skip
@@ -283,9 +286,10 @@ def backward(
         return dx, x.new_zeros(2 * k * rank + k + rank, dtype=dtype) if need_parameters else None
     strip = strip or tiling.adapter(x, rank)
     common = _common(x, down_weight, up_weight, activation, scale, strip)
-    dz = torch.empty_like(z)
+    h, dz = torch.empty_like(z), torch.empty_like(z)
     args = {
-        "dy_ptr": dy, "down_ptr": down_weight, "up_ptr": up_weight, "z_ptr": z, "dz_ptr": dz, "dx_ptr": dx,
+        "dy_ptr": dy, "down_ptr": down_weight, "up_ptr": up_weight,
+        "z_ptr": z, "h_ptr": h, "dz_ptr": dz, "dx_ptr": dx,
         "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
         **common,
     }  # fmt: skip
@@ -301,10 +305,11 @@ def backward(
     out = x.new_empty(2 * k * rank + k + rank, dtype=dtype)
     partials = out if splits == 1 else x.new_empty(splits, out.numel(), dtype=torch.float32)
     args = {
-        "dy_ptr": dy, "x_ptr": x, "z_ptr": z, "dz_ptr": dz, "out_ptr": partials,
+        "dy_ptr": dy, "x_ptr": x, "h_ptr": h, "dz_ptr": dz, "out_ptr": partials,
         "M": m, "K": k, "R": rank, "rows_each": rows_each,
-        "stride_ym": dy.stride(0), "stride_yk": dy.stride(1), "stride_xm": x.stride(0), "stride_xk": x.stride(1),
-        "scale": scale, "ACTIVATION": activation, "INPUT_PRECISION": input_precision(x.dtype),
+        "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
+        "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+        "scale": scale, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_K": strip.block_c, "RANK": tiling.padded_rank(rank),
     }  # fmt: skip
     grid = (triton.cdiv(k, strip.block_c), splits)
@@ -327,7 +332,7 @@ def _common(
 
 
 def split_gradients(out: Tensor, k: int, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """d_down (R, K), d_down_bias (R,), d_up (K, R) and d_up_bias (K,): views of `backward`'s second result."""
+    """d_down (R, K), d_down_bias (R,), d_up (K, R), d_up_bias (K,): views of `backward`'s second result."""
     d_down, d_up, d_down_bias, d_up_bias = out.split((k * rank, k * rank, rank, k))
     return d_down.view(rank, k), d_down_bias, d_up.view(k, rank), d_up_bias
 
@@ -422,8 +427,8 @@ def adapter(
 
     Args:
         x: (M, K) float16, bfloat16 or float32, any strides.
-        down_weight: (R, K) and up_weight: (K, R), in x's dtype or wider, R at most 256; rounded to x's dtype as they
-            load. down_bias: (R,) or None; up_bias: (K,) or None.
+        down_weight: (R, K) and up_weight: (K, R), in x's dtype or wider, R at most 256; rounded to x's
+            dtype as they load. down_bias: (R,) or None; up_bias: (K,) or None.
         activation: relu, gelu, gelu_tanh or silu.
 
     Returns:

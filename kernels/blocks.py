@@ -13,7 +13,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How `tl.dot` multiplies operands of `dtype`: float32 as TF32 only where torch allows that for its own matmuls."""
+    """How `tl.dot` multiplies operands of `dtype`: float32 as TF32 only where torch does that itself."""
     if dtype != torch.float32:
         return "ieee"
     return "tf32" if tf32_allowed() else "ieee"
@@ -52,7 +52,7 @@ def rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def grouped_order(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
-    """Program `pid`'s tile (pid_m, pid_n): GROUP_M rows of tiles at a time, so that neighbours share what L2 holds."""
+    """Program `pid`'s tile (pid_m, pid_n), GROUP_M rows of tiles at a time: neighbours share L2."""
     num_pid_m = tl.cdiv(M, BLOCK_M)
     num_pid_n = tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP_M * num_pid_n)
@@ -64,7 +64,7 @@ def grouped_order(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 @triton.jit
 def sum_partials_kernel(partials_ptr, out_ptr, size, num_partials, BLOCK: tl.constexpr):
-    """`out = Σ partials` over the first axis, first to last: partials (num_partials, size) float32, out (size,)."""
+    """`out = Σ partials` in order: partials (num_partials, size) float32, out (size,)."""
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < size
     acc = tl.zeros((BLOCK,), dtype=tl.float32)

@@ -1,9 +1,9 @@
 """Dropout masks from a seed: the same bits in a Triton tile and in PyTorch.
 
-Philox4x32-7 (Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"; 7 rounds is the fewest that passes
-BigCrush) with the counter (k // 8, m, 0, 0) gives element (m, k) the 16-bit lane k % 8 of its 128 bits; the element
-is kept where the lane is at least round(p · 2¹⁶). A mask depends on the seed and the element alone, so every kernel
-redraws it, whatever its tiles.
+Philox4x32-7 (Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"; 7 rounds is the fewest that
+passes BigCrush) with the counter (k // 8, m, 0, 0) gives element (m, k) the 16-bit lane k % 8 of its 128
+bits; the element is kept where the lane is at least round(p · 2¹⁶). A mask depends on the seed and the
+element alone, so every kernel redraws it, whatever its tiles.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def keep_scale(dropout_p: float) -> float:
 
 @triton.jit
 def keep_tile(seed_ptr, start_m, start_k, drop_below, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Booleans (BLOCK_M, BLOCK_K): which elements from (start_m, start_k) on are kept; start_k divides by 8."""
+    """Booleans (BLOCK_M, BLOCK_K): which elements from (start_m, start_k) on are kept; 8 divides start_k."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     groups = start_k // 8 + tl.arange(0, BLOCK_K // 8)
     row, _ = tl.broadcast(offs_m[:, None], groups[None, :])
@@ -40,7 +40,7 @@ def keep_tile(seed_ptr, start_m, start_k, drop_below, BLOCK_M: tl.constexpr, BLO
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The halves of a 32 × 32 bit product, as int64 tensors of 32-bit values (the product wraps to 64 bits)."""
+    """The halves of a 32 × 32 bit product, as 32-bit values in int64 (the product wraps at 64 bits)."""
     product = a * b
     return (product >> 32) & 0xFFFFFFFF, product & 0xFFFFFFFF
 

@@ -1,4 +1,4 @@
-"""One place from which every kernel is launched, and where it is decided whether a call's kernels can run at all."""
+"""Where every kernel is launched from, and where it is decided whether a call's kernels can run at all."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], num_warps: 
 
 @contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Within it launchers allocate and return as usual, but no kernel runs: the list collects the launches."""
+    """Within it launchers work as usual, but kernels don't run: the list collects the launches."""
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
@@ -59,7 +59,7 @@ def record() -> Iterator[list[Launch]]:
 
 
 def unsupported(x: Tensor, rank: int, *others: Tensor | None) -> str | None:
-    """Why the kernels don't serve rows `x` with a rank (or bottleneck) and these other tensors; None where they do."""
+    """Why no kernel serves rows `x` with this rank (or bottleneck) and these other tensors; else None."""
     for tensor in (x, *others):
         if tensor is not None and tensor.dtype not in DTYPES:
             return f"no kernel for {tensor.dtype}"

@@ -5,15 +5,13 @@
                dA = dxaᵀ (keep ⊙ x)        dB = s dyᵀ xa
 
 with keep the dropout mask and s the scaling times dropout's 1 / (1 - p).
-Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three shapes of work do all of
-it: `linear_kernel` (a GEMM whose accumulator starts from a rank-r term: y and dx), `shrink_kernel` (a pass over wide
-rows that leaves R numbers a row: xa and dxa) and `gradient_kernel` (a pass over wide rows that leaves R numbers a
-column: dA and dB). `shrink_gradient_kernel` is the last two in one pass over dy.
+Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three shapes of work do
+it all: `linear_kernel` (a GEMM whose accumulator starts from a rank-r term: y and dx), `shrink_kernel` (a
+pass over wide rows that leaves R numbers a row: xa and dxa) and `gradient_kernel` (one that leaves R numbers
+a column: dA and dB). `shrink_gradient_kernel` is the last two in one pass over dy.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -24,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from . import tiling
 from .blocks import dot, grouped_order, input_precision, load, rounded, sum_partials
 from .dropout import keep_scale, keep_tile, threshold
-from .launch import build, describe, differentiable_once, launch, on_device_of, unsupported
+from .launch import build, describe, differentiable_once, launch, on_device_of
 
 # --- kernels
 
@@ -44,8 +42,8 @@ def initial(
 ):  # fmt: skip
     """What a tile's accumulator starts from: `bias + u (scaling · f)`, or `keep ⊙ (u f)` with no bias.
 
-    u (M, R) contiguous, f (R, N) by strides; RANK is R padded to a power of two. f takes the scaling, because a float32
-    f is then rounded once.
+    u (M, R) contiguous, f (R, N) by strides; RANK is R padded to a power of two. f takes the scaling, for
+    then a float32 f is rounded once.
     """
     BLOCK_R: tl.constexpr = min(RANK, 64)
     acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
@@ -89,8 +87,8 @@ def linear_kernel(
 ):  # fmt: skip
     """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program.
 
-    SINGLE computes u = x aᵀ on the way, from the same tiles of x (there is no dropout then); the first column of
-    programs stores it.
+    SINGLE computes u = x aᵀ on the way, from the same tiles of x (there is no dropout then); the first column
+    of programs stores it.
     """
     pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -120,7 +118,7 @@ def linear_kernel(
         acc = dot(x, w, acc, INPUT_PRECISION)
         if SINGLE:
             a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-            u = dot(x, rounded(a, x.dtype), u, INPUT_PRECISION)
+            u = dot(x, a, u, INPUT_PRECISION)
             a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
@@ -141,11 +139,10 @@ def linear_kernel(
 
 @triton.jit
 def linear_descriptor_kernel(
-    x_desc, w_desc, bias_ptr, a_desc, u_ptr, f_ptr, y_desc, seed_ptr,
+    x_desc, w_desc, bias_ptr, u_ptr, f_ptr, y_desc, seed_ptr,
     M, N, K, R,
     stride_fr, stride_fn,
     scaling, drop_below,
-    SINGLE: tl.constexpr,
     DROPOUT: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -155,52 +152,26 @@ def linear_descriptor_kernel(
     RANK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):  # fmt: skip
-    """`linear_kernel` with tensor descriptors and a persistent grid; a descriptor reads zeros past its tensor's end.
+    """`linear_kernel` with a persistent grid and tensor descriptors, which read zeros past a tensor's end.
 
     W_TRANSPOSED: `w_desc` describes (N, K), the weight of an nn.Linear, rather than (K, N).
     """
-    offs_r = tl.arange(0, RANK)
-    mask_r = offs_r < R
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         pid_m, pid_n = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
         offs_m = start_m + tl.arange(0, BLOCK_M)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        mask_m, mask_n = offs_m < M, offs_n < N
-
-        if SINGLE:
-            acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
-            u = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
-        else:
-            rows = tl.where(mask_m, offs_m, 0)
-            acc = initial(
-                bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
-                start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
-            )  # fmt: skip
-
+        mask_n = offs_n < N
+        rows = tl.where(offs_m < M, offs_m, 0)
+        acc = initial(
+            bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
+            start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
+        )  # fmt: skip
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([start_m, k])
-            if W_TRANSPOSED:
-                w = w_desc.load([start_n, k]).T
-            else:
-                w = w_desc.load([k, start_n])
+            w = w_desc.load([start_n, k]).T if W_TRANSPOSED else w_desc.load([k, start_n])
             acc = dot(x, w, acc, INPUT_PRECISION)
-            if SINGLE:
-                u = dot(x, rounded(a_desc.load([0, k]).T, x.dtype), u, INPUT_PRECISION)
-
-        if SINGLE:
-            u = tl.where(mask_r[None, :], u, 0.0)  # an infinite x times a padding zero is NaN
-            if pid_n == 0:
-                u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-                tl.store(u_ptrs, rounded(u, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-            f_ptrs = (
-                f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
-            )
-            f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-            dtype = u_ptr.dtype.element_ty
-            acc = dot(rounded(u, dtype), rounded(f.to(tl.float32) * scaling, dtype), acc, INPUT_PRECISION)
-
         y_desc.store([start_m, start_n], rounded(acc, y_desc.dtype))
 
 
@@ -253,10 +224,10 @@ def shrink_gradient_kernel(
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`du = scaling · t f` and `df = scaling · tᵀ u` in one pass over t: t (M, C), f (C, R), u and du (M, R), df (C, R).
+    """`du = scaling · t f` and `df = scaling · tᵀ u` in one pass: t (M, C), f and df (C, R), u and du (M, R).
 
-    Program (i, j) walks over `columns` columns of BLOCK_M rows; it leaves the i-th partial of their df and the j-th
-    partial of its rows' du.
+    Program (i, j) walks over `columns` columns of BLOCK_M rows; it leaves the i-th partial of their df and
+    the j-th partial of its rows' du.
     """
     pid_m, pid_c = tl.program_id(0), tl.program_id(1)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -346,7 +317,7 @@ def linear(
     seed: Tensor | None = None,
     how: tiling.Linear | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`y = x weight + bias + keep ⊙ (u (scaling · f))` and u, which is `x aᵀ` where `a` (R, K) is given instead.
+    """`y = x weight + bias + keep ⊙ (u (scaling · f))` and u, which is `x aᵀ` where `a` (R, K) is given.
 
     There is no bias with dropout: the mask falls on all that the accumulator starts from.
     """
@@ -363,7 +334,7 @@ def linear(
         "M": m, "N": n, "K": k, "R": rank,
         "stride_fr": f.stride(0), "stride_fn": f.stride(1),
         "scaling": scaling, "drop_below": threshold(dropout_p),
-        "SINGLE": a is not None, "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(x.dtype),
+        "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
     }  # fmt: skip
@@ -376,19 +347,17 @@ def linear(
         args |= {
             "x_desc": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             "w_desc": TensorDescriptor.from_tensor(stored, block),
-            "a_desc": None if a is None else TensorDescriptor.from_tensor(a, [args["RANK"], tile.block_k]),
             "y_desc": TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n]),
             "W_TRANSPOSED": transposed,
         }
         grid = (min(tiles, how.programs),)
         launch(linear_descriptor_kernel, grid, args, tile.num_warps, tile.num_stages)
     else:
-        stride_ar, stride_ak = (0, 0) if a is None else a.stride()
         args |= {
-            "x_ptr": x, "w_ptr": weight, "a_ptr": a, "y_ptr": y,
+            "x_ptr": x, "w_ptr": weight, "a_ptr": a, "y_ptr": y, "SINGLE": a is not None,
             "stride_xm": x.stride(0), "stride_xk": x.stride(1),
             "stride_wk": weight.stride(0), "stride_wn": weight.stride(1),
-            "stride_ar": stride_ar, "stride_ak": stride_ak,
+            "stride_ar": 0 if a is None else a.stride(0), "stride_ak": 0 if a is None else a.stride(1),
             "MASKED_N": n % tile.block_n != 0, "MASKED_K": k % tile.block_k != 0,
         }  # fmt: skip
         launch(linear_kernel, (tiles,), args, tile.num_warps, tile.num_stages)
@@ -413,7 +382,8 @@ def shrink(
     args = {
         "t_ptr": t, "f_ptr": f, "u_ptr": u, "seed_ptr": seed,
         "M": m, "C": c, "R": rank,
-        "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_fc": f.stride(0), "stride_fr": f.stride(1),
+        "stride_tm": t.stride(0), "stride_tc": t.stride(1),
+        "stride_fc": f.stride(0), "stride_fr": f.stride(1),
         "scaling": scaling, "drop_below": threshold(dropout_p),
         "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(t.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
@@ -426,7 +396,7 @@ def shrink(
 def shrink_gradient(
     t: Tensor, f: Tensor, u: Tensor, scaling: float, *, splits: int = 0, strip: tiling.Strip | None = None
 ) -> tuple[Tensor, Tensor]:
-    """`du = scaling · t f` in t's dtype and `df = scaling · tᵀ u` in f's: t (M, C), f (C, R), u (M, R); one pass."""
+    """`du = scaling · t f` in t's dtype, `df = scaling · tᵀ u` in f's: t (M, C), f (C, R), u (M, R)."""
     (m, c), rank = t.shape, f.shape[1]
     if m == 0 or c == 0:
         return t.new_zeros(m, rank), f.new_zeros(c, rank)
@@ -441,7 +411,8 @@ def shrink_gradient(
     args = {
         "t_ptr": t, "f_ptr": f, "u_ptr": u, "du_ptr": du_partials, "df_ptr": df_partials,
         "M": m, "C": c, "R": rank, "columns": columns,
-        "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_fc": f.stride(0), "stride_fr": f.stride(1),
+        "stride_tm": t.stride(0), "stride_tc": t.stride(1),
+        "stride_fc": f.stride(0), "stride_fr": f.stride(1),
         "scaling": scaling, "INPUT_PRECISION": input_precision(t.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
     }  # fmt: skip
@@ -464,7 +435,7 @@ def gradient(
     splits: int = 0,
     strip: tiling.Strip | None = None,
 ) -> Tensor:
-    """`df`, filled with `scaling · dropout(t)ᵀ u`: t (M, C), u (M, R), df (C, R) in a dense layout, either order."""
+    """`df`, filled with `scaling · (keep ⊙ t)ᵀ u`: t (M, C), u (M, R), df (C, R) dense in either order."""
     (m, c), rank = t.shape, u.shape[1]
     if m == 0 or c == 0:
         return df.zero_()
@@ -482,7 +453,8 @@ def gradient(
     args = {
         "t_ptr": t, "u_ptr": u, "df_ptr": partials, "seed_ptr": seed,
         "M": m, "C": c, "R": rank, "rows": rows,
-        "stride_tm": t.stride(0), "stride_tc": t.stride(1), "stride_dc": df.stride(0), "stride_dr": df.stride(1),
+        "stride_tm": t.stride(0), "stride_tc": t.stride(1),
+        "stride_dc": df.stride(0), "stride_dr": df.stride(1),
         "scaling": scaling, "drop_below": threshold(dropout_p),
         "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(t.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
@@ -507,8 +479,8 @@ def forward(
     """y (M, N) and xa (M, R), both in x's dtype."""
     scaling *= keep_scale(dropout_p)
     how = tiling.linear(x, weight, lora_a, lora_a.shape[0], dropout_p)
-    if how.single:
-        return linear(x, weight, bias, lora_b.T, scaling, a=lora_a, how=how)
+    if how.single:  # the loop has no room to round a wider factor
+        return linear(x, weight, bias, lora_b.T, scaling, a=lora_a.to(x.dtype), how=how)
     xa = shrink(x, lora_a.T, dropout_p=dropout_p, seed=seed)
     return linear(x, weight, bias, lora_b.T, scaling, u=xa, how=how)
 
@@ -639,12 +611,12 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """`y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ` by the kernels; differentiable once, by every tensor but the seed.
+    """`y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ` by the kernels; differentiable once, by all but the seed.
 
     Args:
         x: (M, K) float16, bfloat16 or float32, any strides.
         weight: (K, N) in x's dtype, any strides. bias: (N,) or None.
-        lora_a: (R, K) and lora_b: (N, R), in x's dtype or wider, R at most 256; rounded to x's dtype as they load.
+        lora_a: (R, K) and lora_b: (N, R), in x's dtype or wider, R at most 256; rounded to x's dtype.
         dropout_p: probability of dropping an element of x before lora_a.
         seed: int64 of one element on x's device, from which the mask is drawn; None where dropout_p is 0.
 
@@ -665,7 +637,7 @@ def ready(
 ) -> str | None:
     """None where every kernel of `lora_linear` and of its backward is built for these tensors; else why not.
 
-    Launches nothing and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
+    Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
     """
 
     def call() -> None:

@@ -2,14 +2,16 @@
 
 What the table follows from:
 
-- A GEMM step of BLOCK_M × BLOCK_N × BLOCK_K multiplies BLOCK_M · BLOCK_N numbers for each BLOCK_M + BLOCK_N it
-  loads, so large tiles cost less for each output; but with fewer tiles than multiprocessors some of those idle.
-- Accumulators live in registers: 8 warps hold a 128 × 128 float32 tile in 64 registers a thread, 128 × 256 in 128 of
-  the 255. From sm_90 on operands are read from shared memory, which leaves room for 128 × 256; before, operand
-  fragments need registers too, and 128 × 128 on 8 warps is the largest that never spills with the rank-r term.
+- A step of a GEMM's tile multiplies BLOCK_M · BLOCK_N numbers for each BLOCK_M + BLOCK_N it loads, so large
+  tiles cost less for each output; but with fewer tiles than multiprocessors some of those idle.
+- Accumulators live in registers: 8 warps hold a 128 × 128 float32 tile in 64 registers a thread, 128 × 256 in
+  128 of the 255. On sm_90 and sm_100 operands are read from shared memory, which leaves room for 128 × 256;
+  elsewhere operand fragments need registers too, and 128 × 128 on 8 warps is the largest that never spills.
 - num_stages buffers of (BLOCK_M + BLOCK_N) · BLOCK_K elements must fit a block's shared memory.
-- The rank-r kernels do at most R products for each element they load: they are bound by memory, so what counts is
-  that every multiprocessor has a program, then that partial sums stay small beside what is read.
+- The rank-r kernels do at most R products for each element they load: they are bound by memory, so what
+  counts is that every multiprocessor has a program, then that partial sums stay small beside what is read.
+
+That each row spills nothing and fits is not argued but compiled: bench/compile_report.py.
 """
 
 from __future__ import annotations
@@ -85,8 +87,9 @@ _MMA_SYNC = {
         Tile(64, 64, 64, 4, 4),
         Tile(32, 64, 64, 4, 4),
     ),
-    "single": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)),
+    "single": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }
+_MMA_SYNC_120 = {**_MMA_SYNC, "single": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4))}
 # sm_90 reads operands from shared memory (wgmma); the mask's booleans leave no room for 128 × 256.
 _WGMMA = {
     "split": (
@@ -96,27 +99,17 @@ _WGMMA = {
         Tile(64, 64, 64, 4, 4),
     ),
     "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-    "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
+    "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }
-# sm_100 accumulates in tensor memory (tcgen05), whose 512 columns two accumulators of 256 leave none of for xa.
+# sm_100 accumulates in tensor memory (tcgen05), so a mask in registers does leave room.
 _TCGEN05 = {
-    "split": (
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 128, 64, 8, 4),
-        Tile(64, 128, 64, 4, 4),
-        Tile(64, 64, 64, 4, 4),
-    ),
-    "dropout": (
-        Tile(128, 256, 64, 8, 3),
-        Tile(128, 128, 64, 8, 4),
-        Tile(64, 128, 64, 4, 4),
-        Tile(64, 64, 64, 4, 4),
-    ),
-    "single": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
+    "split": _WGMMA["split"],
+    "dropout": _WGMMA["split"],
+    "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
 }
 
-#: The GEMM's tiles on 16-bit numbers, by architecture and variant: xa given (with or without a mask) or on the way.
-LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC}
+#: The GEMM's tiles on 16-bit numbers, by architecture and variant: xa given, or dropped too, or on the way.
+LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC_120}
 
 #: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
 LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
@@ -150,17 +143,17 @@ ADAPTER = {
     32: (Strip(64, 64, 4, 3), Strip(32, 64, 4, 3)),
     64: (Strip(64, 64, 4, 3), Strip(32, 64, 4, 3)),
     128: (Strip(64, 64, 8, 3), Strip(32, 64, 8, 3)),
-    256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
+    256: (Strip(32, 32, 8, 3),),
 }
-ADAPTER_FLOAT32 = Strip(32, 32, 8, 3)
+ADAPTER_FLOAT32 = Strip(32, 32, 8, 2)
 ADAPTER_GRADIENT = {
-    16: Strip(64, 64, 8, 3),
-    32: Strip(64, 64, 8, 3),
-    64: Strip(64, 64, 8, 3),
-    128: Strip(64, 64, 8, 3),
-    256: Strip(32, 64, 8, 3),
+    16: Strip(32, 64, 8, 3),
+    32: Strip(32, 64, 8, 3),
+    64: Strip(32, 64, 8, 3),
+    128: Strip(32, 32, 8, 3),
+    256: Strip(32, 32, 8, 3),
 }
-ADAPTER_GRADIENT_FLOAT32 = Strip(32, 32, 8, 3)
+ADAPTER_GRADIENT_FLOAT32 = Strip(16, 32, 8, 3)
 
 #: The interpreter's cost goes by programs and steps, so it takes the largest tiles.
 _INTERPRETER = Architecture(90, 2, 0, 1 << 30)
@@ -180,13 +173,13 @@ def architecture(device: torch.device) -> Architecture:
 
 
 def padded_rank(rank: int) -> int:
-    """The rank a kernel is compiled for: the next power of two, 16 at least (a matrix instruction's width)."""
+    """The rank a kernel is compiled for: the next power of two, at least a matrix instruction's 16."""
     return max(16, triton.next_power_of_2(rank))
 
 
 def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: float) -> Linear:
     """How to run `y = x W + …`: `a` is lora_a where xa may be computed on the way, else None."""
-    (m, k), n = x.shape, weight.shape[1]
+    m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
     if x.dtype == torch.float32:
         return Linear(_cheapest(LINEAR_FLOAT32, m, n, arch), False, False, 0)
@@ -196,13 +189,20 @@ def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: fl
     descriptor = descriptor and (_describable(weight) or _describable(weight.T))
     if a is not None and dropout_p == 0:
         tile = _cheapest(tiles["single"], m, n, arch)
-        # On the way, xa costs RANK / BLOCK_N of the products, once a column of tiles; before, it costs another read
-        # of x, which is flops_per_byte / n of the GEMM's time, and a launch, which shows where one round does it all.
+        # On the way, xa costs RANK / BLOCK_N of the products; before, another read of x, flops_per_byte / n
+        # of the GEMM's time, and a launch, which shows where one round of programs does it all. Only the
+        # pointer form does it on the way: a third descriptor would make the loop nearly half as long again.
         share = padded_rank(rank) / tile.block_n
         one_round = _programs(tile, m, n) <= arch.multiprocessors
-        if share <= 1 / 8 and (one_round or share <= arch.flops_per_byte / n):
-            return Linear(tile, descriptor and _describable(a), True, arch.multiprocessors)
+        cheaper = not descriptor and share <= arch.flops_per_byte / n
+        if single_pays(padded_rank(rank), tile) and (one_round or cheaper):
+            return Linear(tile, False, True, arch.multiprocessors)
     return Linear(split, descriptor, False, arch.multiprocessors)
+
+
+def single_pays(rank: int, tile: Tile) -> bool:
+    """Whether xa on the way adds few enough products to be considered: an eighth."""
+    return 8 * rank <= tile.block_n
 
 
 def _programs(tile: Tile, m: int, n: int) -> int:
@@ -214,7 +214,7 @@ def _cheapest(tiles: tuple[Tile, ...], m: int, n: int, arch: Architecture) -> Ti
 
     def cost(tile: Tile) -> float:
         rounds = triton.cdiv(_programs(tile, m, n), arch.multiprocessors)
-        # An element loaded costs about 64 products: two bytes of L2 bandwidth against a multiprocessor's matrix peak.
+        # Two bytes from L2 take about as long as 64 products of a multiprocessor's matrix units.
         return rounds * (tile.block_m * tile.block_n + 64 * (tile.block_m + tile.block_n))
 
     return min(tiles, key=cost)
@@ -240,7 +240,7 @@ def shrink_gradient(t: Tensor, rank: int) -> tuple[Strip, int]:
 
 
 def one_pass(t: Tensor, rank: int) -> bool:
-    """Whether the pass over dy does both its jobs: at larger ranks its partial sums outweigh reading dy twice."""
+    """Whether one pass over dy does both jobs: at larger ranks the partial sums outweigh reading dy twice."""
     return t.dtype != torch.float32 and padded_rank(rank) in SHRINK_GRADIENT
 
 

@@ -175,14 +175,16 @@ class TestTheChoiceOfATile:
         assert self.linear(64, 768, 768, p=0.1).tile[:2] == (64, 64)
 
     def test_a_small_rank_is_computed_on_the_way_and_a_large_one_or_a_dropped_one_before(self):
-        assert self.linear(8192, 768, 2304, rank=16).single
+        assert self.linear(512, 768, 2304, rank=16).single
+        assert self.linear(8192, 100, 2304, rank=16).single
+        assert not self.linear(8192, 768, 2304, rank=16).single
         assert not self.linear(8192, 768, 2304, rank=128).single
         assert not self.linear(8192, 768, 2304, rank=16, p=0.1).single
 
     def test_what_a_descriptor_cant_describe_goes_by_pointers(self):
-        assert self.linear(64, 768, 768).descriptor
-        assert not self.linear(64, 100, 768).descriptor
-        assert not self.linear(64, 768, 36).descriptor
+        assert self.linear(8192, 768, 768).descriptor
+        assert not self.linear(8192, 100, 768).descriptor
+        assert not self.linear(8192, 768, 36).descriptor
         x, weight = (
             torch.empty(64, 769, dtype=torch.float16)[:, 1:],
             torch.empty(768, 768, dtype=torch.float16),
