@@ -378,7 +378,8 @@ def _with_ones(h: Tensor, bias: Tensor | None) -> Tensor:
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast does to a linear layer's inputs: everything but float64 in its dtype."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not on or x.dtype == torch.float64:
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))

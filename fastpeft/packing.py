@@ -2,6 +2,7 @@
 
 Between, everything runs on (1, tokens, width): stock's own forward, blocks, adapters and user code. Only
 attention has to know which token belongs to which sequence; it alone sees a padded view, its rows flush left.
+Under a sequence classifier, the last block goes on from its keys and values only at the tokens that the head pools.
 """
 
 from __future__ import annotations
@@ -41,34 +42,56 @@ class Packed(NamedTuple):
     grid: tuple[int, int]
     view: tuple[int, int]  # (batch, longest)
     mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
+    pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
 
 
 class PackedAttention(GPT2Attention):
     """GPT-2's self-attention over packed tokens; without `packed`, stock's own forward."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Any, *args: Any, packed: Packed | None = None, **kwargs: Any
+        self, hidden_states: Any, *args: Any, packed: Packed | None = None, pool: bool = False, **kwargs: Any
     ) -> tuple[Any, ...]:
-        """hidden_states (1, T, width) → the attention's output, (1, T, width), and no weights."""
+        """hidden_states (1, T, width) → the output at every token, or at the pooled ones, and no weights."""
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         batch, longest = packed.view
         qkv = self.c_attn(hidden_states)[0]
         padded = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, packed.slots, qkv)
-        heads = padded.view(batch, longest, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        heads = padded.view(batch, longest, 3, self.num_heads, self.head_dim)
+        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        # Rows are flush left, so the causal mask alone keeps every token from the padding.
+        mask, rows = packed.mask, packed.slots
+        if pool and packed.pooled is not None:  # one query a sequence
+            sequences = torch.arange(batch, device=qkv.device)
+            place = packed.slots[packed.pooled] % longest
+            query = query[sequences, :, place][:, :, None]
+            later = torch.arange(longest, device=qkv.device) > place[:, None]
+            mask = torch.zeros_like(later, dtype=qkv.dtype).masked_fill(later, torch.finfo(qkv.dtype).min)
+            mask, rows = mask[:, None, None], sequences
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        # Rows are flush left, so the causal mask alone keeps every token from the padding.
-        output, _ = attend(
-            self,
-            *heads,
-            packed.mask,
-            dropout=self.attn_dropout.p if self.training else 0.0,
-            scaling=self.scaling,
-        )
-        output = output.reshape(batch * longest, self.embed_dim).index_select(0, packed.slots)
+        dropout = self.attn_dropout.p if self.training else 0.0
+        output, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        output = output.reshape(-1, self.embed_dim).index_select(0, rows)
         return self.resid_dropout(self.c_proj(output[None])), None
+
+
+class PackedLastBlock(GPT2Block):
+    """GPT-2's last block: where the head pools, keys and values of all tokens, and the rest of the pooled alone."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Any, *args: Any, packed: Packed | None = None, **kwargs: Any
+    ) -> Tensor:
+        """hidden_states (1, T, width) → the same shape, zeros where the head doesn't read."""
+        if packed is None or packed.pooled is None:
+            return super().forward(
+                hidden_states, *args, **(kwargs if packed is None else {**kwargs, "packed": packed})
+            )
+        attended, _ = self.attn(self.ln_1(hidden_states), packed=packed, pool=True)
+        pooled = hidden_states.index_select(1, packed.pooled) + attended
+        pooled = pooled + self.mlp(self.ln_2(pooled))
+        return torch.zeros_like(hidden_states).index_copy(1, packed.pooled, pooled)
 
 
 @dataclass
@@ -76,6 +99,7 @@ class PackingSite(Site):
     """The site of a GPT-2 on packed tokens."""
 
     builds_cache: bool = True  # in eval mode, with `use_cache` unset: what its head may read later
+    pools: bool = False  # its head is a sequence classifier, which reads one token a row
 
 
 def install(transformer: Any, site: PackingSite) -> None:
@@ -88,6 +112,8 @@ def install(transformer: Any, site: PackingSite) -> None:
     for block in transformer.h:
         if type(block.attn) is GPT2Attention:
             block.attn.__class__ = PackedAttention
+    if type(block) is GPT2Block:
+        block.__class__ = PackedLastBlock
 
 
 def uninstall(transformer: Any) -> None:
@@ -100,6 +126,8 @@ def uninstall(transformer: Any) -> None:
     for block in transformer.h:
         if type(block.attn) is PackedAttention:
             block.attn.__class__ = GPT2Attention  # type: ignore[assignment]
+        if type(block) is PackedLastBlock:
+            block.__class__ = GPT2Block  # type: ignore[assignment]
     transformer.__dict__.pop("_fastpeft", None)
 
 
@@ -111,7 +139,7 @@ def why_not_model(transformer: Any) -> str | None:
     if transformer.config.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn"
     for block in transformer.h:
-        if type(block) is not GPT2Block or "forward" in block.__dict__:
+        if type(block) not in (GPT2Block, PackedLastBlock) or "forward" in block.__dict__:
             return f"a block is {type(block).__name__}, or its forward was replaced"
         if type(block.attn) not in (GPT2Attention, PackedAttention) or "forward" in block.attn.__dict__:
             return f"an attention is {type(block.attn).__name__}, or its forward was replaced"
@@ -146,22 +174,6 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
     return why_not_model(module)
 
 
-def _why_not_batch(ids: Tensor, mask: Tensor, pad_token_id: int | None) -> str | None:
-    """Why padding can't leave this batch, or needn't; reads the mask once."""
-    real = mask.sum(1)
-    hidden = (
-        ((ids != pad_token_id) & ~mask).any() if pad_token_id is not None else torch.zeros_like(mask[0, 0])
-    )
-    tokens, fewest, hides = torch.stack((real.sum(), real.min(), hidden.to(real.dtype))).tolist()
-    if tokens > FULL * mask.numel():
-        return "the batch is full"
-    if not fewest:
-        return "a row is all padding"
-    if hides:
-        return "the mask hides tokens other than padding, which a head may read"
-    return None
-
-
 def _pack(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]] | None:
@@ -169,41 +181,70 @@ def _pack(
     reason = (
         "called with unnamed arguments" if len(args) > len(_ARGUMENTS) else _why_not_call(module, arguments)
     )
-    if reason is None:
-        mask = arguments["attention_mask"].bool()
-        reason = _why_not_batch(arguments["input_ids"], mask, module.config.pad_token_id)
-    if reason is not None:
-        module._fastpeft.record(ops.Route("stock", reason))
+    packed = _layout(module, arguments) if reason is None else reason
+    if isinstance(packed, str):
+        module._fastpeft.record(ops.Route("stock", packed))
         return None
-    ids = arguments["input_ids"]
-    positions, types = arguments.get("position_ids"), arguments.get("token_type_ids")
+    ids, positions, types = (
+        arguments["input_ids"],
+        arguments.get("position_ids"),
+        arguments.get("token_type_ids"),
+    )
     if positions is None:  # stock counts columns, padding or not
         positions = torch.arange(ids.shape[1], device=ids.device)
-    packed = _layout(module, mask)
     chosen = {
         "input_ids": ids.flatten()[packed.tokens][None],
         "position_ids": positions.expand_as(ids).flatten()[packed.tokens][None],
         "token_type_ids": None if types is None else types.flatten()[packed.tokens][None],
         # Anything with four dimensions is taken for a finished mask, so none is built.
-        "attention_mask": mask.new_empty(1, 1, 1, 1),
+        "attention_mask": torch.empty(1, 1, 1, 1, device=ids.device),
         "use_cache": False,
     }
     module._fastpeft.record(ops.Route("torch", "packed: no padding between the embeddings and the head"))
     return (), {**arguments, **chosen, "packed": packed}
 
 
-def _layout(module: Any, mask: Tensor) -> Packed:
+def _layout(module: Any, arguments: dict[str, Any]) -> Packed | str:
+    """The layout of a batch, or why its padding can't leave, or needn't."""
+    ids, mask = arguments["input_ids"], arguments["attention_mask"].bool()
     batch, length = mask.shape
+    rows = torch.arange(batch, device=ids.device)
+    read = _pooled_columns(ids, module.config.pad_token_id) if module._fastpeft.pools else None
+    visible = mask[rows, read].all() if read is not None else mask.any()
+    tokens_in_all, all_visible = torch.stack((mask.sum(), visible)).tolist()  # the one wait for the device
+    if tokens_in_all > FULL * mask.numel():
+        return "the batch is full"
+    if not all_visible:
+        return "the mask hides a token that the head pools, or all of them"
     tokens = mask.flatten().nonzero()[:, 0]
-    places = mask.cumsum(1).flatten()[tokens] - 1
+    order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
+    places = (mask.cumsum(1) - 1).flatten()[tokens]
     longest = int(places.max()) + 1
     causal = None
     if module.config._attn_implementation == "eager":
         dtype = module.wpe.weight.dtype
-        causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=mask.device)
+        causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
         causal = causal.triu(1)[None, None]
-    slots = tokens // length * longest + places
-    return Packed(tokens, slots, (batch, length), (batch, longest), causal)
+    pooled = order[rows * length + read] if read is not None and not _watched(module) else None
+    return Packed(
+        tokens, tokens // length * longest + places, (batch, length), (batch, longest), causal, pooled
+    )
+
+
+def _pooled_columns(ids: Tensor, pad_token_id: int | None) -> Tensor:
+    """(batch,) the column that GPT2ForSequenceClassification reads: the last that isn't padding, by its id."""
+    columns = torch.arange(ids.shape[1], device=ids.device)
+    if pad_token_id is None:
+        return columns[-1:].expand(ids.shape[0])
+    return (columns * (ids != pad_token_id)).argmax(1)
+
+
+def _watched(module: Any) -> bool:
+    """Whether a user's hook looks at what the last block leaves, and so at tokens that no head reads."""
+    ours = {"fastpeft.packing", "fastpeft.adapters", "transformers.utils.output_capturing"}
+    watched = (module, module.h[-1], module.ln_f)
+    hooks = [hook for m in watched for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    return any(getattr(hook, "__module__", None) not in ours for hook in hooks)
 
 
 def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:

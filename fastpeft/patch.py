@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import GenerationMixin
 from transformers.activations import NewGELUActivation
-from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2Model
 
 from fastpeft import ops, probe
 from fastpeft.adapters import Adapter
@@ -100,9 +100,12 @@ def patch(
     for _, transformer in transformers:
         uninstall(transformer)
     for name, transformer in packing:
-        heads = [m for m in model.modules() if getattr(m, "transformer", None) is transformer]
+        heads = [m for m in model.modules() if m._modules.get("transformer") is transformer]
         generates = not heads or any(isinstance(head, GenerationMixin) for head in heads)
-        install(transformer, PackingSite(name or "model", backend, exact, builds_cache=generates))
+        pools = [type(head) for head in heads] == [GPT2ForSequenceClassification]
+        install(
+            transformer, PackingSite(name or "model", backend, exact, builds_cache=generates, pools=pools)
+        )
     return model
 
 

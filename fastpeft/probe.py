@@ -15,7 +15,7 @@ from fastpeft.modules import why_not_adapter
 
 def looks_like_adapter(module: nn.Module) -> bool:
     """Whether `module` has the marks of a bottleneck adapter: `down` narrows to what `up` widens again."""
-    down, up = getattr(module, "down", None), getattr(module, "up", None)
+    down, up = module._modules.get("down"), module._modules.get("up")  # its own, not those a wrapper hands on
     if not (isinstance(down, nn.Linear) and isinstance(up, nn.Linear)):
         return False
     return down.out_features == up.in_features and down.in_features == up.out_features

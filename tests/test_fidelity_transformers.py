@@ -235,6 +235,11 @@ def test_compile(dynamic, exact):
     torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_compiled_adapter_is_one_site():
+    model = with_adapters(gpt2(n_layer=1), "post_mlp")
+    assert len(fastpeft.report(torch.compile(model.transformer.h[0].mlp.adapter))) == 1
+
+
 @pytest.mark.fidelity("torch.compile with dropout", "fused; drawn by the compiler")
 def test_compile_with_dropout_keeps_the_right_share():
     from torch._dynamo.backends.common import aot_autograd  # noqa: F401 - fails early where dynamo is absent

@@ -137,11 +137,8 @@ ASIDE = {
     "no attention_mask of the shape of input_ids": lambda i: {"input_ids": i["input_ids"]},
     "a cache": lambda i: {**i, "use_cache": True},
     "output_hidden_states": lambda i: {**i, "output_hidden_states": True},
-    "a row is all padding": lambda i: {
+    "the mask hides a token that the head pools, or all of them": lambda i: {
         **i, "attention_mask": i["attention_mask"] * torch.tensor([[1], [0], [1]])
-    },
-    "the mask hides tokens other than padding, which a head may read": lambda i: {
-        **i, "input_ids": i["input_ids"].clamp(min=5)
     },
     "input_ids (batch, length) are needed to see the padding": lambda i: {
         "inputs_embeds": torch.ones(3, 12, 48), "attention_mask": i["attention_mask"]
@@ -246,6 +243,40 @@ def test_users_hooks_see_the_callers_shapes_on_the_model_and_packed_rows_inside(
     model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.update(block=output.shape))
     fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
     assert seen == {"ids": (3, 12), "hidden": (3, 12, 48), "block": (1, 15, 48)}
+
+
+def test_the_last_block_goes_on_only_at_the_tokens_that_a_classifier_pools():
+    model = with_adapters(with_lora(gpt2(GPT2ForSequenceClassification)), "post_mlp", "post_block")
+    rows = {}
+    for index, block in enumerate(model.base_model.model.transformer.h):
+        block.mlp.c_fc.register_forward_hook(lambda module, args, y, i=index: rows.update({i: y.shape[1]}))
+    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
+    assert rows == {0: 15, 1: 3}
+    model.base_model.model.transformer.ln_f.register_forward_hook(lambda module, args, output: None)
+    model(**batch([4, 9, 2]))
+    assert rows == {0: 15, 1: 15}, "a hook after the last block may look at every token"
+
+
+def test_other_heads_get_every_token():
+    model = fastpeft.patch(gpt2(GPT2ForTokenClassification), scope="model").train()
+    rows = []
+    model.transformer.h[1].mlp.register_forward_hook(
+        lambda module, args, output: rows.append(output.shape[1])
+    )
+    model(**batch([4, 9, 2]))
+    assert rows == [15]
+
+
+@pytest.mark.parametrize("pad_token_id", [None, 7])
+def test_the_pooled_token_is_chosen_by_its_id_as_stock_does(pad_token_id):
+    """Another pad_token_id makes stock pool the last column: packed only where the mask shows it."""
+    stock = gpt2(GPT2ForSequenceClassification, pad_token_id=pad_token_id).eval()
+    model = fastpeft.patch(copy.deepcopy(stock), scope="model")
+    for side, path in (("left", "torch"), ("right", "stock")):
+        inputs = batch([4, 9, 2] if pad_token_id else [4], side)
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, stock(**inputs).logits)
+        assert packing_row(model).path == path
 
 
 def test_unpatch_and_the_layers_scope_take_it_back():
