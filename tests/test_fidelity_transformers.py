@@ -237,7 +237,8 @@ def test_compile(dynamic, exact):
 
 def test_a_compiled_adapter_is_one_site():
     model = with_adapters(gpt2(n_layer=1), "post_mlp")
-    assert len(fastpeft.report(torch.compile(model.transformer.h[0].mlp.adapter))) == 1
+    compiled = torch.compile(model.transformer.h[0].mlp.adapter, backend="eager")
+    assert len(fastpeft.report(compiled)) == 1
 
 
 @pytest.mark.fidelity("torch.compile with dropout", "fused; drawn by the compiler")
