@@ -7,12 +7,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from small_comparison import checkpoint, corpus
 
 from fastpeft import cli
+from fastpeft.compare import checkpoint as checkpoints
 from fastpeft.compare import runner, train
 from fastpeft.compare.methods import METHODS
 
@@ -219,6 +221,18 @@ def test_python_m_fastpeft_is_the_same_program():
     assert done.returncode == 2
     assert done.stderr.startswith("fastpeft: unknown method 'none'")
     assert "Traceback" not in done.stderr
+
+
+def test_a_hub_that_never_answers_is_given_up_on(files, tmp_path, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(checkpoints.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(checkpoints.constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(checkpoints, "HUB_TIMEOUT", 0.2)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        began = time.monotonic()
+        said = _refused(["inspect", "--model", "openai-community/gpt2"], capsys)
+    assert "the Hub can't be reached" in said
+    assert time.monotonic() - began < 5
 
 
 def test_texts_are_padded_on_the_right_whatever_the_checkpoint_says(files, tmp_path):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import ssl
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, GPT2ForSequenceClassification, PreTrainedTokenizerBase
@@ -109,7 +112,7 @@ def _find(name: str, files: str = "*") -> Path:
 def _from_hub(name: str, files: str) -> Path:
     wanted = [f"{files}.json", f"{files}.txt", f"{files}.safetensors"]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, etag_timeout=HUB_TIMEOUT))
+        return Path(snapshot_download(name, allow_patterns=wanted, local_files_only=not _hub_answers()))
     except HFValidationError:
         raise BadInput(f"--model {name}: neither a folder here nor a name the Hub could have") from None
     except RepositoryNotFoundError:
@@ -119,6 +122,21 @@ def _from_hub(name: str, files: str) -> Path:
             f"--model {name}: no such folder, and the Hub can't be reached to look for it: "
             "check the network or give a local folder"
         ) from None
+
+
+def _hub_answers() -> bool:
+    """Whether the Hub gives any answer in time; its own client would try again and again for minutes."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        return True
+    except urllib.error.URLError as error:
+        return isinstance(error.reason, ssl.SSLError)  # an answer, whose certificate the client may know
+    except TimeoutError:
+        return False
+    return True
 
 
 def _json(path: Path, name: str) -> dict[str, Any]:

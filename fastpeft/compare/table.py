@@ -39,7 +39,5 @@ def table(results: dict[str, Any]) -> RenderableType:
         )
     notes = ranking(summaries, results["data"]["eval_rows"])
     if not all(map(speed_shown, summaries)):
-        notes.append(
-            "Speed-ups in brackets: not every run (or only one) has the same side faster, so none follows."
-        )
+        notes.append("Speed-ups in brackets: one run only, or runs that disagree about which side is faster.")
     return Group(grid, *notes)
