@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastpeft
 from fastpeft.compare.methods import trainable
 
-ROUNDS = 4  # after one that warms up
+ROUNDS = 3  # after one that warms up
 BATCHES = 3
 
 

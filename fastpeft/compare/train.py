@@ -33,7 +33,7 @@ from fastpeft.compare.data import Data, Part
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import METHODS, PREFIX_TOKENS, trainable
 
-EVALUATIONS = 4  # spread evenly over a run, the last at its end
+EVALUATIONS = 3  # spread evenly over a run, the last at its end
 LOSS_POINTS = 20
 WARM_UP = 0.1
 
