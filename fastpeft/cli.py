@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from fastpeft.compare.arguments import BACKENDS, DEFAULT_METHODS, IMDB_SMALL, ROTTEN_TOMATOES, Arguments
+from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, ROTTEN_TOMATOES, Arguments
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import METHODS
+from fastpeft.ops import BACKENDS
 
 app = typer.Typer(
     help="Fused-kernel runtime for parameter-efficient fine-tuning of GPT-2.",

@@ -128,6 +128,16 @@ def test_an_output_folder_that_cannot_be_written_is_refused(files, capsys):
     assert "--out /proc/comparison: can't be written" in said
 
 
+def test_a_backend_that_this_machine_cannot_run_is_refused(files, tmp_path, capsys, monkeypatch):
+    def cannot(backend, exact, device):
+        raise ValueError(f"no {backend} on {device}")
+
+    monkeypatch.setattr(runner.ops, "choose", cannot)
+    said = _refused(["compare", "--backend", "triton", "--out", str(tmp_path / "out")], capsys)
+    assert "--backend triton: no triton on" in said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_compare_shows_a_line_a_run_a_table_and_the_path_of_the_report(files, tmp_path, capsys):
     out = tmp_path / "out"
     options = ["--out", str(out), "--data", str(files / "texts.csv"), "--model", str(files / "gpt2")]

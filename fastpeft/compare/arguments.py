@@ -8,10 +8,10 @@ from typing import Any
 
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import METHODS
+from fastpeft.ops import BACKENDS
 
 ROTTEN_TOMATOES = "rotten-tomatoes"
 IMDB_SMALL = "imdb-small"
-BACKENDS = ("auto", "triton", "torch")
 DEFAULT_METHODS = ("head", "lora", "adapter-attn", "adapter-mlp", "prefix")
 
 

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
+from fastpeft import ops
 from fastpeft.compare import base_model, checkpoint, data, machine, page, plots
 from fastpeft.compare.arguments import IMDB_SMALL, ROTTEN_TOMATOES, Arguments
 from fastpeft.compare.errors import BadInput
@@ -41,6 +43,7 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
     reporter = reporter or Reporter(Console(quiet=True))
     state = machine.processes()
     out = arguments.out
+    _check_backend(arguments.backend, state.device)
     _check_folder(out)
     corpus = (
         data.load_rotten_tomatoes()
@@ -125,6 +128,13 @@ def _base(
         )
     reporter.say(page.base_sentence(base.description))
     return base
+
+
+def _check_backend(backend: str, device: torch.device) -> None:
+    try:
+        ops.choose(backend, exact=False, device=device)
+    except ValueError as error:
+        raise BadInput(f"--backend {backend}: {error}") from None
 
 
 def _check_folder(out: Path) -> None:
