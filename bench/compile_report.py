@@ -38,7 +38,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", 
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
-PROLOGUES = (16, 64, 256)  # the GEMM's rank-r term goes 64 ranks at a time, so these are all its forms
+PROLOGUES = (16, 256)  # the GEMM's rank-r term goes 16 ranks at a time: one step, or a loop
 M, K, N = 8192, 768, 2304  # c_attn of GPT-2 over 8192 tokens; only divisibility by 16 matters to the code
 
 
@@ -236,10 +236,16 @@ def main_loop(disassembly: str) -> list[str]:
             instructions.append(instruction[1])
             if branch and branch[1] in labels:
                 loops.append((labels[branch[1]], len(instructions)))
-    bodies = [instructions[a:b] for a, b in loops if b - a > 8]
-    weighed = [(sum(bool(MMA.search(i)) for i in body), body) for body in bodies]
-    with_mma = [body for mma, body in weighed if mma]
-    return min(with_mma, key=len) if with_mma else max(bodies, key=len, default=[])
+    work = {(a, b): sum(bool(MMA.search(i)) for i in instructions[a:b]) for a, b in loops if b - a > 8}
+    inner = [
+        (a, b) for a, b in work if work[a, b] and not any(a <= c and d < b and work[c, d] for c, d in work)
+    ]
+    first, last = (
+        max(inner, key=lambda loop: (work[loop], loop))
+        if inner
+        else max(work, key=lambda l: l[1] - l[0], default=(0, 0))
+    )
+    return instructions[first:last]
 
 
 @triton.jit

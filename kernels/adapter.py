@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiling
+from . import tiling, tuning
 from .blocks import dot, input_precision, rounded, sum_partials
 from .launch import build, describe, differentiable_once, launch, on_device_of
 
@@ -253,7 +253,14 @@ def forward(
     y, z = x.new_empty(m, k), x.new_empty(m, rank)
     if m == 0 or k == 0:
         return y, z
-    strip = strip or tiling.adapter(x, rank)
+    if strip is None:
+        strip = tuning.fastest(
+            "adapter_forward",
+            x,
+            (rank, activation),
+            tiling.adapter(x, rank),
+            lambda each: forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale, each),
+        )
     args = {
         "x_ptr": x, "down_ptr": down_weight, "down_bias_ptr": down_bias,
         "up_ptr": up_weight, "up_bias_ptr": up_bias, "z_ptr": z, "y_ptr": y,
@@ -284,7 +291,16 @@ def backward(
     dx = torch.empty_like(dy, memory_format=torch.contiguous_format) if need_x else None
     if m == 0 or k == 0:
         return dx, x.new_zeros(2 * k * rank + k + rank, dtype=dtype) if need_parameters else None
-    strip = strip or tiling.adapter(x, rank)
+    if strip is None:
+        strip = tuning.fastest(
+            "adapter_backward",
+            x,
+            (rank, activation, need_x),
+            tiling.adapter(x, rank),
+            lambda each: backward(
+                dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, False, each
+            ),
+        )
     common = _common(x, down_weight, up_weight, activation, scale, strip)
     h, dz = torch.empty_like(z), torch.empty_like(z)
     args = {
@@ -297,9 +313,8 @@ def backward(
     if not need_parameters:
         return dx, None
 
-    if gradient_strip is None:
-        gradient_strip, splits = tiling.adapter_gradient(x, rank)
-    strip = gradient_strip
+    strip = gradient_strip or tiling.adapter_gradient(x, rank)
+    splits = splits or tiling.splits(x.device, 2 * triton.cdiv(k, strip.block_c), rank)
     rows_each = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
     splits = triton.cdiv(m, rows_each)
     out = x.new_empty(2 * k * rank + k + rank, dtype=dtype)

@@ -47,6 +47,11 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], num_warps: 
         launches.append(Launch(kernel, grid, args, options))
 
 
+def recording() -> bool:
+    """Whether launches are only being noted."""
+    return _recorded.get() is not None
+
+
 @contextmanager
 def record() -> Iterator[list[Launch]]:
     """Within it launchers work as usual, but kernels don't run: the list collects the launches."""
@@ -118,9 +123,13 @@ def describe(*tensors: Tensor | None) -> Hashable:
     return tuple(t if t is None else (t.dtype, *t.shape, *t.stride(), t.data_ptr() % 16) for t in tensors)
 
 
+#: What building a kernel raises where the device can't run it, or its tools are missing.
+BUILD_FAILURES = (CompilationError, OutOfResources, PTXASError, subprocess.CalledProcessError)
+
+
 def _is_build_failure(error: Exception) -> bool:
     """Whether `error` says that a kernel can't be built for this device, rather than that CUDA failed."""
-    if isinstance(error, (CompilationError, OutOfResources, PTXASError, subprocess.CalledProcessError)):
+    if isinstance(error, BUILD_FAILURES):
         return True
     named = ("PassManager::run failed", "Failed to find C compiler", "failed to translate module to LLVM IR")
     return isinstance(error, RuntimeError) and any(name in str(error) for name in named)

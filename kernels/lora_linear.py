@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from . import tiling
+from . import tiling, tuning
 from .blocks import dot, grouped_order, input_precision, load, rounded, sum_partials
 from .dropout import keep_scale, keep_tile, threshold
 from .launch import build, describe, differentiable_once, launch, on_device_of
@@ -45,9 +45,9 @@ def initial(
     u (M, R) contiguous, f (R, N) by strides; RANK is R padded to a power of two. f takes the scaling, for
     then a float32 f is rounded once.
     """
-    BLOCK_R: tl.constexpr = min(RANK, 64)
+    BLOCK_R: tl.constexpr = 16  # the loop below needs the shared memory that more would take
     acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
-    for r in tl.static_range(0, RANK, BLOCK_R):
+    for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
         offs_r = r + tl.arange(0, BLOCK_R)
         mask_r = offs_r < R
         u = tl.load(u_ptr + rows[:, None].to(tl.int64) * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
@@ -322,7 +322,16 @@ def linear(
     There is no bias with dropout: the mask falls on all that the accumulator starts from.
     """
     (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
-    how = how or tiling.linear(x, weight, a, rank, dropout_p)
+    if how is None:
+        how = tuning.fastest(
+            "linear",
+            x,
+            (n, rank, dropout_p > 0, weight.stride(1) == 1),
+            tiling.linear(x, weight, a, rank, dropout_p),
+            lambda each: linear(
+                x, weight, bias, f, scaling, u=u, a=a, dropout_p=dropout_p, seed=seed, how=each
+            ),
+        )
     y = x.new_empty(m, n)
     if u is None:
         u = x.new_empty(m, rank)
@@ -375,10 +384,17 @@ def shrink(
 ) -> Tensor:
     """`u = scaling · dropout(t) f` in t's dtype: t (M, C), f (C, R), u (M, R)."""
     (m, c), rank = t.shape, f.shape[1]
-    strip = strip or tiling.shrink(t, rank)
-    u = t.new_empty(m, rank)
     if m == 0:
-        return u
+        return t.new_empty(m, rank)
+    if strip is None:
+        strip = tuning.fastest(
+            "shrink",
+            t,
+            (rank, dropout_p > 0),
+            tiling.shrink(t, rank),
+            lambda each: shrink(t, f, scaling, dropout_p=dropout_p, seed=seed, strip=each),
+        )
+    u = t.new_empty(m, rank)
     args = {
         "t_ptr": t, "f_ptr": f, "u_ptr": u, "seed_ptr": seed,
         "M": m, "C": c, "R": rank,
@@ -401,8 +417,15 @@ def shrink_gradient(
     if m == 0 or c == 0:
         return t.new_zeros(m, rank), f.new_zeros(c, rank)
     if strip is None:
-        strip, splits = tiling.shrink_gradient(t, rank)
+        strip = tuning.fastest(
+            "shrink_gradient",
+            t,
+            (rank,),
+            tiling.shrink_gradient(t, rank),
+            lambda each: shrink_gradient(t, f, u, scaling, strip=each),
+        )
     blocks = triton.cdiv(m, strip.block_m)
+    splits = splits or tiling.splits(t.device, 2 * blocks, rank)
     columns = triton.cdiv(triton.cdiv(c, splits), strip.block_c) * strip.block_c
     splits = triton.cdiv(c, columns)
     du, df = t.new_empty(m, rank), f.new_empty(c, rank)
@@ -439,8 +462,8 @@ def gradient(
     (m, c), rank = t.shape, u.shape[1]
     if m == 0 or c == 0:
         return df.zero_()
-    if strip is None:
-        strip, splits = tiling.gradient(t, rank)
+    strip = strip or tiling.gradient(t, rank)
+    splits = splits or tiling.splits(t.device, triton.cdiv(c, strip.block_c), rank)
     rows = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
     splits = triton.cdiv(m, rows)
     partials = (
@@ -475,10 +498,19 @@ def forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    how: tiling.Linear | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and xa (M, R), both in x's dtype."""
+    rank = lora_a.shape[0]
+    if how is None:
+        how = tuning.fastest(
+            "forward",
+            x,
+            (weight.shape[1], rank, dropout_p > 0, weight.stride(1) == 1, lora_a.dtype),
+            tiling.linear(x, weight, lora_a, rank, dropout_p),
+            lambda each: forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, each),
+        )
     scaling *= keep_scale(dropout_p)
-    how = tiling.linear(x, weight, lora_a, lora_a.shape[0], dropout_p)
     if how.single:  # the loop has no room to round a wider factor
         return linear(x, weight, bias, lora_b.T, scaling, a=lora_a.to(x.dtype), how=how)
     xa = shrink(x, lora_a.T, dropout_p=dropout_p, seed=seed)

@@ -89,8 +89,9 @@ _MMA_SYNC = {
     ),
     "single": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }
+_MMA_SYNC_80 = {**_MMA_SYNC, "single": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3))}
 _MMA_SYNC_120 = {**_MMA_SYNC, "single": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4))}
-# sm_90 reads operands from shared memory (wgmma); the mask's booleans leave no room for 128 × 256.
+# sm_90 and sm_100 read operands from shared memory (wgmma, tcgen05); the mask's booleans leave no room for 128 × 256.
 _WGMMA = {
     "split": (
         Tile(128, 256, 64, 8, 3),
@@ -101,15 +102,10 @@ _WGMMA = {
     "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }
-# sm_100 accumulates in tensor memory (tcgen05), so a mask in registers does leave room.
-_TCGEN05 = {
-    "split": _WGMMA["split"],
-    "dropout": _WGMMA["split"],
-    "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3)),
-}
+_TCGEN05 = {**_WGMMA, "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3))}
 
 #: The GEMM's tiles on 16-bit numbers, by architecture and variant: xa given, or dropped too, or on the way.
-LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC_120}
+LINEAR = {80: _MMA_SYNC_80, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC_120}
 
 #: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
 LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
@@ -145,7 +141,7 @@ ADAPTER = {
     128: (Strip(64, 64, 8, 3), Strip(32, 64, 8, 3)),
     256: (Strip(32, 32, 8, 3),),
 }
-ADAPTER_FLOAT32 = Strip(32, 32, 8, 2)
+ADAPTER_FLOAT32 = Strip(16, 32, 8, 3)
 ADAPTER_GRADIENT = {
     16: Strip(32, 64, 8, 3),
     32: Strip(32, 64, 8, 3),
@@ -177,27 +173,36 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: float) -> Linear:
-    """How to run `y = x W + …`: `a` is lora_a where xa may be computed on the way, else None."""
+def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: float) -> list[Linear]:
+    """The ways to run `y = x W + …`, the one to take first; `a` is lora_a where xa may be computed on the way."""
     m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
     if x.dtype == torch.float32:
-        return Linear(_cheapest(LINEAR_FLOAT32, m, n, arch), False, False, 0)
+        return [Linear(tile, False, False, 0) for tile in _cheapest_first(LINEAR_FLOAT32, m, n, arch)]
     tiles = LINEAR[arch.name]
-    split = _cheapest(tiles["dropout" if dropout_p > 0 else "split"], m, n, arch)
     descriptor = arch.name >= 90 and n % 8 == 0 and _describable(x)
     descriptor = descriptor and (_describable(weight) or _describable(weight.T))
-    if a is not None and dropout_p == 0:
-        tile = _cheapest(tiles["single"], m, n, arch)
-        # On the way, xa costs RANK / BLOCK_N of the products; before, another read of x, flops_per_byte / n
-        # of the GEMM's time, and a launch, which shows where one round of programs does it all. Only the
-        # pointer form does it on the way: a third descriptor would make the loop nearly half as long again.
-        share = padded_rank(rank) / tile.block_n
-        one_round = _programs(tile, m, n) <= arch.multiprocessors
-        cheaper = not descriptor and share <= arch.flops_per_byte / n
-        if single_pays(padded_rank(rank), tile) and (one_round or cheaper):
-            return Linear(tile, False, True, arch.multiprocessors)
-    return Linear(split, descriptor, False, arch.multiprocessors)
+    split = [
+        Linear(tile, descriptor, False, arch.multiprocessors)
+        for tile in _cheapest_first(tiles["dropout" if dropout_p > 0 else "split"], m, n, arch)
+    ]
+    if a is None or dropout_p > 0:
+        return split
+    padded = padded_rank(rank)
+    single = [
+        Linear(tile, False, True, arch.multiprocessors)
+        for tile in _cheapest_first(tiles["single"], m, n, arch)
+        if single_pays(padded, tile)
+    ]
+    if not single:
+        return split
+    # On the way, xa costs RANK / BLOCK_N of the products; before, another read of x, flops_per_byte / n of the
+    # GEMM's time, and a launch, which shows where one round of programs does it all. Only the pointer form does
+    # it on the way: a third descriptor would make the loop nearly half as long again.
+    tile = single[0].tile
+    one_round = _programs(tile, m, n) <= arch.multiprocessors
+    cheaper = not descriptor and padded / tile.block_n <= arch.flops_per_byte / n
+    return single + split if one_round or cheaper else split + single
 
 
 def single_pays(rank: int, tile: Tile) -> bool:
@@ -209,15 +214,15 @@ def _programs(tile: Tile, m: int, n: int) -> int:
     return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
 
 
-def _cheapest(tiles: tuple[Tile, ...], m: int, n: int, arch: Architecture) -> Tile:
-    """The tile whose rounds over the multiprocessors, times the products and loads of a round, are fewest."""
+def _cheapest_first(tiles: tuple[Tile, ...], m: int, n: int, arch: Architecture) -> list[Tile]:
+    """Tiles by their rounds over the multiprocessors, times the products and loads of a round."""
 
     def cost(tile: Tile) -> float:
         rounds = triton.cdiv(_programs(tile, m, n), arch.multiprocessors)
         # Two bytes from L2 take about as long as 64 products of a multiprocessor's matrix units.
         return rounds * (tile.block_m * tile.block_n + 64 * (tile.block_m + tile.block_n))
 
-    return min(tiles, key=cost)
+    return sorted(tiles, key=cost)
 
 
 def _describable(t: Tensor) -> bool:
@@ -226,17 +231,15 @@ def _describable(t: Tensor) -> bool:
     return t.stride(1) == 1 and t.numel() > 0 and row > 0 and row % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def shrink(t: Tensor, rank: int) -> Strip:
-    """The strip of a pass that leaves `rank` numbers a row."""
-    if t.dtype == torch.float32:
-        return SHRINK_FLOAT32
-    return _tallest(SHRINK[padded_rank(rank)], t)
+def shrink(t: Tensor, rank: int) -> list[Strip]:
+    """The strips of a pass that leaves `rank` numbers a row, the one to take first."""
+    return [SHRINK_FLOAT32] if t.dtype == torch.float32 else _tallest_first(SHRINK[padded_rank(rank)], t)
 
 
-def shrink_gradient(t: Tensor, rank: int) -> tuple[Strip, int]:
-    """The strip of the pass over dy, and into how many runs of columns to split it."""
-    strip = _tallest(SHRINK_GRADIENT[padded_rank(rank)], t)
-    return strip, max(1, architecture(t.device).multiprocessors // triton.cdiv(t.shape[0], strip.block_m))
+def shrink_gradient(t: Tensor, rank: int) -> list[Strip]:
+    """The strips of the pass over dy, the one to take first."""
+    runs = max(1, t.shape[1] // 256)  # of columns that programs can share out
+    return _tallest_first(SHRINK_GRADIENT[padded_rank(rank)], t, runs)
 
 
 def one_pass(t: Tensor, rank: int) -> bool:
@@ -244,25 +247,31 @@ def one_pass(t: Tensor, rank: int) -> bool:
     return t.dtype != torch.float32 and padded_rank(rank) in SHRINK_GRADIENT
 
 
-def gradient(t: Tensor, rank: int) -> tuple[Strip, int]:
-    """The strip of a pass that leaves `rank` numbers a column, and into how many runs of rows to split it."""
-    strip = GRADIENT_FLOAT32 if t.dtype == torch.float32 else GRADIENT[padded_rank(rank)]
-    wanted = architecture(t.device).multiprocessors * (2 if rank <= 32 else 1)
-    return strip, max(1, wanted // triton.cdiv(t.shape[1], strip.block_c))
+def gradient(t: Tensor, rank: int) -> Strip:
+    """The strip of a pass that leaves `rank` numbers a column."""
+    return GRADIENT_FLOAT32 if t.dtype == torch.float32 else GRADIENT[padded_rank(rank)]
 
 
-def adapter(x: Tensor, rank: int) -> Strip:
-    """The strip of the adapter's passes over rows."""
-    return ADAPTER_FLOAT32 if x.dtype == torch.float32 else _tallest(ADAPTER[padded_rank(rank)], x)
+def adapter(x: Tensor, rank: int) -> list[Strip]:
+    """The strips of the adapter's passes over rows, the one to take first."""
+    return [ADAPTER_FLOAT32] if x.dtype == torch.float32 else _tallest_first(ADAPTER[padded_rank(rank)], x)
 
 
-def adapter_gradient(x: Tensor, rank: int) -> tuple[Strip, int]:
-    """The strip of the adapter's weight gradients, and into how many runs of rows to split it."""
-    strip = ADAPTER_GRADIENT_FLOAT32 if x.dtype == torch.float32 else ADAPTER_GRADIENT[padded_rank(rank)]
-    return strip, max(1, architecture(x.device).multiprocessors // triton.cdiv(x.shape[1], strip.block_c))
+def adapter_gradient(x: Tensor, rank: int) -> Strip:
+    """The strip of the adapter's weight gradients."""
+    return ADAPTER_GRADIENT_FLOAT32 if x.dtype == torch.float32 else ADAPTER_GRADIENT[padded_rank(rank)]
 
 
-def _tallest(strips: tuple[Strip, ...], t: Tensor) -> Strip:
-    """The tallest strip that gives every multiprocessor a program, else the lowest."""
+def splits(device: torch.device, programs: int, rank: int) -> int:
+    """Into how many runs to split a sum that `programs` programs would share, so that none idles.
+
+    Two runs a multiprocessor hide more latency, but at larger ranks their partial sums cost more than that.
+    """
+    return max(1, architecture(device).multiprocessors * (2 if rank <= 32 else 1) // programs)
+
+
+def _tallest_first(strips: tuple[Strip, ...], t: Tensor, runs: int = 1) -> list[Strip]:
+    """Strips with the tallest that gives every multiprocessor a program first, else the lowest."""
     enough = architecture(t.device).multiprocessors
-    return next((s for s in strips if triton.cdiv(t.shape[0], s.block_m) >= enough), strips[-1])
+    best = next((s for s in strips if triton.cdiv(t.shape[0], s.block_m) * runs >= enough), strips[-1])
+    return [best, *(s for s in strips if s != best)]

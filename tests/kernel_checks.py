@@ -28,37 +28,32 @@ Arguments = dict[str, Tensor | None]
 def pairwise(**axes: list[Any]) -> Iterator[dict[str, Any]]:
     """Combinations such that every pair of values of two axes occurs in one, chosen greedily."""
     names = list(axes)
-    pairs = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(names, 2)
-        for i in range(len(axes[a]))
-        for j in range(len(axes[b]))
-    }
-    while pairs:
-        chosen = dict(min(pairs))
+    values = [(name, i) for name in names for i in range(len(axes[name]))]
+    left = {tuple(sorted(pair)) for pair in itertools.combinations(values, 2) if pair[0][0] != pair[1][0]}
+    while left:
+        chosen = dict(min(left))
         for name in names:
             if name not in chosen:
-
-                def gain(i: int, name: str = name) -> int:
-                    met = [
-                        tuple(sorted(((name, i), other), key=lambda p: names.index(p[0])))
-                        for other in chosen.items()
-                    ]
-                    return sum(pair in pairs for pair in met)
-
-                chosen[name] = max(range(len(axes[name])), key=gain)
-        ordered = sorted(chosen.items(), key=lambda p: names.index(p[0]))
-        pairs -= set(itertools.combinations(ordered, 2))
-        yield {name: axes[name][i] for name, i in ordered}
+                news = [
+                    sum(
+                        pair in left
+                        for pair in itertools.combinations(sorted((*chosen.items(), (name, i))), 2)
+                    )
+                    for i in range(len(axes[name]))
+                ]
+                chosen[name] = news.index(max(news))
+        left -= {tuple(sorted(pair)) for pair in itertools.combinations(chosen.items(), 2)}
+        yield {name: axes[name][chosen[name]] for name in names}
 
 
 def describe(case: dict[str, Any]) -> str:
     return "-".join(f"{name}={value}" for name, value in case.items())
 
 
-def draws_of(make: Callable[..., Arguments], *sizes: Any, **form: Any) -> list[Arguments]:
-    """Several draws of small cases, one of large ones; `sizes` starts with the number of rows."""
-    return [make(*sizes, **form, draw=draw) for draw in range(8 if sizes[0] < 17 else 1)]
+def draws_of(make: Callable[..., Arguments], *sizes: Any, **options: Any) -> list[Arguments]:
+    """Several draws where few rows differ, one elsewhere; `sizes` starts with the number of rows."""
+    few = sizes[0] < 17 or options.get("form") == "expanded"
+    return [make(*sizes, **options, draw=draw) for draw in range(8 if few else 1)]
 
 
 def view(tensor: Tensor, form: str) -> Tensor:

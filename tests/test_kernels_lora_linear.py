@@ -93,7 +93,7 @@ def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monke
             pytest.skip(f"not in the table of sm_{arch}")
 
     def chosen(x, weight, a, rank, dropout_p):
-        return tiling.Linear(tile, form == "descriptor", variant == "single" and a is not None, programs=3)
+        return [tiling.Linear(tile, form == "descriptor", variant == "single" and a is not None, programs=3)]
 
     monkeypatch.setattr(tiling, "linear", chosen)
     draws = draws_of(lora_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")

@@ -1,0 +1,95 @@
+"""Opt-in autotuning: with FASTPEFT_AUTOTUNE=1 a GPU measures what tiling.py otherwise reasons out.
+
+The first call of a kind times the table's candidates, and the kernels against the PyTorch path; Triton's cache on
+disk remembers what was fastest, by GPU, Triton version and shape (rows to the next power of two).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.cache import get_cache_manager
+from triton.testing import do_bench
+
+from . import launch
+
+ENABLED = os.environ.get("FASTPEFT_AUTOTUNE") == "1"
+
+Candidate = TypeVar("Candidate")
+_decided: dict[str, Any] = {}
+
+
+def active(x: Tensor) -> bool:
+    """Whether to measure for calls on x: opted in, on a GPU, neither capturing a graph nor only recording launches."""
+    measurable = ENABLED and x.is_cuda and not launch.recording()
+    return measurable and not torch.cuda.is_current_stream_capturing()
+
+
+def fastest(
+    kernel: str,
+    x: Tensor,
+    key: tuple[Any, ...],
+    candidates: Sequence[Candidate],
+    run: Callable[[Candidate], object],
+) -> Candidate:
+    """The candidate whose `run` takes the least time; the first one, unmeasured, unless tuning is active."""
+    if not active(x) or len(candidates) == 1:
+        return candidates[0]
+
+    def measure() -> int:
+        times = [_milliseconds(run, candidate) for candidate in candidates]
+        return times.index(min(times))
+
+    return candidates[_remembered(f"{kernel} {_kind(x)} {key} {candidates}", measure)]
+
+
+def slower_than(
+    operation: str,
+    x: Tensor,
+    key: tuple[Any, ...],
+    kernels: Callable[[], object],
+    pytorch: Callable[[], object],
+) -> str | None:
+    """Why PyTorch should serve calls like this one: it was measured to be faster; None otherwise."""
+    if not active(x):
+        return None
+
+    def measure() -> list[float]:
+        with torch.random.fork_rng(devices=[x.device]):  # a call draws seeds; measuring must draw none
+            return [do_bench(kernels, return_mode="median"), do_bench(pytorch, return_mode="median")]
+
+    ours, theirs = _remembered(f"{operation} {_kind(x)} {key}", measure)
+    if ours <= theirs:
+        return None
+    return f"measured: PyTorch takes {theirs:.3f} ms forward and backward, the kernels {ours:.3f} ms"
+
+
+def _milliseconds(run: Callable[[Candidate], object], candidate: Candidate) -> float:
+    try:
+        return do_bench(lambda: run(candidate), return_mode="median")
+    except launch.BUILD_FAILURES:
+        return float("inf")
+
+
+def _kind(x: Tensor) -> str:
+    rows = triton.next_power_of_2(max(x.shape[0], 1))
+    return f"{torch.cuda.get_device_name(x.device)} {triton.__version__} {x.dtype} {rows} {x.shape[1]}"
+
+
+def _remembered(key: str, decide: Callable[[], Any]) -> Any:
+    """What `decide` returned for this key, in this process or an earlier one."""
+    if key not in _decided:
+        cache = get_cache_manager(hashlib.sha256(f"fastpeft {key}".encode()).hexdigest())
+        found = cache.get_file("decided.json")
+        if found is None:
+            found = cache.put(json.dumps(decide()), "decided.json", binary=False)
+        _decided[key] = json.loads(Path(found).read_text())
+    return _decided[key]
