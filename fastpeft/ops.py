@@ -122,22 +122,29 @@ def routed_lora_linear(
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     route = choose(backend, exact, x.device)
     if route.path == "triton":
-        from fastpeft.kernels import launch
+        from fastpeft.kernels import launch, tuning
         from fastpeft.kernels import lora_linear as kernels
 
         scaling, dropout_p = float(scaling), float(dropout_p)
-        factors = (rows, weight, bias, lora_a, lora_b)
+
+        def through_kernels(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any) -> Tensor:
+            seed = torch.randint(2**63 - 1, (1,), device=rows.device) if dropout_p > 0.0 else None
+            return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+
+        def through_pytorch(*tensors: Any) -> Any:
+            return _LoraLinear.apply(*tensors, scaling, dropout_p, False)
+
+        given = (rows, weight, bias, lora_a, lora_b)
         route = _confirm(
             route,
             backend,
             strict,
-            launch.unsupported(rows, lora_a.shape[0], *factors),
-            lambda: kernels.ready(*factors, dropout_p),
+            launch.unsupported(rows, lora_a.shape[0], *given),
+            lambda: kernels.ready(*given, dropout_p),
+            lambda: tuning.slower_than("lora_linear", given, (dropout_p,), through_kernels, through_pytorch),
         )
         if route.path == "triton":
-            seed = torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
-            y = kernels.lora_linear(*factors, scaling, dropout_p, seed)
-            return y.view(*x.shape[:-1], weight.shape[1]), route
+            return through_kernels(*given).view(*x.shape[:-1], weight.shape[1]), route
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
@@ -164,18 +171,27 @@ def routed_adapter(
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
-        from fastpeft.kernels import launch
+        from fastpeft.kernels import launch, tuning
 
-        parts = (rows, down_weight, down_bias, up_weight, up_bias)
+        scale = float(scale)
+
+        def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any) -> Tensor:
+            return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale)
+
+        def through_pytorch(*tensors: Any) -> Any:
+            return _Adapter.apply(*tensors, activation, scale)
+
+        given = (rows, down_weight, down_bias, up_weight, up_bias)
         route = _confirm(
             route,
             backend,
             strict,
-            launch.unsupported(rows, down_weight.shape[0], *parts),
-            lambda: kernels.ready(*parts, activation),
+            launch.unsupported(rows, down_weight.shape[0], *given),
+            lambda: kernels.ready(*given, activation),
+            lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
         )
         if route.path == "triton":
-            return kernels.adapter(*parts, activation, float(scale)).view(x.shape), route
+            return through_kernels(*given).view(x.shape), route
     wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
@@ -218,9 +234,14 @@ def _refuse(backend: str, reason: str) -> Route:
 
 
 def _confirm(
-    route: Route, backend: str, strict: bool, unsupported: str | None, ready: Callable[[], str | None]
+    route: Route,
+    backend: str,
+    strict: bool,
+    unsupported: str | None,
+    ready: Callable[[], str | None],
+    slower: Callable[[], str | None],
 ) -> Route:
-    """`route` where the kernels serve the call and are built, else PyTorch's; before a seed is drawn."""
+    """`route` where the kernels serve the call, are built and not measured slower; before a seed is drawn."""
     if unsupported:
         return _refuse(backend, unsupported)
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
@@ -228,7 +249,8 @@ def _confirm(
     failure = ready()
     if failure and strict:
         raise RuntimeError(failure)
-    return Route("torch", failure) if failure else route
+    reason = failure or (slower() if backend == "auto" else None)
+    return Route("torch", reason) if reason else route
 
 
 class _LoraLinear(torch.autograd.Function):

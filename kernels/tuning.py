@@ -53,23 +53,40 @@ def fastest(
 
 def slower_than(
     operation: str,
-    x: Tensor,
-    key: tuple[Any, ...],
-    kernels: Callable[[], object],
-    pytorch: Callable[[], object],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Any, ...],
+    kernels: Callable[..., Tensor],
+    pytorch: Callable[..., Tensor],
 ) -> str | None:
-    """Why PyTorch should serve calls like this one: it was measured to be faster; None otherwise."""
+    """Why PyTorch should serve calls like this one: it was measured to be faster; None otherwise.
+
+    Both are called with `tensors`, the first of which is x, and run backward where one of them needs a gradient.
+    """
+    x = tensors[0]
+    assert x is not None
     if not active(x):
         return None
+    shapes = [None if t is None else (t.dtype, *t.shape, t.requires_grad) for t in tensors[1:]]
+
+    def milliseconds(call: Callable[..., Tensor]) -> float:
+        return do_bench(lambda: _step(call, tensors), return_mode="median")
 
     def measure() -> list[float]:
-        with torch.random.fork_rng(devices=[x.device]):  # a call draws seeds; measuring must draw none
-            return [do_bench(kernels, return_mode="median"), do_bench(pytorch, return_mode="median")]
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):  # measuring must draw no seed
+            return [milliseconds(kernels), milliseconds(pytorch)]
 
-    ours, theirs = _remembered(f"{operation} {_kind(x)} {key}", measure)
+    key = f"{operation} {_kind(x)} {x.requires_grad} {shapes} {options} {torch.is_grad_enabled()}"
+    ours, theirs = _remembered(key, measure)
     if ours <= theirs:
         return None
-    return f"measured: PyTorch takes {theirs:.3f} ms forward and backward, the kernels {ours:.3f} ms"
+    return f"measured here: {theirs:.3f} ms a step through PyTorch, {ours:.3f} ms through the kernels"
+
+
+def _step(call: Callable[..., Tensor], tensors: tuple[Tensor | None, ...]) -> None:
+    leaves = [None if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+    y = call(*leaves)
+    if y.requires_grad:
+        torch.autograd.grad(y, [t for t in leaves if t is not None and t.requires_grad], y.detach())
 
 
 def _milliseconds(run: Callable[[Candidate], object], candidate: Candidate) -> float:
