@@ -200,7 +200,7 @@ def test_inspect_of_the_built_in_model_trains_nothing(tmp_path, capsys, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with pytest.raises(SystemExit):
         cli.main(["inspect"])
-    assert "transformer.h.2.mlp.adapter" in capsys.readouterr().out
+    assert "transformer.h.1.mlp.adapter" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
 

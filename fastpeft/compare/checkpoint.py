@@ -90,6 +90,7 @@ def load(
         "layers": model.config.n_layer,
         "width": model.config.n_embd,
         "positions": model.config.n_positions,
+        "pad_token_id": model.config.pad_token_id,
         "parameters": sum(p.numel() for p in model.parameters()),
         "sha256": _fingerprint(model.transformer),
     }

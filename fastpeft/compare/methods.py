@@ -42,7 +42,7 @@ class Method:
 
     trains: str  # what, beside the head, in a few words
     term: str  # the formula of its parameters, without the head's; fields are the keys of `sizes`
-    learning_rate: float  # a peak that suits it, found on other splits than the one reported
+    learning_rate: float  # a peak that suits it, tried on another split than the reported one
     apply: Callable[[Any, Arguments], Any]  # takes a GPT-2, returns it with the method on it
     save: Callable[[Any, Path], None]
     load: str  # Python that puts the saved weights on `model`
