@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,6 +70,20 @@ def step(model: nn.Module, seed: int = 7, batch: int = 3, length: int = 9) -> di
     logits.double().square().sum().backward()  # a mean would push float16 gradients below its normal range
     grads = {f"grad of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **grads}
+
+
+def assert_same_files(folder: Path, other: Path) -> None:
+    """The same files with the same bytes; peft writes a set in an order of its own into its config."""
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    assert names == sorted(path.relative_to(other) for path in other.rglob("*") if path.is_file())
+    for name in names:
+        mine, theirs = (folder / name).read_bytes(), (other / name).read_bytes()
+        if name.name == "adapter_config.json":
+            mine, theirs = (
+                {k: sorted(v) if k == "target_modules" else v for k, v in json.loads(data).items()}
+                for data in (mine, theirs)
+            )
+        assert mine == theirs, name
 
 
 def assert_stock(model: nn.Module) -> None:

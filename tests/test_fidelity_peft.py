@@ -8,7 +8,7 @@ import multiprocessing
 
 import pytest
 import torch
-from models import assert_fused, assert_stock, gpt2, randomise, step, with_lora
+from models import assert_fused, assert_same_files, assert_stock, gpt2, randomise, step, with_lora
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
@@ -265,8 +265,7 @@ def test_save_pretrained_both_ways(tmp_path):
     models = pair()
     for name, model in zip(("patched", "stock"), models, strict=True):
         model.save_pretrained(tmp_path / name)
-    for file in (tmp_path / "stock").iterdir():
-        assert file.read_bytes() == (tmp_path / "patched" / file.name).read_bytes()
+    assert_same_files(tmp_path / "stock", tmp_path / "patched")
     assert not list(tmp_path.rglob("*.bin"))
     loaded = PeftModel.from_pretrained(gpt2(), tmp_path / "patched").eval()
     assert_stock(loaded)
