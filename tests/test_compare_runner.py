@@ -16,7 +16,9 @@ from pathlib import Path
 
 import peft
 import pytest
+import safetensors.torch
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from small_comparison import arguments, checkpoint, corpus
@@ -116,15 +118,11 @@ def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logi
     encoded = train.encode(runner.data.load_file(Path(asked.data)), base)
     with pytest.raises(InterruptedError):
         train.train_run(name, 0, base, encoded, asked, weights.parent)
-    model = _base(folder)
-    if name in ("lora", "prefix"):
-        model = peft.PeftModel.from_pretrained(model, weights)
-    elif name == "head":
-        model.score.load_state_dict(load_file(weights / "head.safetensors"))
-    elif name == "full":
-        model = GPT2ForSequenceClassification.from_pretrained(weights)
-    else:
-        fastpeft.load_adapters(model, weights)
+    # By the line that the page gives, with peft, transformers, safetensors and fastpeft's public names.
+    names = {"model": _base(folder), "peft": peft, "safetensors": safetensors, "transformers": transformers}
+    names["fastpeft"] = fastpeft
+    exec(METHODS[name].load.format(folder=weights), names)
+    model = names["model"]
     expected = _logits(trained["model"], folder)
     assert torch.equal(_logits(model, folder), expected)
     assert not torch.equal(_logits(_base(folder), folder), expected)

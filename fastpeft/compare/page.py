@@ -47,9 +47,9 @@ def render(results: dict[str, Any]) -> str:
         command=command(results["arguments"]),
         folder=lambda method: f"runs/{method}-seed0/weights",
         standard_error=f"{100 * standard_error(summaries, results['data']['eval_rows']):.1f}",
-        memory_kind="tensors on the GPU"
+        memory_kind="what tensors take on the GPU"
         if results["machine"]["device"] == "cuda"
-        else "resident memory of the process",
+        else "the resident memory of the whole process, libraries and base model included",
     )
 
 
