@@ -116,8 +116,8 @@ def test_the_terminal_table_fits_80_columns_and_marks_speed_ups_that_do_not_hold
     shown = captured.get()
     assert "…" not in shown
     assert "adapter-block" in shown
-    assert "71.8% (71.2–72.3)" in shown  # noqa: RUF001
-    assert "(0.98×)" in shown  # noqa: RUF001
-    assert "2.00×" in shown  # noqa: RUF001
+    assert "71.8% (71.2–72.3)" in shown
+    assert "(0.98×)" in shown
+    assert "2.00×" in shown
     assert "124,440,576" in shown
     assert "No ranking follows" in shown

@@ -55,7 +55,7 @@ def render(results: dict[str, Any]) -> str:
 
 def base_sentence(model: dict[str, Any]) -> str:
     """What the base model is, in one or two plain sentences."""
-    size = f"{model['layers']} layers × {model['width']}, {model['parameters']:,} parameters"  # noqa: RUF001
+    size = f"{model['layers']} layers × {model['width']}, {model['parameters']:,} parameters"
     made = model["pretrained_here"]
     if made is None:
         return f"The base model is {model['name']} (GPT-2, {size}), with a fresh head."
@@ -90,7 +90,7 @@ def percent(spread: Spread) -> str:
 
 def percent_range(spread: Spread) -> str:
     """`70.1–72.3`."""
-    return f"{spread.low * 100:.1f}–{spread.high * 100:.1f}"  # noqa: RUF001
+    return f"{spread.low * 100:.1f}–{spread.high * 100:.1f}"
 
 
 def milliseconds(spread: Spread) -> str:

@@ -182,7 +182,7 @@ def _draw_step_time(results: dict[str, Any]) -> Figure:
     for row, summary in zip(rows, summaries, strict=True):
         high = max(summary.step_seconds_stock.high, summary.step_seconds_patched.high) * 1e3
         axes.annotate(
-            f"{summary.speed_up.mean:.2f}×" + ("" if speed_shown(summary) else "\n(none shown)"),  # noqa: RUF001
+            f"{summary.speed_up.mean:.2f}×" + ("" if speed_shown(summary) else "\n(none shown)"),
             (high, row),
             xytext=(8, 0),
             textcoords="offset points",

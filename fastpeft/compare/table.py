@@ -27,7 +27,7 @@ def table(results: dict[str, Any]) -> RenderableType:
     ):
         grid.add_column(heading, justify="right", no_wrap=True)
     for s in summaries:
-        speed_up = f"{s.speed_up.mean:.2f}×"  # noqa: RUF001
+        speed_up = f"{s.speed_up.mean:.2f}×"
         grid.add_row(
             s.method,
             percent(s.accuracy),
