@@ -38,7 +38,7 @@ DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", 
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
-PROLOGUES = (16, 256)  # the GEMM's rank-r term goes 16 ranks at a time: one step, or a loop
+EXTREMES = (16, 256)  # where rank picks no tile; the GEMM takes 16 ranks at a time: one step, or a loop
 M, K, N = 8192, 768, 2304  # c_attn of GPT-2 over 8192 tokens; only divisibility by 16 matters to the code
 
 
@@ -65,11 +65,11 @@ def cases(arch: int) -> Iterator[Case]:
     mixed = "bf16+fp32"  # float32 factors on a bfloat16 base: peft's default, and the costliest
     for form in ("pointer", "descriptor") if arch >= 90 else ("pointer",):
         for tile in tiling.LINEAR[arch]["split"]:
-            yield from (Case("linear", arch, mixed, tile, r, f"{form} split") for r in PROLOGUES)
+            yield from (Case("linear", arch, mixed, tile, r, f"{form} split") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} split")
             yield Case("linear", arch, "bf16", tile, 16, f"{form} split transposed")
         for tile in tiling.LINEAR[arch]["dropout"]:
-            yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in PROLOGUES)
+            yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
     for tile in tiling.LINEAR[arch]["single"]:  # lora_a is rounded to x's dtype beforehand
         for rank in (r for r in RANKS if tiling.single_pays(r, tile)):
@@ -95,8 +95,8 @@ def cases(arch: int) -> Iterator[Case]:
         for activation in ("relu", "gelu_tanh", "silu"):
             yield Case(kernel, arch, "bf16", tiling.ADAPTER[64][0], 64, activation)
     for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
-        for rank in RANKS:
-            for tile in tiling.LINEAR_FLOAT32 if rank in PROLOGUES else ():
+        for rank in EXTREMES:
+            for tile in tiling.LINEAR_FLOAT32:
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
             yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
@@ -282,10 +282,7 @@ def plain_descriptor_kernel(
         start_m, start_n = tile // num_pid_n * BLOCK_M, tile % num_pid_n * BLOCK_N
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
         for k in range(0, K, BLOCK_K):
-            if W_TRANSPOSED:
-                w = w_desc.load([start_n, k]).T
-            else:
-                w = w_desc.load([k, start_n])
+            w = w_desc.load([start_n, k]).T if W_TRANSPOSED else w_desc.load([k, start_n])
             acc = tl.dot(x_desc.load([start_m, k]), w, acc, input_precision=INPUT_PRECISION)
         y_desc.store([start_m, start_n], acc.to(y_desc.dtype))
 
@@ -376,7 +373,7 @@ def faults(line: dict[str, Any]) -> list[str]:
     return found
 
 
-def report(every: list[Case], workers: int = 2) -> Iterator[dict[str, Any]]:
+def report(every: list[Case], workers: int) -> Iterator[dict[str, Any]]:
     """The rows of these cases, in order, as they are compiled."""
     with ProcessPoolExecutor(workers) as pool:
         yield from pool.map(row, every, chunksize=4)
@@ -393,7 +390,8 @@ def text(line: dict[str, Any]) -> str:
     ).rstrip()
 
 
-HEAD = f"{'arch':<5} {'kernel':<16} {'dtype':<9} {'config':<50} {'regs':>4} {'spills':>7} {'KiB':>8} {'mma':>4} blocks  loop"
+HEAD = f"{'arch':<5} {'kernel':<16} {'dtype':<9} {'config':<50} {'regs':>4} {'spills':>7} {'KiB':>8} "
+HEAD += f"{'mma':>4} {'blocks':>6} {'loop':>5}"
 
 
 def main() -> None:
@@ -404,10 +402,12 @@ def main() -> None:
         "--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, like 80,90"
     )
     parser.add_argument("--json", type=Path, help="also write the rows there")
+    parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     arguments = parser.parse_args()
     rows = []
     print(HEAD)
-    for line in report([case for arch in arguments.arch.split(",") for case in cases(int(arch))]):
+    every = [case for arch in arguments.arch.split(",") for case in cases(int(arch))]
+    for line in report(every, arguments.workers):
         rows.append(line)
         print(text(line), flush=True)
     bad = sum(bool(faults(line)) for line in rows)

@@ -102,7 +102,11 @@ _WGMMA = {
     "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
     "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }
-_TCGEN05 = {**_WGMMA, "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3))}
+_TCGEN05 = {
+    "split": _WGMMA["split"],
+    "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
+    "single": (Tile(128, 128, 64, 8, 3),),
+}
 
 #: The GEMM's tiles on 16-bit numbers, by architecture and variant: xa given, or dropped too, or on the way.
 LINEAR = {80: _MMA_SYNC_80, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC_120}
@@ -112,7 +116,7 @@ LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
 SHRINK = {
-    16: (Strip(64, 128, 4, 3), Strip(32, 128, 4, 3)),
+    16: (Strip(64, 64, 4, 4), Strip(32, 128, 4, 3)),
     32: (Strip(64, 128, 4, 3), Strip(32, 128, 4, 3)),
     64: (Strip(64, 64, 4, 4), Strip(32, 64, 4, 4)),
     128: (Strip(64, 64, 8, 3), Strip(32, 64, 8, 3)),

@@ -1,0 +1,55 @@
+"""Every shipped kernel configuration compiles to clean machine code: a sample here, all in the committed report."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+
+
+def compiled(code: str) -> list:
+    """What `code` prints as JSON, in a process where kernels are compiled rather than interpreted."""
+    script = f"import json, sys; sys.path.insert(0, {str(BENCH)!r}); import compile_report as report; {code}"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def shipped() -> dict[tuple, list[str]]:
+    """The key of every shipped configuration, with the faults that its row in the committed report shows."""
+    rows = json.loads((BENCH / "results" / "compile_report.json").read_text())["rows"]
+    faults = compiled(f"print(json.dumps([report.faults(row) for row in {rows!r}]))")
+    return {(r["kernel"], r["arch"], r["dtype"], r["config"]): f for r, f in zip(rows, faults, strict=True)}
+
+
+@pytest.mark.parametrize("arch", [80, 86, 89, 90, 100, 120])
+def test_the_committed_report_holds_every_shipped_configuration_and_no_fault(arch):
+    keys = compiled(
+        f"print(json.dumps([[c.kernel, c.arch, c.dtype, c.config] for c in report.cases({arch})]))"
+    )
+    missing = [key for key in map(tuple, keys) if key not in shipped()]
+    assert not missing, f"run bench/compile_report.py --json bench/results/compile_report.json: {missing[:5]}"
+    assert {tuple(key): shipped()[tuple(key)] for key in keys if shipped()[tuple(key)]} == {}
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_a_sample_of_the_configurations_compiles_clean(arch):
+    """The first configuration of each kernel, form and variant, at 16 bits."""
+    rows = compiled(
+        f"cases = [c for c in report.cases({arch}) if c.dtype not in ('tf32', 'fp32')]; "
+        "first = {(c.kernel, c.variant): c for c in reversed(cases)}; "
+        "rows = [report.row(c) for c in first.values()]; "
+        "print(json.dumps([[report.text(row), report.faults(row), row['mma']] for row in rows]))"
+    )
+    assert len(rows) > 10
+    assert [line for line, faults, _ in rows if faults] == []
+    assert all(mma > 0 for line, _, mma in rows)
