@@ -34,4 +34,6 @@ class Collector:
 
 
 if __name__ == "__main__":
-    pytest.main(["--collect-only", "--quiet", *sorted(map(str, HERE.glob("test_*.py")))], plugins=[Collector()])
+    pytest.main(
+        ["--collect-only", "--quiet", *sorted(map(str, HERE.glob("test_*.py")))], plugins=[Collector()]
+    )
