@@ -23,6 +23,7 @@ class Site:
     name: str
     backend: str
     exact: bool
+    strict: bool
     last: ops.Route | None = None
     calls: int = 0
 
@@ -75,7 +76,7 @@ class FusedLoraLinear(LoraLinear):
             scaling = 1.0
         try:
             y, route = ops.routed_lora_linear(
-                x, weight, bias, lora_a, lora_b, scaling, dropouts[0], site.backend, site.exact
+                x, weight, bias, lora_a, lora_b, scaling, dropouts[0], site.backend, site.exact, site.strict
             )
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
@@ -152,6 +153,7 @@ class FusedAdapter(nn.Module):
                 getattr(self, "scale", 1.0),
                 site.backend,
                 site.exact,
+                site.strict,
             )
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None

@@ -94,9 +94,8 @@ def patch(
         if candidate.fused is not None:
             before = candidate.module.__dict__.get("_fastpeft")
             candidate.module.__class__ = candidate.fused
-            candidate.module._fastpeft = Site(
-                candidate.name, backend, exact, calls=before.calls if before else 0
-            )
+            calls = before.calls if before else 0
+            candidate.module._fastpeft = Site(candidate.name, backend, exact, strict, calls=calls)
     for _, transformer in transformers:
         uninstall(transformer)
     for name, transformer in packing:
@@ -104,7 +103,8 @@ def patch(
         generates = not heads or any(isinstance(head, GenerationMixin) for head in heads)
         pools = [type(head) for head in heads] == [GPT2ForSequenceClassification]
         install(
-            transformer, PackingSite(name or "model", backend, exact, builds_cache=generates, pools=pools)
+            transformer,
+            PackingSite(name or "model", backend, exact, strict, builds_cache=generates, pools=pools),
         )
     return model
 

@@ -415,3 +415,25 @@ def test_a_wrong_width_names_the_layer_and_both_shapes():
         ValueError, match=r"h\.0\.mlp\.c_fc: x has shape \(2, 47\).*weight of shape \(48, 192\)"
     ):
         layer(torch.ones(2, 47))
+
+
+@pytest.mark.fidelity(
+    "a kernel that can't be built", "the PyTorch path, named in the report; under strict an error"
+)
+def test_a_kernel_that_cannot_be_built(monkeypatch):
+    from fastpeft.kernels import adapter, lora_linear
+
+    for kernels in (lora_linear, adapter):
+        monkeypatch.setattr(kernels, "ready", lambda *arguments: "out of shared memory")
+    model = with_adapters(with_lora(gpt2(n_layer=1)), "post_mlp")
+    expected = step(copy.deepcopy(model))
+    fastpeft.patch(model, backend="triton")
+    result = step(model)
+    assert set(paths(model, "lora").values()) | set(paths(model, "adapter").values()) == {
+        ("torch", "out of shared memory")
+    }
+    for name in expected:
+        torch.testing.assert_close(result[name], expected[name], rtol=1e-4, atol=1e-4)
+    fastpeft.patch(model, backend="triton", strict=True)
+    with pytest.raises(RuntimeError, match="out of shared memory"):
+        step(model)
