@@ -295,9 +295,22 @@ def test_seeds_vary_the_start_and_the_order_of_texts_on_one_split(tmp_path):
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in starts)
 
 
-def test_two_processes_write_the_results_of_one(tmp_path):
+@pytest.mark.fidelity("torchrun and accelerate launch of fastpeft compare", "one report from all processes")
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+        # Without --multi_gpu, accelerate starts a single process where it sees no GPU.
+        [
+            "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+            "--mixed_precision=no", "--dynamo_backend=no",
+        ],
+    ],
+    ids=["torchrun", "accelerate"],
+)  # fmt: skip
+def test_two_processes_write_the_results_of_one(tmp_path, launcher):
     asked = arguments(tmp_path, methods=("lora",), seeds=1, max_steps=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, "-m", *launcher]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, "-m", "fastpeft", "compare", *_options(asked)],
