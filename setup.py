@@ -31,6 +31,7 @@ setup(
         "accelerate>=1.10",
         "safetensors>=0.5",
         "numpy>=1.26",
+        "packaging>=22",
         "typer>=0.15",
         "rich>=13",
         "jinja2>=3.1",

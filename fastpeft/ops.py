@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from packaging.version import Version
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -219,12 +221,26 @@ def choose(backend: str, exact: bool, device: torch.device) -> Route:
         return Route("torch", "backend='torch'")
     if backend == "auto" and device.type != "cuda":
         return Route("torch", f"PyTorch path on {device.type}")
+    if _TRITON_TOO_OLD:
+        return _refuse(backend, _TRITON_TOO_OLD)
     try:
         from fastpeft.kernels import launch
     except ImportError:
         return _refuse(backend, "triton is not installed")
     reason = launch.unsupported_device(device)
     return _refuse(backend, reason) if reason else Route("triton", "fused kernels")
+
+
+def _triton_too_old() -> str | None:
+    """That the installed triton lacks what the kernels use, asked of its metadata, without importing it."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return f"triton {version} is older than 3.6" if Version(version) < Version("3.6") else None
+
+
+_TRITON_TOO_OLD = _triton_too_old()
 
 
 def _refuse(backend: str, reason: str) -> Route:

@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from fastpeft import ops
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,6 +46,23 @@ x = torch.ones(2, 4)
 print(fastpeft.lora_linear(x, torch.ones(4, 3), None, torch.ones(1, 4), torch.ones(3, 1), 1.0).sum().item())
 """
     assert run(code, cwd=tmp_path) == "48.0"
+
+
+@pytest.mark.fidelity(
+    "Triton absent or too old", "the PyTorch path, with the reason; backend='triton' is an error"
+)
+@pytest.mark.parametrize(
+    ("version", "reason"), [("3.5.1", "triton 3.5.1 is older than 3.6"), ("3.6.0", None), ("3.10.0", None)]
+)
+def test_an_old_triton_is_refused_by_name(monkeypatch, version, reason):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert ops._triton_too_old() == reason
+    monkeypatch.setattr(ops, "_TRITON_TOO_OLD", reason)
+    assert ops.choose("auto", False, torch.device("cpu")).path == "torch"
+    if reason:
+        assert ops.choose("auto", False, torch.device("cuda")) == ("torch", reason)
+        with pytest.raises(ValueError, match=reason):
+            ops.choose("triton", False, torch.device("cpu"))
 
 
 def test_importing_fastpeft_loads_no_triton_and_no_plotting(tmp_path):
