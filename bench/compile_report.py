@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import re
@@ -32,9 +33,17 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastpeft.kernels import adapter, launch, lora_linear, tiling
+from fastpeft.kernels.blocks import new_tickets
+from fastpeft.kernels.dropout import Dropout
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64"}
+DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+}
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
@@ -71,17 +80,15 @@ def cases(arch: int) -> Iterator[Case]:
         for tile in tiling.LINEAR[arch]["dropout"]:
             yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
-    for tile in tiling.LINEAR[arch]["single"]:  # lora_a is rounded to x's dtype beforehand
-        for rank in (r for r in RANKS if tiling.single_pays(r, tile)):
-            yield from (
-                Case("linear", arch, dtype, tile, rank, "pointer single") for dtype in ("bf16", "fp16")
-            )
+    for variant, layouts in (("single", ("", " transposed")), ("single dropout", (" transposed",))):
+        for tile, layout in itertools.product(tiling.LINEAR[arch][variant], layouts):
+            for rank in (r for r in RANKS if tiling.single_pays(r, tile)):  # the factor is rounded beforehand
+                yield Case("linear", arch, "bf16", tile, rank, f"pointer {variant}{layout}")
+            yield Case("linear", arch, "fp16", tile, 16, f"pointer {variant}{layout}")
     for rank in RANKS:
         for strip in tiling.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
             yield Case("shrink", arch, "fp16", strip, rank)
-        for strip in tiling.SHRINK_GRADIENT.get(rank, ()):
-            yield from (Case("shrink_gradient", arch, d, strip, rank) for d in ("fp16", mixed))
         yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout")
         yield Case("gradient", arch, "fp16", tiling.GRADIENT[rank], rank)
         for strip in tiling.ADAPTER[rank]:
@@ -104,7 +111,6 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
             yield Case("adapter_backward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
             yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
-    yield Case("sum_partials", arch, "fp32", (4, 1), 16)
 
 
 def recorded(case: Case) -> launch.Launch:
@@ -120,40 +126,34 @@ def recorded(case: Case) -> launch.Launch:
         return torch.empty(shape, dtype=names[factors or dtype], device="meta")
 
     rank, drop = case.rank, "dropout" in case.variant
-    seed = torch.empty(1, dtype=torch.int64, device="meta") if drop else None
-    dropped: dict[str, Any] = {"dropout_p": 0.1 if drop else 0.0, "seed": seed}
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    mask = Dropout(0.1, seed) if drop else None
     weights = factor(rank, K), factor(K, rank)
     with launch.record() as launches:
         if case.kernel == "linear":
             form, variant = case.variant.split()[:2]
             how = tiling.Linear(tiling.Tile(*case.tile), form == "descriptor", variant == "single", 132)
-            given = {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
-            if case.variant.endswith("transposed"):
-                lora_linear.linear(
-                    rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how=how, **given, **dropped
-                )
+            given: dict[str, Any] = {"dropout": mask, "tickets": new_tickets(seed, 60)}
+            if case.variant.endswith("transposed"):  # dx
+                given |= {"a": rows(N, rank).T} if how.single else {"u": rows(M, rank)}
+                lora_linear.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
             else:
+                given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
                 f = factor(N, rank).T
-                lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how=how, **given, **dropped)
+                lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
         elif case.kernel == "shrink":
-            lora_linear.shrink(rows(M, K), factor(rank, K).T, strip=tiling.Strip(*case.tile), **dropped)
-        elif case.kernel == "shrink_gradient":
-            strip = tiling.Strip(*case.tile)
-            lora_linear.shrink_gradient(
-                rows(M, N), factor(N, rank), rows(M, rank), 2.0, splits=4, strip=strip
-            )
+            lora_linear.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
         elif case.kernel == "gradient":
-            strip = tiling.Strip(*case.tile)
-            lora_linear.gradient(
-                rows(M, K), rows(M, rank), factor(rank, K).T, splits=16, strip=strip, **dropped
+            tall = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
+            tickets = new_tickets(seed, 60)
+            lora_linear.gradients(
+                *tall, factor(N, rank), factor(rank, K), 2.0, tickets, dropout=mask, splits=16
             )
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)
             adapter.forward(
                 rows(M, K), weights[0], factor(rank), weights[1], factor(K), case.variant, 1.0, strip
             )
-        elif case.kernel == "sum_partials":
-            adapter.sum_partials(torch.empty(8, K, device="meta"), torch.empty(K, device="meta"))
         else:
             strip = tiling.Strip(*case.tile)
             some = (rows(M, K), rows(M, K), *weights, rows(M, rank), case.variant, 1.0, torch.float32, True)
@@ -365,7 +365,7 @@ def faults(line: dict[str, Any]) -> list[str]:
         found.append(f"spills {line['spill_loads']}/{line['spill_stores']}")
     if line["shared_bytes"] > line["shared_limit"] or line["tensor_memory"] > 512:
         found.append("over the limit")
-    if line["dtype"] not in ("fp32",) and line["kernel"] != "sum_partials" and not line["mma"]:
+    if line["dtype"] not in ("fp32",) and not line["mma"]:
         found.append("no tensor-core instruction")
     limit = 1.35 if "single" in line["config"] else 1.15
     if line["loop_ratio"] is not None and line["loop_ratio"] > limit:

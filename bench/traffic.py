@@ -116,9 +116,10 @@ def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
     with launch.record() as launches, EagerKernels(kernels):
         launcher(*args)
     for one in launches:
-        # A descriptor stands for its tensor. No kernel reads what it writes, so each tensor counts once.
-        tensors = (getattr(value, "base", value) for value in one.args.values())
-        kernels.append(Kernel(one.kernel.__name__, distinct_bytes(tensors)))
+        # A descriptor stands for its tensor. Only partial sums are read by the kernel that writes them.
+        tensors = [getattr(value, "base", value) for value in one.args.values()]
+        moved = distinct_bytes(tensors) + distinct_bytes([one.args.get("partials_ptr")])
+        kernels.append(Kernel(one.kernel.__name__, moved))
     return kernels
 
 

@@ -17,7 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tiling, tuning
-from .blocks import dot, input_precision, rounded, sum_partials
+from .blocks import (
+    arrive_last,
+    clear_tickets,
+    dot,
+    input_precision,
+    new_tickets,
+    rounded,
+    sum_in_order,
+    ticket_arguments,
+)
 from .launch import build, describe, differentiable_once, launch, on_device_of
 
 
@@ -143,7 +152,7 @@ def adapter_forward_kernel(
 
 @triton.jit
 def adapter_backward_kernel(
-    dy_ptr, down_ptr, up_ptr, z_ptr, h_ptr, dz_ptr, dx_ptr,
+    dy_ptr, down_ptr, up_ptr, z_ptr, h_ptr, dz_ptr, dx_ptr, tickets_ptr,
     M, K, R,
     stride_ym, stride_yk, stride_dr, stride_dk, stride_uk, stride_ur,
     scale,
@@ -152,8 +161,10 @@ def adapter_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
+    TICKETS: tl.constexpr,
 ):  # fmt: skip
     """`h = act(z)`, `dz = scale · (dy up) ⊙ act'(z)` and, unless dx_ptr is None, `dx = dy + dz down`."""
+    clear_tickets(tickets_ptr, TICKETS)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, RANK)
     mask_m, mask_r = rows < M, offs_r < R
@@ -178,7 +189,7 @@ def adapter_backward_kernel(
 
 @triton.jit
 def adapter_gradient_kernel(
-    dy_ptr, x_ptr, h_ptr, dz_ptr, out_ptr,
+    dy_ptr, x_ptr, h_ptr, dz_ptr, out_ptr, partials_ptr, tickets_ptr,
     M, K, R, rows_each,
     stride_ym, stride_yk, stride_xm, stride_xk,
     scale,
@@ -190,7 +201,8 @@ def adapter_gradient_kernel(
     """`d_down = dzᵀ x`, `d_up = scale · dyᵀ h`, `d_down_bias = Σ dz`, `d_up_bias = scale · Σ dy`.
 
     Program (i, j) sums `rows_each` rows of BLOCK_K columns: the j-th partial of their part of `out`, which
-    holds d_down (R, K), d_up (K, R), d_down_bias (R,) and d_up_bias (K,), one after the other.
+    holds d_down (R, K), d_up (K, R), d_down_bias (R,) and d_up_bias (K,), one after the other, and so does each
+    of the float32 `partials`.
     """
     pid_k, pid_m = tl.program_id(0), tl.program_id(1)
     offs_m = tl.arange(0, BLOCK_M)
@@ -225,17 +237,29 @@ def adapter_gradient_kernel(
         h_ptrs += BLOCK_M * R
         dz_ptrs += BLOCK_M * R
 
-    dtype = out_ptr.dtype.element_ty
     size = K * R
-    out_ptr += pid_m.to(tl.int64) * (2 * size + K + R)
+    stride = 2 * size + K + R  # of a partial
+    own_ptr = partials_ptr + pid_m.to(tl.int64) * stride
     mask = mask_k[:, None] & mask_r[None, :]
-    tl.store(out_ptr + offs_r[None, :] * K + offs_k[:, None], rounded(d_down, dtype), mask=mask)
-    tl.store(out_ptr + size + offs_k[:, None] * R + offs_r[None, :], rounded(d_up * scale, dtype), mask=mask)
-    if pid_k == 0:
-        sums = tl.sum(d_down_bias, axis=0) / 16
-        tl.store(out_ptr + 2 * size + offs_r, rounded(sums, dtype), mask=mask_r)
-    sums = tl.sum(d_up_bias, axis=1) * (scale / 16)
-    tl.store(out_ptr + 2 * size + R + offs_k, rounded(sums, dtype), mask=mask_k)
+    down_offsets = offs_r[None, :] * K + offs_k[:, None]
+    up_offsets = size + offs_k[:, None] * R + offs_r[None, :]
+    down_bias_offsets, up_bias_offsets = 2 * size + offs_r, 2 * size + R + offs_k
+    mask_down_bias = mask_r & (pid_k == 0)  # the sum of dz is the same in every column of the grid
+    tl.store(own_ptr + down_offsets, d_down, mask=mask)
+    tl.store(own_ptr + up_offsets, d_up * scale, mask=mask)
+    tl.store(own_ptr + down_bias_offsets, tl.sum(d_down_bias, axis=0) / 16, mask=mask_down_bias)
+    tl.store(own_ptr + up_bias_offsets, tl.sum(d_up_bias, axis=1) * (scale / 16), mask=mask_k)
+    count = tl.num_programs(1)
+    if arrive_last(tickets_ptr + pid_k, count):
+        dtype = out_ptr.dtype.element_ty
+        total = sum_in_order(partials_ptr + down_offsets, mask, stride, count)
+        tl.store(out_ptr + down_offsets, rounded(total, dtype), mask=mask)
+        total = sum_in_order(partials_ptr + up_offsets, mask, stride, count)
+        tl.store(out_ptr + up_offsets, rounded(total, dtype), mask=mask)
+        sums = sum_in_order(partials_ptr + down_bias_offsets, mask_down_bias, stride, count)
+        tl.store(out_ptr + down_bias_offsets, rounded(sums, dtype), mask=mask_down_bias)
+        sums = sum_in_order(partials_ptr + up_bias_offsets, mask_k, stride, count)
+        tl.store(out_ptr + up_bias_offsets, rounded(sums, dtype), mask=mask_k)
 
 
 def forward(
@@ -302,34 +326,36 @@ def backward(
             ),
         )
     common = _common(x, down_weight, up_weight, activation, scale, strip)
+    gradient_strip = gradient_strip or tiling.adapter_gradient(x, rank)
+    columns = triton.cdiv(k, gradient_strip.block_c)
+    tickets = new_tickets(x, columns)
     h, dz = torch.empty_like(z), torch.empty_like(z)
     args = {
         "dy_ptr": dy, "down_ptr": down_weight, "up_ptr": up_weight,
         "z_ptr": z, "h_ptr": h, "dz_ptr": dz, "dx_ptr": dx,
         "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
-        **common,
+        **common, **ticket_arguments(tickets),
     }  # fmt: skip
     launch(adapter_backward_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
     if not need_parameters:
         return dx, None
 
-    strip = gradient_strip or tiling.adapter_gradient(x, rank)
-    splits = splits or tiling.splits(x.device, 2 * triton.cdiv(k, strip.block_c), rank)
+    strip = gradient_strip
+    splits = splits or tiling.splits(x.device, 2 * columns, rank)
     rows_each = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
     splits = triton.cdiv(m, rows_each)
     out = x.new_empty(2 * k * rank + k + rank, dtype=dtype)
-    partials = out if splits == 1 else x.new_empty(splits, out.numel(), dtype=torch.float32)
     args = {
-        "dy_ptr": dy, "x_ptr": x, "h_ptr": h, "dz_ptr": dz, "out_ptr": partials,
+        "dy_ptr": dy, "x_ptr": x, "h_ptr": h, "dz_ptr": dz, "out_ptr": out,
+        "partials_ptr": x.new_empty(splits, out.numel(), dtype=torch.float32), "tickets_ptr": tickets,
         "M": m, "K": k, "R": rank, "rows_each": rows_each,
         "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
         "stride_xm": x.stride(0), "stride_xk": x.stride(1),
         "scale": scale, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_K": strip.block_c, "RANK": tiling.padded_rank(rank),
     }  # fmt: skip
-    grid = (triton.cdiv(k, strip.block_c), splits)
-    launch(adapter_gradient_kernel, grid, args, strip.num_warps, strip.num_stages)
-    return dx, out if splits == 1 else sum_partials(partials, out)
+    launch(adapter_gradient_kernel, (columns, splits), args, strip.num_warps, strip.num_stages)
+    return dx, out
 
 
 def _common(

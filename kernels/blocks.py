@@ -1,4 +1,8 @@
-"""What the kernels share: loads, the dot product, the order of programs, the ordered sum of partials."""
+"""What the kernels share: loads, the dot product, the order of programs, the ordered sum of partials.
+
+A sum that several programs share is finished in the same launch: each stores its partial and draws a ticket, and
+the one that draws the last adds up all partials, always in the same order, so that gradients repeat bit by bit.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import INTERPRETED, launch, tf32_allowed
+from .launch import INTERPRETED, tf32_allowed
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
 
@@ -63,21 +67,37 @@ def grouped_order(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def sum_partials_kernel(partials_ptr, out_ptr, size, num_partials, BLOCK: tl.constexpr):
-    """`out = Σ partials` in order: partials (num_partials, size) float32, out (size,)."""
-    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = offs < size
-    acc = tl.zeros((BLOCK,), dtype=tl.float32)
-    ptrs = partials_ptr + offs
-    for _ in range(num_partials):
-        acc += tl.load(ptrs, mask=mask, other=0.0)
-        ptrs += tl.cast(size, tl.int64)
-    tl.store(out_ptr + offs, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
+def clear_tickets(tickets_ptr, TICKETS: tl.constexpr):
+    """The first program zeroes the tickets of a kernel launched later; nothing where `tickets_ptr` is None."""
+    if tickets_ptr is not None:  # noqa: SIM102 - this is decided when compiling, the next when running
+        if tl.program_id(0) == 0:
+            tl.store(tickets_ptr + tl.arange(0, TICKETS), tl.zeros((TICKETS,), dtype=tl.int32))
 
 
-def sum_partials(partials: Tensor, out: Tensor) -> Tensor:
-    """`out`, filled with the sum of the float32 `partials` (P, *out.shape) over P, in order."""
-    args = {"partials_ptr": partials, "out_ptr": out, "size": out.numel(), "num_partials": partials.shape[0]}
-    block = 1024
-    launch(sum_partials_kernel, (triton.cdiv(out.numel(), block),), {**args, "BLOCK": block}, 4, 1)
-    return out
+@triton.jit
+def arrive_last(ticket_ptr, count):
+    """Whether this program is the last of `count` to arrive here; what the others stored before is then visible."""
+    tl.debug_barrier()  # every thread's stores come before the ticket
+    return tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == count - 1
+
+
+@triton.jit
+def sum_in_order(ptrs, mask, stride, count):
+    """`Σ ptrs + i · stride` over i < count, float32, in that order: partials that other programs stored."""
+    acc = tl.load(
+        ptrs, mask=mask, other=0.0, cache_modifier=".cg"
+    )  # from L2: L1 may not have seen the stores
+    for _ in range(1, count):
+        ptrs += tl.cast(stride, tl.int64)
+        acc += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    return acc
+
+
+def new_tickets(t: Tensor, count: int) -> Tensor:
+    """Tickets for `count` sums on t's device, which an earlier kernel clears; few sizes: it is compiled for each."""
+    return t.new_empty(max(64, triton.next_power_of_2(count)), dtype=torch.int32)
+
+
+def ticket_arguments(tickets: Tensor | None) -> dict[str, object]:
+    """What a kernel that clears `tickets` is launched with."""
+    return {"tickets_ptr": tickets, "TICKETS": 1 if tickets is None else tickets.numel()}

@@ -8,6 +8,8 @@ element alone, so every kernel redraws it, whatever its tiles.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,6 +26,19 @@ def threshold(dropout_p: float) -> int:
 def keep_scale(dropout_p: float) -> float:
     """What the kept elements are multiplied by."""
     return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+
+
+class Dropout(NamedTuple):
+    """A mask to apply: the probability of dropping, and the int64 seed (1,) on the device."""
+
+    p: float
+    seed: Tensor
+
+
+def dropout_arguments(dropout: Dropout | None) -> dict[str, object]:
+    """What a kernel that applies `dropout`'s mask is launched with."""
+    seed, drop_below = (None, 0) if dropout is None else (dropout.seed, threshold(dropout.p))
+    return {"seed_ptr": seed, "drop_below": drop_below, "DROPOUT": dropout is not None}
 
 
 @triton.jit

@@ -1,14 +1,14 @@
 """A frozen linear layer with its LoRA update, forward and backward.
 
     forward    xa = (keep ⊙ x) Aᵀ          y = x W + b + s xa Bᵀ
-    backward   dxa = s dy B                dx = dy Wᵀ + keep ⊙ (dxa A)
-               dA = dxaᵀ (keep ⊙ x)        dB = s dyᵀ xa
+    backward   dxa = dy B                  dx = dy Wᵀ + keep ⊙ (s dxa A)
+               dA = s dxaᵀ (keep ⊙ x)      dB = s dyᵀ xa
 
 with keep the dropout mask and s the scaling times dropout's 1 / (1 - p).
-Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three shapes of work do
-it all: `linear_kernel` (a GEMM whose accumulator starts from a rank-r term: y and dx), `shrink_kernel` (a
-pass over wide rows that leaves R numbers a row: xa and dxa) and `gradient_kernel` (one that leaves R numbers
-a column: dA and dB). `shrink_gradient_kernel` is the last two in one pass over dy.
+Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three kernels do it all:
+`linear_kernel` (a GEMM with a rank-r term: y and dx; where no mask falls on what it reads, it can compute the
+rank-r factor xa or dxa from the tiles that it loads anyway), `shrink_kernel` (a pass over wide rows that leaves R
+numbers a row: xa or dxa beforehand) and `gradient_kernel` (one over x and dy that leaves R numbers a column: dA, dB).
 """
 
 from __future__ import annotations
@@ -20,8 +20,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiling, tuning
-from .blocks import dot, grouped_order, input_precision, load, rounded, sum_partials
-from .dropout import keep_scale, keep_tile, threshold
+from .blocks import (
+    arrive_last,
+    clear_tickets,
+    dot,
+    grouped_order,
+    input_precision,
+    load,
+    new_tickets,
+    rounded,
+    sum_in_order,
+    ticket_arguments,
+)
+from .dropout import Dropout, dropout_arguments, keep_scale, keep_tile
 from .launch import build, describe, differentiable_once, launch, on_device_of
 
 # --- kernels
@@ -69,8 +80,40 @@ def start_from(bias_ptr, offs_n, mask_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.cons
 
 
 @triton.jit
+def finished(
+    acc, u, u_ptr, f_ptr, seed_ptr,
+    M, R,
+    stride_fr, stride_fn,
+    scaling, drop_below,
+    start_m, start_n, offs_m, offs_n, mask_n, first_column,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`acc + keep ⊙ (u (scaling · f))` for the u (BLOCK_M, RANK) summed on the way; the first column stores it."""
+    offs_r = tl.arange(0, RANK)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    # An infinite x times a padding zero is NaN.
+    u = rounded(tl.where(mask_r[None, :], u, 0.0), u_ptr.dtype.element_ty)
+    if first_column:
+        u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
+        tl.store(u_ptrs, u, mask=mask_m[:, None] & mask_r[None, :])
+    f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
+    f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+    f = rounded(f.to(tl.float32) * scaling, u.dtype)
+    if DROPOUT:
+        update = dot(u, f, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), INPUT_PRECISION)
+        keep = keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N)
+        return acc + tl.where(keep, update, 0.0)
+    else:
+        return dot(u, f, acc, INPUT_PRECISION)
+
+
+@triton.jit
 def linear_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, y_ptr, seed_ptr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, y_ptr, seed_ptr, tickets_ptr,
     M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, stride_fr, stride_fn,
     scaling, drop_below,
@@ -84,24 +127,23 @@ def linear_kernel(
     GROUP_M: tl.constexpr,
     MASKED_N: tl.constexpr,
     MASKED_K: tl.constexpr,
+    TICKETS: tl.constexpr,
 ):  # fmt: skip
-    """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program.
-
-    SINGLE computes u = x aᵀ on the way, from the same tiles of x (there is no dropout then); the first column
-    of programs stores it.
-    """
+    """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program; SINGLE computes u = x aᵀ on the way."""
+    clear_tickets(tickets_ptr, TICKETS)
     pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
-    offs_r = tl.arange(0, RANK)
-    mask_m, mask_n, mask_r = offs_m < M, offs_n < N, offs_r < R
+    mask_m, mask_n = offs_m < M, offs_n < N
     rows = tl.where(mask_m, offs_m, 0)  # rows past the end repeat row 0 and are never stored
 
     if SINGLE:
         acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
         u = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+        offs_r = tl.arange(0, RANK)
+        mask_r = offs_r < R
         a_ptrs = a_ptr + offs_k[:, None].to(tl.int64) * stride_ak + offs_r[None, :].to(tl.int64) * stride_ar
     else:
         acc = initial(
@@ -117,21 +159,21 @@ def linear_kernel(
         w = load(w_ptrs, mask_k[:, None] & mask_n[None, :], MASKED_K or MASKED_N)
         acc = dot(x, w, acc, INPUT_PRECISION)
         if SINGLE:
-            a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+            if MASKED_K:
+                a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+            else:
+                a = tl.load(a_ptrs, mask=mask_r[None, :], other=0.0)
             u = dot(x, a, u, INPUT_PRECISION)
             a_ptrs += BLOCK_K * tl.cast(stride_ak, tl.int64)
         x_ptrs += BLOCK_K * tl.cast(stride_xk, tl.int64)
         w_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
 
     if SINGLE:
-        u = tl.where(mask_r[None, :], u, 0.0)  # an infinite x times a padding zero is NaN
-        if pid_n == 0:
-            u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-            tl.store(u_ptrs, rounded(u, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
-        f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
-        f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        dtype = u_ptr.dtype.element_ty
-        acc = dot(rounded(u, dtype), rounded(f.to(tl.float32) * scaling, dtype), acc, INPUT_PRECISION)
+        acc = finished(
+            acc, u, u_ptr, f_ptr, seed_ptr, M, R, stride_fr, stride_fn, scaling, drop_below,
+            start_m, start_n, offs_m, offs_n, mask_n, pid_n == 0,
+            DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
+        )  # fmt: skip
 
     y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
     tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
@@ -177,18 +219,20 @@ def linear_descriptor_kernel(
 
 @triton.jit
 def shrink_kernel(
-    t_ptr, f_ptr, u_ptr, seed_ptr,
+    t_ptr, f_ptr, u_ptr, seed_ptr, tickets_ptr,
     M, C, R,
     stride_tm, stride_tc, stride_fc, stride_fr,
-    scaling, drop_below,
+    drop_below,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
     MASKED_C: tl.constexpr,
+    TICKETS: tl.constexpr,
 ):  # fmt: skip
-    """`u = scaling · keep(t) f`: t (M, C), f (C, R), u (M, R); a program for every BLOCK_M rows."""
+    """`u = (keep ⊙ t) f`: t (M, C), f (C, R), u (M, R); a program for every BLOCK_M rows."""
+    clear_tickets(tickets_ptr, TICKETS)
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_c = tl.arange(0, BLOCK_C)
@@ -210,75 +254,28 @@ def shrink_kernel(
         f_ptrs += BLOCK_C * tl.cast(stride_fc, tl.int64)
 
     u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-    tl.store(u_ptrs, rounded(acc * scaling, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
+    tl.store(u_ptrs, rounded(acc, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit
-def shrink_gradient_kernel(
-    t_ptr, f_ptr, u_ptr, du_ptr, df_ptr,
-    M, C, R, columns,
-    stride_tm, stride_tc, stride_fc, stride_fr,
-    scaling,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    RANK: tl.constexpr,
-):  # fmt: skip
-    """`du = scaling · t f` and `df = scaling · tᵀ u` in one pass: t (M, C), f and df (C, R), u and du (M, R).
-
-    Program (i, j) walks over `columns` columns of BLOCK_M rows; it leaves the i-th partial of their df and
-    the j-th partial of its rows' du.
-    """
-    pid_m, pid_c = tl.program_id(0), tl.program_id(1)
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.arange(0, RANK)
-    mask_m, mask_r = offs_m < M, offs_r < R
-    start_c, end_c = pid_c * columns, tl.minimum((pid_c + 1) * columns, C)
-    offs_c = start_c + tl.arange(0, BLOCK_C)
-
-    u_offsets = offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
-    u_mask = mask_m[:, None] & mask_r[None, :]
-    u = tl.load(u_ptr + u_offsets, mask=u_mask, other=0.0)
-    du = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
-    t_ptrs = t_ptr + offs_m[:, None].to(tl.int64) * stride_tm + offs_c[None, :].to(tl.int64) * stride_tc
-    f_ptrs = f_ptr + offs_c[:, None].to(tl.int64) * stride_fc + offs_r[None, :].to(tl.int64) * stride_fr
-    df_ptrs = df_ptr + (pid_m.to(tl.int64) * C + offs_c[:, None]) * R + offs_r[None, :]
-    for c in range(start_c, end_c, BLOCK_C):
-        mask_c = offs_c < end_c - (c - start_c)
-        t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
-        f = tl.load(f_ptrs, mask=mask_c[:, None] & mask_r[None, :], other=0.0)
-        du = dot(t, rounded(f, t.dtype), du, INPUT_PRECISION)
-        df = dot(tl.trans(t), u, tl.zeros((BLOCK_C, RANK), dtype=tl.float32), INPUT_PRECISION)
-        tl.store(
-            df_ptrs, rounded(df * scaling, df_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :]
-        )
-        t_ptrs += BLOCK_C * tl.cast(stride_tc, tl.int64)
-        f_ptrs += BLOCK_C * tl.cast(stride_fc, tl.int64)
-        df_ptrs += BLOCK_C * R
-
-    du_ptrs = du_ptr + pid_c.to(tl.int64) * M * R + u_offsets
-    tl.store(du_ptrs, rounded(du * scaling, du_ptr.dtype.element_ty), mask=u_mask)
-
-
-@triton.jit
-def gradient_kernel(
-    t_ptr, u_ptr, df_ptr, seed_ptr,
+def column_gradient(
+    t_ptr, u_ptr, df_ptr, partials_ptr, ticket_ptr, seed_ptr,
     M, C, R, rows,
     stride_tm, stride_tc, stride_dc, stride_dr,
-    scaling, drop_below,
+    scaling, drop_below, start_c,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`df = scaling · keep(t)ᵀ u`: t (M, C), u (M, R), df (C, R) by strides.
+    """`df = scaling · (keep ⊙ t)ᵀ u` for BLOCK_C columns from `start_c` on, by the programs of one grid column.
 
-    Program (i, j) sums `rows` rows of BLOCK_C columns: the j-th partial of their df.
+    t (M, C), u (M, R), df (C, R) by strides; `partials_ptr` (programs, BLOCK_C, R) is this grid column's alone.
     """
-    pid_c, pid_m = tl.program_id(0), tl.program_id(1)
-    start_c = pid_c * BLOCK_C
-    offs_c = start_c + tl.arange(0, BLOCK_C)
+    pid_m, num_pid_m = tl.program_id(1), tl.num_programs(1)
+    own_c = tl.arange(0, BLOCK_C)
+    offs_c = start_c + own_c
     offs_r = tl.arange(0, RANK)
     mask_c, mask_r = offs_c < C, offs_r < R
     start_m, end_m = pid_m * rows, tl.minimum((pid_m + 1) * rows, M)
@@ -297,8 +294,47 @@ def gradient_kernel(
         t_ptrs += BLOCK_M * tl.cast(stride_tm, tl.int64)
         u_ptrs += BLOCK_M * R
 
-    df_ptrs = df_ptr + pid_m.to(tl.int64) * C * R + offs_c[:, None] * stride_dc + offs_r[None, :] * stride_dr
-    tl.store(df_ptrs, rounded(acc * scaling, df_ptr.dtype.element_ty), mask=mask_c[:, None] & mask_r[None, :])
+    mask = mask_c[:, None] & mask_r[None, :]
+    partials_ptrs = partials_ptr + own_c[:, None] * R + offs_r[None, :]
+    tl.store(partials_ptrs + pid_m * BLOCK_C * R, acc, mask=mask)
+    if arrive_last(ticket_ptr, num_pid_m):
+        total = sum_in_order(partials_ptrs, mask, BLOCK_C * R, num_pid_m) * scaling
+        df_ptrs = df_ptr + offs_c[:, None] * stride_dc + offs_r[None, :] * stride_dr
+        tl.store(df_ptrs, rounded(total, df_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def gradient_kernel(
+    dy_ptr, xa_ptr, db_ptr, x_ptr, dxa_ptr, da_ptr, partials_ptr, tickets_ptr, seed_ptr,
+    M, N, K, R, tiles_b, rows,
+    stride_ym, stride_yn, stride_xm, stride_xk,
+    scaling, drop_below,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`db = scaling · dyᵀ xa` and `da = scaling · dxaᵀ (keep ⊙ x)`.
+
+    The first `tiles_b` columns of the grid have BLOCK_C columns of dy each, the others of x; a program sums `rows`
+    of the rows of its columns.
+    """
+    pid_c = tl.program_id(0)
+    ticket_ptr = tickets_ptr + pid_c
+    partials_ptr += (pid_c * tl.num_programs(1)).to(tl.int64) * BLOCK_C * R
+    if pid_c < tiles_b:
+        column_gradient(
+            dy_ptr, xa_ptr, db_ptr, partials_ptr, ticket_ptr, seed_ptr, M, N, R, rows,
+            stride_ym, stride_yn, R, 1, scaling, drop_below, pid_c * BLOCK_C,
+            False, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
+        )  # fmt: skip
+    else:
+        column_gradient(
+            x_ptr, dxa_ptr, da_ptr, partials_ptr, ticket_ptr, seed_ptr, M, K, R, rows,
+            stride_xm, stride_xk, 1, K, scaling, drop_below, (pid_c - tiles_b) * BLOCK_C,
+            DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
+        )  # fmt: skip
 
 
 # --- launchers: allocation and grid
@@ -310,42 +346,30 @@ def linear(
     bias: Tensor | None,
     f: Tensor,
     scaling: float,
+    how: tiling.Linear,
     *,
     u: Tensor | None = None,
     a: Tensor | None = None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    how: tiling.Linear | None = None,
+    dropout: Dropout | None = None,
+    tickets: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`y = x weight + bias + keep ⊙ (u (scaling · f))` and u, which is `x aᵀ` where `a` (R, K) is given.
 
     There is no bias with dropout: the mask falls on all that the accumulator starts from.
     """
     (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
-    if how is None:
-        how = tuning.fastest(
-            "linear",
-            x,
-            (n, rank, dropout_p > 0, weight.stride(1) == 1),
-            tiling.linear(x, weight, a, rank, dropout_p),
-            lambda each: linear(
-                x, weight, bias, f, scaling, u=u, a=a, dropout_p=dropout_p, seed=seed, how=each
-            ),
-        )
     y = x.new_empty(m, n)
     if u is None:
         u = x.new_empty(m, rank)
-    if m == 0 or n == 0:
-        return y, u
     tile = how.tile
     args = {
-        "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "seed_ptr": seed,
+        "bias_ptr": bias, "u_ptr": u, "f_ptr": f,
         "M": m, "N": n, "K": k, "R": rank,
         "stride_fr": f.stride(0), "stride_fn": f.stride(1),
-        "scaling": scaling, "drop_below": threshold(dropout_p),
-        "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(x.dtype),
+        "scaling": scaling, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
+        **dropout_arguments(dropout),
     }  # fmt: skip
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if how.descriptor:
@@ -368,6 +392,7 @@ def linear(
             "stride_wk": weight.stride(0), "stride_wn": weight.stride(1),
             "stride_ar": 0 if a is None else a.stride(0), "stride_ak": 0 if a is None else a.stride(1),
             "MASKED_N": n % tile.block_n != 0, "MASKED_K": k % tile.block_k != 0,
+            **ticket_arguments(tickets),
         }  # fmt: skip
         launch(linear_kernel, (tiles,), args, tile.num_warps, tile.num_stages)
     return y, u
@@ -376,114 +401,115 @@ def linear(
 def shrink(
     t: Tensor,
     f: Tensor,
-    scaling: float = 1.0,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
+    tickets: Tensor | None = None,
     strip: tiling.Strip | None = None,
 ) -> Tensor:
-    """`u = scaling · dropout(t) f` in t's dtype: t (M, C), f (C, R), u (M, R)."""
+    """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R)."""
     (m, c), rank = t.shape, f.shape[1]
-    if m == 0:
-        return t.new_empty(m, rank)
     if strip is None:
         strip = tuning.fastest(
             "shrink",
             t,
-            (rank, dropout_p > 0),
+            (rank, dropout is not None),
             tiling.shrink(t, rank),
-            lambda each: shrink(t, f, scaling, dropout_p=dropout_p, seed=seed, strip=each),
+            lambda each: shrink(t, f, dropout=dropout, tickets=tickets, strip=each),
         )
     u = t.new_empty(m, rank)
     args = {
-        "t_ptr": t, "f_ptr": f, "u_ptr": u, "seed_ptr": seed,
+        "t_ptr": t, "f_ptr": f, "u_ptr": u,
         "M": m, "C": c, "R": rank,
         "stride_tm": t.stride(0), "stride_tc": t.stride(1),
         "stride_fc": f.stride(0), "stride_fr": f.stride(1),
-        "scaling": scaling, "drop_below": threshold(dropout_p),
-        "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(t.dtype),
+        "INPUT_PRECISION": input_precision(t.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
         "MASKED_C": c % strip.block_c != 0,
+        **dropout_arguments(dropout), **ticket_arguments(tickets),
     }  # fmt: skip
     launch(shrink_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
     return u
 
 
-def shrink_gradient(
-    t: Tensor, f: Tensor, u: Tensor, scaling: float, *, splits: int = 0, strip: tiling.Strip | None = None
-) -> tuple[Tensor, Tensor]:
-    """`du = scaling · t f` in t's dtype, `df = scaling · tᵀ u` in f's: t (M, C), f (C, R), u (M, R)."""
-    (m, c), rank = t.shape, f.shape[1]
-    if m == 0 or c == 0:
-        return t.new_zeros(m, rank), f.new_zeros(c, rank)
-    if strip is None:
-        strip = tuning.fastest(
-            "shrink_gradient",
-            t,
-            (rank,),
-            tiling.shrink_gradient(t, rank),
-            lambda each: shrink_gradient(t, f, u, scaling, strip=each),
-        )
-    blocks = triton.cdiv(m, strip.block_m)
-    splits = splits or tiling.splits(t.device, 2 * blocks, rank)
-    columns = triton.cdiv(triton.cdiv(c, splits), strip.block_c) * strip.block_c
-    splits = triton.cdiv(c, columns)
-    du, df = t.new_empty(m, rank), f.new_empty(c, rank)
-    du_partials = du if splits == 1 else t.new_empty(splits, m, rank, dtype=torch.float32)
-    df_partials = df if blocks == 1 else t.new_empty(blocks, c, rank, dtype=torch.float32)
-    args = {
-        "t_ptr": t, "f_ptr": f, "u_ptr": u, "du_ptr": du_partials, "df_ptr": df_partials,
-        "M": m, "C": c, "R": rank, "columns": columns,
-        "stride_tm": t.stride(0), "stride_tc": t.stride(1),
-        "stride_fc": f.stride(0), "stride_fr": f.stride(1),
-        "scaling": scaling, "INPUT_PRECISION": input_precision(t.dtype),
-        "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
-    }  # fmt: skip
-    launch(shrink_gradient_kernel, (blocks, splits), args, strip.num_warps, strip.num_stages)
-    if splits > 1:
-        sum_partials(du_partials, du)
-    if blocks > 1:
-        sum_partials(df_partials, df)
-    return du, df
-
-
-def gradient(
-    t: Tensor,
-    u: Tensor,
-    df: Tensor,
-    scaling: float = 1.0,
+def updated(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    f: Tensor,
+    scaling: float,
     *,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    inner: Dropout | None = None,
+    outer: Dropout | None = None,
+    tickets: Tensor | None = None,
+    how: tiling.Linear | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u), both in x's dtype.
+
+    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks, of which one call has one.
+    """
+    (m, _), n, rank = x.shape, weight.shape[1], a.shape[0]
+    if m == 0 or n == 0:
+        if tickets is not None:
+            tickets.zero_()
+        return x.new_empty(m, n), x.new_zeros(m, rank)
+    if how is None:
+        dropped = inner is not None, outer is not None
+        how = tuning.fastest(
+            "updated",
+            x,
+            (n, rank, dropped, weight.stride(1) == 1, a.dtype),
+            tiling.linear(x, weight, rank, *dropped),
+            lambda each: updated(
+                x, weight, bias, a, f, scaling, inner=inner, outer=outer, tickets=tickets, how=each
+            ),
+        )
+    if how.single:  # the loop has no room to round a wider factor
+        return linear(x, weight, bias, f, scaling, how, a=a.to(x.dtype), dropout=outer, tickets=tickets)
+    u = shrink(x, a.T, dropout=inner, tickets=tickets)
+    return linear(x, weight, bias, f, scaling, how, u=u, dropout=outer)
+
+
+def gradients(
+    dy: Tensor,
+    xa: Tensor,
+    x: Tensor,
+    dxa: Tensor,
+    d_lora_b: Tensor | None,
+    d_lora_a: Tensor | None,
+    scaling: float,
+    tickets: Tensor,
+    *,
+    dropout: Dropout | None = None,
     splits: int = 0,
-    strip: tiling.Strip | None = None,
-) -> Tensor:
-    """`df`, filled with `scaling · (keep ⊙ t)ᵀ u`: t (M, C), u (M, R), df (C, R) dense in either order."""
-    (m, c), rank = t.shape, u.shape[1]
-    if m == 0 or c == 0:
-        return df.zero_()
-    strip = strip or tiling.gradient(t, rank)
-    splits = splits or tiling.splits(t.device, triton.cdiv(c, strip.block_c), rank)
+) -> None:
+    """Fill `d_lora_b` with `scaling · dyᵀ xa` and `d_lora_a` with `scaling · dxaᵀ (keep ⊙ x)`; None is left out.
+
+    dy (M, N), x (M, K), xa and dxa (M, R); d_lora_b (N, R) and d_lora_a (R, K) are contiguous. An earlier launch
+    has cleared the `tickets`, one for each BLOCK_C columns of what is filled.
+    """
+    (m, n), k, rank = dy.shape, x.shape[1], xa.shape[1]
+    strip = tiling.gradient(x, rank)
+    tiles_b = 0 if d_lora_b is None else triton.cdiv(n, strip.block_c)
+    tiles = tiles_b + (0 if d_lora_a is None else triton.cdiv(k, strip.block_c))
+    if tiles == 0:
+        return
+    splits = splits or tiling.splits(x.device, tiles, rank)
     rows = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
     splits = triton.cdiv(m, rows)
-    partials = (
-        df
-        if splits == 1
-        else torch.empty_strided(
-            (splits, c, rank), (c * rank, *df.stride()), dtype=torch.float32, device=t.device
-        )
-    )
     args = {
-        "t_ptr": t, "u_ptr": u, "df_ptr": partials, "seed_ptr": seed,
-        "M": m, "C": c, "R": rank, "rows": rows,
-        "stride_tm": t.stride(0), "stride_tc": t.stride(1),
-        "stride_dc": df.stride(0), "stride_dr": df.stride(1),
-        "scaling": scaling, "drop_below": threshold(dropout_p),
-        "DROPOUT": seed is not None, "INPUT_PRECISION": input_precision(t.dtype),
+        "dy_ptr": dy, "xa_ptr": xa, "db_ptr": d_lora_a if d_lora_b is None else d_lora_b,
+        "x_ptr": x, "dxa_ptr": dxa, "da_ptr": d_lora_b if d_lora_a is None else d_lora_a,
+        "partials_ptr": x.new_empty(tiles, splits, strip.block_c, rank, dtype=torch.float32),
+        "tickets_ptr": tickets,
+        "M": m, "N": n, "K": k, "R": rank, "tiles_b": tiles_b, "rows": rows,
+        "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
+        "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+        "scaling": scaling, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
+        **dropout_arguments(dropout),
     }  # fmt: skip
-    launch(gradient_kernel, (triton.cdiv(c, strip.block_c), splits), args, strip.num_warps, strip.num_stages)
-    return df if splits == 1 else sum_partials(partials, df)
+    launch(gradient_kernel, (tiles, splits), args, strip.num_warps, strip.num_stages)
 
 
 # --- the operation
@@ -498,23 +524,11 @@ def forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    how: tiling.Linear | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, N) and xa (M, R), both in x's dtype."""
-    rank = lora_a.shape[0]
-    if how is None:
-        how = tuning.fastest(
-            "forward",
-            x,
-            (weight.shape[1], rank, dropout_p > 0, weight.stride(1) == 1, lora_a.dtype),
-            tiling.linear(x, weight, lora_a, rank, dropout_p),
-            lambda each: forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, each),
-        )
+    dropout = None if seed is None else Dropout(dropout_p, seed)
     scaling *= keep_scale(dropout_p)
-    if how.single:  # the loop has no room to round a wider factor
-        return linear(x, weight, bias, lora_b.T, scaling, a=lora_a.to(x.dtype), how=how)
-    xa = shrink(x, lora_a.T, dropout_p=dropout_p, seed=seed)
-    return linear(x, weight, bias, lora_b.T, scaling, u=xa, how=how)
+    return updated(x, weight, bias, lora_a, lora_b.T, scaling, inner=dropout)
 
 
 def backward(
@@ -532,22 +546,26 @@ def backward(
     need_b: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed."""
-    dx = d_lora_a = d_lora_b = None
+    (m, n), (rank, k) = dy.shape, lora_a.shape
+    if m == 0:
+        empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
+        dx, d_lora_a, d_lora_b = (torch.zeros_like(t) if need else None for t, need in empty)
+        return dx, d_lora_a, d_lora_b
+    dropout = None if seed is None else Dropout(dropout_p, seed)
     scaling *= keep_scale(dropout_p)
-    if need_b and (need_x or need_a) and tiling.one_pass(dy, lora_a.shape[0]):
-        dxa, d_lora_b = shrink_gradient(dy, lora_b, xa, scaling)
-    else:
-        if need_x or need_a:
-            dxa = shrink(dy, lora_b, scaling)
-        if need_b:
-            d_lora_b = gradient(
-                dy, xa, torch.empty_like(lora_b, memory_format=torch.contiguous_format), scaling
-            )
+    d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
+    d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
+    block_c = tiling.gradient(x, rank).block_c
+    tickets = new_tickets(dy, triton.cdiv(n, block_c) + triton.cdiv(k, block_c))
+    dx, dxa = None, xa
     if need_x:
-        dx, _ = linear(dy, weight.T, None, lora_a, 1.0, u=dxa, dropout_p=dropout_p, seed=seed)
-    if need_a:
-        d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format)
-        gradient(x, dxa, d_lora_a.T, dropout_p=dropout_p, seed=seed)
+        dx, dxa = updated(dy, weight.T, None, lora_b.T, lora_a, scaling, outer=dropout, tickets=tickets)
+    elif need_a:
+        dxa = shrink(dy, lora_b, tickets=tickets)
+    else:
+        tickets.zero_()
+    if need_a or need_b:
+        gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout=dropout)
     return dx, d_lora_a, d_lora_b
 
 
@@ -675,7 +693,8 @@ def ready(
     def call() -> None:
         seed = torch.empty(1, dtype=torch.int64, device=x.device) if dropout_p > 0 else None
         y, xa = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed)
-        backward(y, x, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, True, True, True)
+        for need_x in (True, False):  # without dx another kernel leaves dxa
+            backward(y, x, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, need_x, True, True)
 
     key = ("lora_linear", x.device, dropout_p > 0, *describe(x, weight, bias, lora_a, lora_b))
     return build(key, x, call)

@@ -32,16 +32,17 @@ class Architecture(NamedTuple):
     name: int  # 10 · major + minor
     multiprocessors: int
     shared_limit: int  # bytes of shared memory a block may use
-    flops_per_byte: int  # 16-bit matrix peak over memory bandwidth
+    teraflops: int  # peak of 16-bit matrix products
+    flops_per_byte: int  # that peak over memory bandwidth
 
 
 ARCHITECTURES = (
-    Architecture(80, 108, 163 * 1024, 156),  # A100
-    Architecture(86, 84, 99 * 1024, 76),  # RTX 3090
-    Architecture(89, 128, 99 * 1024, 165),  # RTX 4090
-    Architecture(90, 132, 227 * 1024, 295),  # H100
-    Architecture(100, 148, 227 * 1024, 281),  # B200
-    Architecture(120, 170, 99 * 1024, 117),  # RTX 5090
+    Architecture(80, 108, 163 * 1024, 312, 156),  # A100
+    Architecture(86, 84, 99 * 1024, 71, 76),  # RTX 3090
+    Architecture(89, 128, 99 * 1024, 165, 165),  # RTX 4090
+    Architecture(90, 132, 227 * 1024, 989, 295),  # H100
+    Architecture(100, 148, 227 * 1024, 2250, 281),  # B200
+    Architecture(120, 170, 99 * 1024, 210, 117),  # RTX 5090
 )
 
 
@@ -87,10 +88,10 @@ _MMA_SYNC = {
         Tile(64, 64, 64, 4, 4),
         Tile(32, 64, 64, 4, 4),
     ),
-    "single": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    "single": (Tile(64, 128, 64, 4, 3),),
+    "single dropout": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 32, 4, 4)),
 }
-_MMA_SYNC_80 = {**_MMA_SYNC, "single": (Tile(128, 128, 32, 8, 4), Tile(64, 128, 64, 4, 3))}
-_MMA_SYNC_120 = {**_MMA_SYNC, "single": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 32, 4, 4))}
+_MMA_SYNC_120 = {**_MMA_SYNC, "single": (Tile(128, 128, 64, 8, 3),)}
 # sm_90 and sm_100 read operands from shared memory (wgmma, tcgen05); the mask's booleans leave no room for 128 × 256.
 _WGMMA = {
     "split": (
@@ -100,16 +101,18 @@ _WGMMA = {
         Tile(64, 64, 64, 4, 4),
     ),
     "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4), Tile(64, 64, 64, 4, 4)),
-    "single": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    "single": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    "single dropout": (Tile(64, 128, 64, 4, 3),),
 }
 _TCGEN05 = {
     "split": _WGMMA["split"],
     "dropout": (Tile(128, 128, 64, 8, 4), Tile(64, 64, 64, 4, 4)),
     "single": (Tile(128, 128, 64, 8, 3),),
+    "single dropout": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
 }
 
-#: The GEMM's tiles on 16-bit numbers, by architecture and variant: xa given, or dropped too, or on the way.
-LINEAR = {80: _MMA_SYNC_80, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC_120}
+#: The GEMM's tiles on 16-bit numbers, by architecture and variant: u given or on the way, under a mask or not.
+LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05, 120: _MMA_SYNC_120}
 
 #: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
 LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
@@ -123,19 +126,14 @@ SHRINK = {
     256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
 }
 SHRINK_FLOAT32 = Strip(64, 32, 8, 3)
-#: Taller strips leave fewer partials of the gradient; only for the ranks that run in one pass.
-SHRINK_GRADIENT = {
-    16: (Strip(256, 64, 8, 3), Strip(128, 64, 4, 3)),
-    32: (Strip(256, 64, 8, 3), Strip(128, 64, 4, 3)),
-}
 GRADIENT = {
-    16: Strip(64, 128, 8, 3),
-    32: Strip(64, 128, 8, 3),
+    16: Strip(32, 128, 4, 3),
+    32: Strip(32, 128, 4, 3),
     64: Strip(64, 128, 8, 3),
     128: Strip(64, 64, 8, 3),
     256: Strip(64, 64, 8, 3),
 }
-GRADIENT_FLOAT32 = Strip(32, 64, 8, 3)
+GRADIENT_FLOAT32 = Strip(32, 32, 8, 3)
 
 #: The adapter's strips by padded bottleneck, tallest first, and those of its gradients.
 ADAPTER = {
@@ -156,7 +154,7 @@ ADAPTER_GRADIENT = {
 ADAPTER_GRADIENT_FLOAT32 = Strip(16, 32, 8, 3)
 
 #: The interpreter's cost goes by programs and steps, so it takes the largest tiles.
-_INTERPRETER = Architecture(90, 2, 0, 1 << 30)
+_INTERPRETER = Architecture(90, 2, 0, 0, 1 << 30)
 
 
 @functools.cache
@@ -177,8 +175,11 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: float) -> list[Linear]:
-    """The ways to run `y = x W + …`, the one to take first; `a` is lora_a where xa may be computed on the way."""
+def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool) -> list[Linear]:
+    """The ways to run `u = (inner ⊙ x) aᵀ, y = x W + outer ⊙ (u f) + …`, the one to take first.
+
+    `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
+    """
     m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
     if x.dtype == torch.float32:
@@ -188,25 +189,23 @@ def linear(x: Tensor, weight: Tensor, a: Tensor | None, rank: int, dropout_p: fl
     descriptor = descriptor and (_describable(weight) or _describable(weight.T))
     split = [
         Linear(tile, descriptor, False, arch.multiprocessors)
-        for tile in _cheapest_first(tiles["dropout" if dropout_p > 0 else "split"], m, n, arch)
+        for tile in _cheapest_first(tiles["dropout" if outer else "split"], m, n, arch)
     ]
-    if a is None or dropout_p > 0:
+    if inner:
         return split
     padded = padded_rank(rank)
     single = [
-        Linear(tile, False, True, arch.multiprocessors)
-        for tile in _cheapest_first(tiles["single"], m, n, arch)
+        Linear(tile, False, True, 0)
+        for tile in _cheapest_first(tiles["single dropout" if outer else "single"], m, n, arch)
         if single_pays(padded, tile)
     ]
     if not single:
         return split
-    # On the way, xa costs RANK / BLOCK_N of the products; before, another read of x, flops_per_byte / n of the
-    # GEMM's time, and a launch, which shows where one round of programs does it all. Only the pointer form does
-    # it on the way: a third descriptor would make the loop nearly half as long again.
-    tile = single[0].tile
-    one_round = _programs(tile, m, n) <= arch.multiprocessors
-    cheaper = not descriptor and padded / tile.block_n <= arch.flops_per_byte / n
-    return single + split if one_round or cheaper else split + single
+    # On the way, u costs RANK / BLOCK_N more products; before, another read of x and a launch of some 3 µs. All in
+    # units of the GEMM's time. Only the pointer form does it on the way: with descriptors, whose loop is short, a
+    # third operand makes it nearly twice as long.
+    read, launch = arch.flops_per_byte / n, 3e6 * arch.teraflops / (2 * m * n * max(x.shape[1], 1))
+    return single + split if padded / single[0].tile.block_n <= read + launch else split + single
 
 
 def single_pays(rank: int, tile: Tile) -> bool:
@@ -240,19 +239,8 @@ def shrink(t: Tensor, rank: int) -> list[Strip]:
     return [SHRINK_FLOAT32] if t.dtype == torch.float32 else _tallest_first(SHRINK[padded_rank(rank)], t)
 
 
-def shrink_gradient(t: Tensor, rank: int) -> list[Strip]:
-    """The strips of the pass over dy, the one to take first."""
-    runs = max(1, t.shape[1] // 256)  # of columns that programs can share out
-    return _tallest_first(SHRINK_GRADIENT[padded_rank(rank)], t, runs)
-
-
-def one_pass(t: Tensor, rank: int) -> bool:
-    """Whether one pass over dy does both jobs: at larger ranks the partial sums outweigh reading dy twice."""
-    return t.dtype != torch.float32 and padded_rank(rank) in SHRINK_GRADIENT
-
-
 def gradient(t: Tensor, rank: int) -> Strip:
-    """The strip of a pass that leaves `rank` numbers a column."""
+    """The strip of the pass that leaves `rank` numbers a column."""
     return GRADIENT_FLOAT32 if t.dtype == torch.float32 else GRADIENT[padded_rank(rank)]
 
 
@@ -274,8 +262,8 @@ def splits(device: torch.device, programs: int, rank: int) -> int:
     return max(1, architecture(device).multiprocessors * (2 if rank <= 32 else 1) // programs)
 
 
-def _tallest_first(strips: tuple[Strip, ...], t: Tensor, runs: int = 1) -> list[Strip]:
+def _tallest_first(strips: tuple[Strip, ...], t: Tensor) -> list[Strip]:
     """Strips with the tallest that gives every multiprocessor a program first, else the lowest."""
     enough = architecture(t.device).multiprocessors
-    best = next((s for s in strips if triton.cdiv(t.shape[0], s.block_m) * runs >= enough), strips[-1])
+    best = next((s for s in strips if triton.cdiv(t.shape[0], s.block_m) >= enough), strips[-1])
     return [best, *(s for s in strips if s != best)]

@@ -27,12 +27,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what torch.empty and torch.empty_like return with NaN, so that an element nobody wrote shows."""
-    for name in ("empty", "empty_like"):
-        real = getattr(torch, name)
+    """Fill new memory with NaN, or 77 where it holds int32, so that an element nobody wrote shows."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        real = getattr(owner, name)
 
         def poisoned(*args, real=real, **kwargs):
             tensor = real(*args, **kwargs)
+            if tensor.dtype == torch.int32:
+                tensor.fill_(77)
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
-        monkeypatch.setattr(torch, name, poisoned)
+        monkeypatch.setattr(owner, name, poisoned)

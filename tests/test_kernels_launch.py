@@ -167,45 +167,45 @@ class TestTheChoiceOfATile:
         architecture = next(a for a in tiling.ARCHITECTURES if a.name == 90)
         monkeypatch.setattr(tiling, "architecture", lambda device: architecture)
 
-    def linear(self, m, k, n, rank=16, p=0.0, dtype=torch.bfloat16):
-        x, weight, a = (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k, n), (rank, k)))
-        return tiling.linear(x, weight, a, rank, p)[0]
+    def linear(self, m, k, n, rank=16, inner=False, outer=False, dtype=torch.bfloat16):
+        x, weight = (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k, n)))
+        return tiling.linear(x, weight, rank, inner, outer)[0]
 
     def test_many_rows_take_a_large_tile_and_few_a_small_one(self):
-        assert self.linear(8192, 768, 2304).tile[:2] == (128, 256)
-        assert self.linear(64, 768, 768, p=0.1).tile[:2] == (64, 64)
+        assert self.linear(8192, 768, 2304, inner=True).tile[:2] == (128, 256)
+        assert self.linear(64, 768, 768, inner=True, outer=True).tile[:2] == (64, 64)
 
-    def test_a_small_rank_is_computed_on_the_way_and_a_large_one_or_a_dropped_one_before(self):
-        assert self.linear(512, 768, 2304, rank=16).single
-        assert self.linear(8192, 100, 2304, rank=16).single
-        assert not self.linear(8192, 768, 2304, rank=16).single
+    def test_a_small_rank_is_computed_on_the_way_and_a_large_one_or_a_dropped_one_before(self, monkeypatch):
+        assert self.linear(8192, 768, 2304, rank=16).single
         assert not self.linear(8192, 768, 2304, rank=128).single
-        assert not self.linear(8192, 768, 2304, rank=16, p=0.1).single
+        assert not self.linear(8192, 768, 2304, rank=16, inner=True).single
+        a100 = next(a for a in tiling.ARCHITECTURES if a.name == 80)
+        monkeypatch.setattr(tiling, "architecture", lambda device: a100)
+        assert not self.linear(8192, 768, 2304, rank=16).single  # products are dear beside a read
+        assert self.linear(512, 768, 2304, rank=16).single  # and cheap beside a launch
+
+    def test_dx_with_its_rank_r_factor_reads_dy_once(self):
+        assert self.linear(8192, 3072, 768, rank=16, outer=True).single
+        assert not self.linear(8192, 3072, 768, rank=128, outer=True).single
 
     def test_what_a_descriptor_cant_describe_goes_by_pointers(self):
-        assert self.linear(8192, 768, 768).descriptor
+        assert self.linear(8192, 768, 768, inner=True).descriptor
         assert not self.linear(8192, 100, 768).descriptor
         assert not self.linear(8192, 768, 36).descriptor
         x, weight = (
             torch.empty(64, 769, dtype=torch.float16)[:, 1:],
             torch.empty(768, 768, dtype=torch.float16),
         )
-        assert not tiling.linear(x, weight, None, 16, 0.0)[0].descriptor
-        assert tiling.linear(weight, weight.T, None, 16, 0.0)[0].descriptor
+        assert not tiling.linear(x, weight, 16, True, False)[0].descriptor
+        assert tiling.linear(weight, weight.T, 16, True, False)[0].descriptor
 
     def test_every_multiprocessor_gets_a_program_of_the_rank_r_passes(self):
-        t = torch.empty(8192, 2304, dtype=torch.bfloat16, device="meta")
-        f, u, df = (
-            torch.empty(shape, dtype=t.dtype, device="meta") for shape in ((2304, 16), (8192, 16), (2304, 16))
-        )
+        dy, x = (torch.empty(8192, c, dtype=torch.bfloat16, device="meta") for c in (2304, 768))
+        d_b, d_a, u = (dy.new_empty(shape) for shape in ((2304, 16), (16, 768), (8192, 16)))
+        tickets = dy.new_empty(64, dtype=torch.int32)
         with launch.record() as launches:
-            lora_linear.shrink(t, f)
-            lora_linear.shrink_gradient(t, f, u, 1.0)
-            lora_linear.gradient(t, u, df)
-        programs = {
-            each.kernel.__name__: math.prod(each.grid)
-            for each in launches
-            if "sum" not in each.kernel.__name__
-        }
-        assert len(programs) == 3
+            lora_linear.shrink(x, d_a.T)
+            lora_linear.gradients(dy, u, x, u, d_b, d_a, 1.0, tickets)
+        programs = {each.kernel.__name__: math.prod(each.grid) for each in launches}
+        assert len(programs) == 2
         assert all(100 <= count <= 264 for count in programs.values()), programs

@@ -83,7 +83,10 @@ LINEAR_TILES = sorted({t for table in tiling.LINEAR.values() for tiles in table.
 
 @pytest.mark.parametrize(
     ("form", "variant"),
-    [*itertools.product(["pointer", "descriptor"], ["split", "dropout"]), ("pointer", "single")],
+    [
+        *itertools.product(["pointer", "descriptor"], ["split", "dropout"]),
+        *itertools.product(["pointer"], ["single", "single dropout"]),
+    ],
 )
 @pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
 def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monkeypatch):
@@ -92,33 +95,46 @@ def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monke
         if tile not in tiling.LINEAR[arch][variant] or (form == "descriptor" and arch < 90):
             pytest.skip(f"not in the table of sm_{arch}")
 
-    def chosen(x, weight, a, rank, dropout_p):
-        return [tiling.Linear(tile, form == "descriptor", variant == "single" and a is not None, programs=3)]
+    def chosen(x, weight, rank, inner, outer):
+        single = variant.startswith("single") and not inner
+        return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
 
     monkeypatch.setattr(tiling, "linear", chosen)
     draws = draws_of(lora_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
-    check_lora(lora_linear.lora_linear, draws, 0.3 if variant == "dropout" else 0.0)
+    check_lora(lora_linear.lora_linear, draws, 0.3 if "dropout" in variant else 0.0)
 
 
 @pytest.mark.parametrize("rank", sorted(tiling.SHRINK))
 def test_every_strip_of_the_rank_r_passes(rank, device):
     arguments = lora_arguments(300, 136, 40, rank, "bf16", device)
-    x, lora_a = arguments["x"], arguments["lora_a"]
+    x, lora_a, lora_b = arguments["x"], arguments["lora_a"], arguments["lora_b"]
     truth = x.double() @ lora_a.double().T
     for strip in tiling.SHRINK[rank]:
         xa = lora_linear.shrink(x, lora_a.T, strip=strip)
         assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
-    u = torch.randn(300, rank, generator=torch.Generator().manual_seed(0)).to(device, x.dtype)
-    truth = x.double().T @ u.double()
+    generator = torch.Generator().manual_seed(0)
+    dy, dxa = (torch.randn(300, c, generator=generator).to(device, x.dtype) for c in (40, rank))
     for splits in (1, 3):
-        df = torch.empty(136, rank, dtype=x.dtype, device=device)
-        lora_linear.gradient(x, u, df, splits=splits, strip=tiling.GRADIENT[rank])
-        assert (df.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
-    du_truth = x.double() @ lora_a.T.double()
-    for strip, splits in itertools.product(tiling.SHRINK_GRADIENT.get(rank, ()), (1, 2)):
-        du, df = lora_linear.shrink_gradient(x, lora_a.T, u, 1.0, splits=splits, strip=strip)
-        assert (df.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
-        assert (du.double() - du_truth).abs().max() <= 2**-8 * du_truth.abs().max()
+        d_a, d_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
+        tickets = torch.zeros(64, dtype=torch.int32, device=device)
+        lora_linear.gradients(dy, xa, x, dxa, d_b, d_a, 0.5, tickets, splits=splits)
+        for found, of, by in ((d_b, dy, xa), (d_a.T, x, dxa)):
+            truth = 0.5 * of.double().T @ by.double()
+            assert (found.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
+
+
+@pytest.mark.parametrize("needs", [(True, False, True), (False, True, True), (False, False, True)])
+def test_partial_sums_are_complete_whichever_kernel_comes_before(needs, device, monkeypatch):
+    """Tickets that nobody cleared would leave the gradient unwritten."""
+    monkeypatch.setattr(tiling, "splits", lambda device, programs, rank: 4)
+    x, weight, _, a, b = lora_arguments(257, 72, 264, 8, "fp32", device).values()
+    dy, xa = x @ weight, x @ a.T
+    dx, d_a, d_b = lora_linear.backward(dy, x, weight, a, b, xa, 1.5, 0.0, None, *needs)
+    torch.testing.assert_close(d_b, 1.5 * dy.T @ xa, rtol=1e-4, atol=1e-3)
+    if needs[0]:
+        torch.testing.assert_close(dx, dy @ weight.T + 1.5 * dy @ b @ a, rtol=1e-4, atol=1e-3)
+    if needs[1]:
+        torch.testing.assert_close(d_a, 1.5 * (dy @ b).T @ x, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 24, 16), (5, 0, 16), (5, 24, 0)])
