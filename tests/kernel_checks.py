@@ -51,9 +51,13 @@ def describe(case: dict[str, Any]) -> str:
 
 
 def draws_of(make: Callable[..., Arguments], *sizes: Any, **options: Any) -> list[Arguments]:
-    """Several draws where few rows differ, one elsewhere; `sizes` starts with the number of rows."""
-    few = sizes[0] < 17 or options.get("form") == "expanded"
-    return [make(*sizes, **options, draw=draw) for draw in range(8 if few else 1)]
+    """Several draws where few rows differ or a gradient is few numbers, one elsewhere.
+
+    `sizes` starts with the number of rows and has the length of the shortest gradient, a bias's, in the third place.
+    """
+    few_rows = sizes[0] < 17 or options.get("form") == "expanded"
+    few_numbers = -(-16 // max(sizes[2], 1))
+    return [make(*sizes, **options, draw=draw) for draw in range(max(8 if few_rows else 1, few_numbers))]
 
 
 def view(tensor: Tensor, form: str) -> Tensor:
