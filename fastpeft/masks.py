@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 _LANES = 1 << 16
-_CHUNK = 1 << 12  # bytes of bits, for which 64 KiB of random lanes are drawn
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def draw(x: Tensor, dropout_p: float, *, exact: bool) -> tuple[Tensor, float]:
     """One bit for each element of `x`, set where it stays, and the probability it was drawn with.
 
     `exact` consumes torch's generator as `F.dropout(x, dropout_p)` would and gives the same mask. Otherwise,
-    on the CPU, one 63-bit seed is taken from torch's generator (so `torch.manual_seed` and checkpointing
-    hold) and 16-bit lanes of numpy's SFC64 are compared, a tenth of the cost of `bernoulli_`; the
-    probability is then rounded to a multiple of 2⁻¹⁶.
+    on the CPU, each byte of the mask is looked up by 16 bits of torch's generator, where `bernoulli_` takes 64 for
+    each bit; the probability is then rounded to a multiple of 2⁻¹⁶.
     """
     if dropout_p >= 1.0:  # torch draws nothing here
         return torch.zeros(-(-x.numel() // 8), dtype=torch.uint8, device=x.device), 1.0
@@ -26,20 +26,33 @@ def draw(x: Tensor, dropout_p: float, *, exact: bool) -> tuple[Tensor, float]:
         return _pack(torch.native_dropout(x, dropout_p, True)[1]), dropout_p
     if exact or x.device.type != "cpu":
         return _pack(torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)), dropout_p
-    drop_below = min(round(dropout_p * _LANES), _LANES - 1)
-    generator = np.random.SFC64(int(torch.randint(2**63 - 1, ())))
-    bits = np.empty(-(-x.numel() // 8), np.uint8)
-    for start in range(0, len(bits), _CHUNK):  # in pieces that stay in the cache
-        chunk = bits[start : start + _CHUNK]
-        lanes = generator.random_raw(2 * len(chunk)).view(np.uint16)
-        chunk[:] = np.packbits(lanes >= drop_below)
-    return torch.from_numpy(bits), drop_below / _LANES
+    dropout_p = min(round(dropout_p * _LANES), _LANES - 1) / _LANES
+    table, rest = _byte_law(dropout_p)
+    size = -(-x.numel() // 8)
+    words = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
+    lanes = words.numpy().view(np.uint16)[:size]
+    bits = table.take(lanes, mode="clip")
+    undecided = np.flatnonzero(lanes >= len(table))
+    weights = torch.rand(len(undecided), dtype=torch.float64).numpy() * rest[-1]
+    bits[undecided] = rest[:-1].searchsorted(weights, side="right")
+    return torch.from_numpy(bits), dropout_p
 
 
 def unpack(bits: Tensor, x: Tensor) -> Tensor:
     """The mask of `x` as ones and zeros in x's shape and dtype."""
+    return _rows(bits, x, x.dtype)
+
+
+def apply(bits: Tensor, x: Tensor) -> Tensor:
+    """A copy of `x` with zeros where the mask is zero."""
+    # The bits of integers meet those of floats: in 16 bits a fifth of the time of a product.
+    mask = _rows(bits, x, _INTEGERS[x.element_size()])
+    return mask.bitwise_and_(x.view(mask.dtype)).view(x.dtype)
+
+
+def _rows(bits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     # Copying rows of a table of all bytes is three times as fast as casting booleans.
-    return _bytes(x.dtype, x.device).index_select(0, bits.int()).view(-1)[: x.numel()].view(x.shape)
+    return _bytes(dtype, x.device).index_select(0, bits.int()).view(-1)[: x.numel()].view(x.shape)
 
 
 def _pack(keep: Tensor) -> Tensor:
@@ -49,8 +62,21 @@ def _pack(keep: Tensor) -> Tensor:
     return (flat << torch.arange(7, -1, -1, device=keep.device)).sum(1, dtype=torch.uint8)
 
 
+@functools.lru_cache(maxsize=16)
+def _byte_law(dropout_p: float) -> tuple[np.ndarray, np.ndarray]:
+    """How 16 random bits become eight independent ones, each zero with `dropout_p`.
+
+    A byte of probability P has ⌊2¹⁶ P⌋ entries in the table of lanes. What the floors leave is drawn, for the lanes
+    beyond the table, by the cumulative weights of the second result: together they give P.
+    """
+    kept = _BITS.sum(1)
+    expected = _LANES * dropout_p ** (8 - kept) * (1.0 - dropout_p) ** kept
+    entries = np.floor(expected).astype(np.int64)
+    return np.repeat(np.arange(256, dtype=np.uint8), entries), np.cumsum(expected - entries)
+
+
 @functools.cache
 def _bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(256, 8): the bits of each byte, the highest first, as numpy packs them."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
-    return torch.from_numpy(bits).to(device, dtype)
+    """(256, 8): the bits of each byte, the highest first, as numpy packs them; in integers a one is all ones."""
+    bits = torch.from_numpy(_BITS).to(device, dtype)
+    return bits if dtype.is_floating_point else -bits

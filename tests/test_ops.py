@@ -80,8 +80,10 @@ def drawn_masks(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_lora_linear_equals_the_formula(dtype, dropout_p, exact, drawn_masks):
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_lora_linear_equals_the_formula(dtype, dropout_p, exact, frozen, drawn_masks):
     inputs = lora_inputs(dtype)
+    inputs["weight"].requires_grad_(not frozen)
     fused = outcome(fastpeft.lora_linear, inputs, scaling=1.7, dropout_p=dropout_p, exact=exact)
     (keep, p), *more = drawn_masks or [(None, 0.0)]
     assert not more
@@ -93,24 +95,27 @@ def test_lora_linear_equals_the_formula(dtype, dropout_p, exact, drawn_masks):
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_lora_linear_with_float32_factors_on_a_16_bit_x(exact):
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_lora_linear_with_float32_factors_on_a_16_bit_x(exact, dropout_p, drawn_masks):
     inputs = lora_inputs(torch.bfloat16, torch.float32)
-    fused = outcome(fastpeft.lora_linear, inputs, scaling=0.5, exact=exact)
+    fused = outcome(fastpeft.lora_linear, inputs, scaling=0.5, dropout_p=dropout_p, exact=exact)
     assert fused["lora_a"].dtype == fused["lora_b"].dtype == torch.float32
     assert fused["x"].dtype == fused["y"].dtype == torch.bfloat16
     yardstick = (
         torch.float32 if exact else torch.bfloat16
     )  # the fast path rounds the factors, so its yardstick does
-    pytorch = outcome(_peft_arithmetic, inputs, scaling=0.5, wide=yardstick)
-    truth = outcome(reference.lora_linear, inputs, cast=torch.float64, scaling=0.5)
+    options = {"scaling": 0.5, "dropout_p": dropout_p, "keep": drawn_masks[0][0] if dropout_p else None}
+    pytorch = outcome(_peft_arithmetic, inputs, wide=yardstick, **options)
+    truth = outcome(reference.lora_linear, inputs, cast=torch.float64, **options)
     for name in ("lora_a", "lora_b"):  # rounded factors give gradients with 16 bits' precision
         fused[name], pytorch[name] = fused[name].to(yardstick), pytorch[name].to(yardstick)
     assert_outcomes(fused, pytorch, truth)
 
 
-def _peft_arithmetic(x, weight, bias, lora_a, lora_b, scaling, wide):
+def _peft_arithmetic(x, weight, bias, lora_a, lora_b, scaling, dropout_p, keep, wide):
     """peft's forward: the base in x's dtype, the update in the factors', the sum rounded to x's."""
-    update = F.linear(F.linear(x.to(wide), lora_a.to(wide)), lora_b.to(wide)) * scaling
+    dropped = reference.dropout(x.to(wide), keep, dropout_p)
+    update = F.linear(F.linear(dropped, lora_a.to(wide)), lora_b.to(wide)) * scaling
     return (torch.addmm(bias, x, weight) + update).to(x.dtype)
 
 
@@ -178,14 +183,16 @@ def test_frozen_inputs_cost_no_gemm_in_backward():
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-def test_nothing_full_size_is_saved_but_x_and_one_bit_an_element(dropout_p):
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_nothing_full_size_is_saved_but_x_and_one_bit_an_element(dropout_p, frozen):
     inputs = lora_inputs(lead=(64,))
-    given = {t.data_ptr() for t in inputs.values()}
+    inputs["weight"].requires_grad_(not frozen)
+    parameters = {t.data_ptr() for name, t in inputs.items() if name != "x"}
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fastpeft.lora_linear(**inputs, scaling=1.0, dropout_p=dropout_p)
-    extra = [t for t in saved if t.data_ptr() not in given]
-    assert sum(t.nbytes for t in extra) == 64 * R * 4 + (64 * K // 8 if dropout_p else 0)
+    extra = sum(t.nbytes for t in saved if t.data_ptr() not in parameters)
+    assert extra == 64 * K * 4 + 64 * R * 4 + (64 * K // 8 if dropout_p else 0)
 
 
 def test_an_adapter_saves_x_and_the_pre_activation():
@@ -246,6 +253,32 @@ def test_fast_dropout_keeps_the_right_share_and_follows_the_seed():
         assert not torch.equal(masks.draw(x, p, exact=False)[0], bits)
         torch.manual_seed(3)
         assert torch.equal(masks.draw(x, p, exact=False)[0], bits)
+
+
+@pytest.mark.parametrize("dropout_p", [0.3, 0.9999])
+def test_fast_dropout_draws_each_byte_of_a_mask_as_often_as_independent_elements_would(dropout_p):
+    x = torch.empty(2**24, dtype=torch.uint8)
+    torch.manual_seed(3)
+    bits, p = masks.draw(x, dropout_p, exact=False)
+    counts = torch.bincount(bits.int(), minlength=256).double()
+    kept = torch.tensor([byte.bit_count() for byte in range(256)]).double()
+    expected = len(bits) * p ** (8 - kept) * (1 - p) ** kept
+    common = expected >= 5
+    chi_square = ((counts - expected) ** 2 / expected)[common].sum()
+    assert abs(chi_square - common.sum()) < 5 * (2 * common.sum()) ** 0.5
+    assert counts[~common].sum() <= expected[~common].sum() + 5 * expected[~common].sum() ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_a_mask_is_applied_to_any_float_and_any_strides(dtype):
+    x = torch.linspace(-1, 1, 33 * 5, dtype=torch.float64).view(33, 5).to(dtype).T
+    bits, _ = masks.draw(x, 0.5, exact=False)
+    keep = masks.unpack(bits, x)
+    assert keep.dtype == dtype
+    assert 0 < keep.sum() < keep.numel()
+    before = x.clone()
+    assert torch.equal(masks.apply(bits, x), x * keep)
+    assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (3, 11)], ids=str)
