@@ -270,11 +270,13 @@ def _confirm(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`reference.lora_linear` over rows, saving x, `xa` and one bit an element of dropout.
+    """`reference.lora_linear` over rows, saving `xa`, one bit an element of dropout, and x or what dropout left.
 
     s' is the scaling with dropout's 1/(1-p) folded in; d is `keep ⊙ x`:
         xa = d Aᵀ          dxa = s' dy B         dB = s' dyᵀ xa
         y = x W + b + s' xa Bᵀ     dx = dy Wᵀ + keep ⊙ (dxa A)    dA = dxaᵀ d
+
+    `xa` and `dxa` are held transposed, (R, M): with the long side last, their GEMMs take about half the time.
     """
 
     @staticmethod
@@ -291,20 +293,20 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
         a, b = lora_a.to(wide), lora_b.to(wide)
-        update_x = x.to(wide)
-        bits = None
+        dropped, bits = x, None
         if dropout_p > 0.0:
-            bits, dropout_p = masks.draw(update_x, dropout_p, exact=exact)
-            update_x = update_x * masks.unpack(bits, update_x)
+            bits, dropout_p = masks.draw(x.to(wide), dropout_p, exact=exact)
+            dropped = masks.apply(bits, x)
             scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-        xa = update_x @ a.T
+        xa_t = a @ dropped.to(wide).T
         y = x @ weight if bias is None else torch.addmm(bias, x, weight)
         y = (
-            y.addmm_(xa, b.T, alpha=scaling)
+            y.addmm_(xa_t.T, b.T, alpha=scaling)
             if wide == y.dtype
-            else torch.addmm(y.to(wide), xa, b.T, alpha=scaling).to(y.dtype)
+            else torch.addmm(y.to(wide), xa_t.T, b.T, alpha=scaling).to(y.dtype)
         )
-        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, bits)
+        # A frozen weight never asks for x itself, so backward needn't drop again.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else dropped, weight, lora_a, lora_b, xa_t, bits)
         ctx.scaling, ctx.wide = scaling, wide
         ctx.set_materialize_grads(False)
         return y
@@ -314,27 +316,26 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if dy is None:
             return (None,) * 8
-        x, weight, lora_a, lora_b, xa, bits = ctx.saved_tensors
+        x, weight, lora_a, lora_b, xa_t, bits = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         dx = d_weight = d_bias = d_lora_a = d_lora_b = None
         a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
-        dy_wide, x_wide = dy.to(ctx.wide), x.to(ctx.wide)
-        keep = masks.unpack(bits, x_wide) if bits is not None and (need_x or need_a) else None
+        dy_wide = dy.to(ctx.wide)
         if need_b:
-            # (R, M) @ (M, N) keeps the long side last, twice as fast as the transpose of it
-            d_lora_b = (xa.T @ dy_wide).mul_(ctx.scaling).T.to(lora_b.dtype)
+            d_lora_b = (xa_t @ dy_wide).mul_(ctx.scaling).T.to(lora_b.dtype)
         if need_x or need_a:
-            dxa = (dy_wide @ b).mul_(ctx.scaling)
+            dxa_t = (b.T @ dy_wide.T).mul_(ctx.scaling)
         if need_a:
-            d_lora_a = (dxa.T @ (x_wide if keep is None else x_wide * keep)).to(lora_a.dtype)
+            dropped = x if bits is None or not need_weight else masks.apply(bits, x)
+            d_lora_a = (dxa_t @ dropped.to(ctx.wide)).to(lora_a.dtype)
         if need_x:
             dx = dy @ weight.T
-            if keep is not None:
-                dx = dx.addcmul_(dxa @ a, keep)
+            if bits is not None:
+                dx.addcmul_(dxa_t.T @ a, masks.unpack(bits, dx))
             elif ctx.wide == dx.dtype:
-                dx.addmm_(dxa, a)
+                dx.addmm_(dxa_t.T, a)
             else:
-                dx += dxa @ a
+                dx += dxa_t.T @ a
         if need_weight:
             d_weight = x.T @ dy
         if need_bias:
