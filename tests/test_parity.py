@@ -25,13 +25,13 @@ def by_role(*results):
         yield [(role, torch.cat([result[name].flatten() for name in names])) for result in results]
 
 
-def assert_parity(model, *, kinds=("lora",), length=9, **options):
+def assert_parity(model, *, kinds=("lora",), batch=3, length=9, **options):
     """Patch `model` and hold a step of it against its stock twin, both against a float64 twin."""
     patched, stock, truth = twins(model)
     assert_stock(stock)
     assert_stock(truth)
     fastpeft.patch(patched, backend="torch", **options)
-    results = [step(m, length=length) for m in (patched, stock, truth)]
+    results = [step(m, batch=batch, length=length) for m in (patched, stock, truth)]
     assert_stock(stock)
     assert_fused(patched, kinds)
     assert results[0].keys() == results[1].keys() == results[2].keys()
@@ -43,7 +43,8 @@ def assert_parity(model, *, kinds=("lora",), length=9, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("head", [GPT2LMHeadModel, GPT2ForSequenceClassification])
 def test_lora_equals_peft(head, dtype):
-    assert_parity(with_lora(gpt2(head)).to(dtype))
+    # A classifier's two logits a row: of few rows alone, an error too noisy to hold against another.
+    assert_parity(with_lora(gpt2(head)).to(dtype), batch=16)
 
 
 @pytest.mark.parametrize("dropout", [0.1, 0.5])
