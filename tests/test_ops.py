@@ -255,9 +255,9 @@ def test_fast_dropout_keeps_the_right_share_and_follows_the_seed():
         assert torch.equal(masks.draw(x, p, exact=False)[0], bits)
 
 
-@pytest.mark.parametrize("dropout_p", [0.3, 0.9999])
+@pytest.mark.parametrize("dropout_p", [0.3, 1 - 2**-15])
 def test_fast_dropout_draws_each_byte_of_a_mask_as_often_as_independent_elements_would(dropout_p):
-    x = torch.empty(2**24, dtype=torch.uint8)
+    x = torch.empty(2**25, dtype=torch.uint8)
     torch.manual_seed(3)
     bits, p = masks.draw(x, dropout_p, exact=False)
     counts = torch.bincount(bits.int(), minlength=256).double()
@@ -265,7 +265,7 @@ def test_fast_dropout_draws_each_byte_of_a_mask_as_often_as_independent_elements
     expected = len(bits) * p ** (8 - kept) * (1 - p) ** kept
     common = expected >= 5
     chi_square = ((counts - expected) ** 2 / expected)[common].sum()
-    assert abs(chi_square - common.sum()) < 5 * (2 * common.sum()) ** 0.5
+    assert abs(chi_square - common.sum()) < 4 * (2 * common.sum()) ** 0.5
     assert counts[~common].sum() <= expected[~common].sum() + 5 * expected[~common].sum() ** 0.5
 
 
