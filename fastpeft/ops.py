@@ -349,8 +349,7 @@ class _Adapter(torch.autograd.Function):
         z = x Wdᵀ + bd             dh = scale · dy Wu        dz = dh ⊙ act'(z)
         y = x + scale · (h Wuᵀ + bu)   dx = dy + dz Wd       dWd = dzᵀ x   dWu = scale · dyᵀ h
 
-    `bu` rides in the GEMM as one more column of Wu against a column of ones in h, which spares a pass over y
-    and over dy.
+    z, h and their gradients are held transposed, (R, M), as in `_LoraLinear`.
     """
 
     @staticmethod
@@ -365,38 +364,38 @@ class _Adapter(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
-        z = F.linear(x, down, None if down_bias is None else down_bias.to(x.dtype))
-        h = _with_ones(reference.ACTIVATIONS[activation](z), up_bias)
-        if up_bias is not None:
-            up = torch.cat((up, up_bias.to(x.dtype)[:, None]), 1)
-        ctx.save_for_backward(x, z, down_weight, down_bias, up_weight, up_bias)
+        z_t = down @ x.T if down_bias is None else torch.addmm(down_bias.to(x.dtype)[:, None], down, x.T)
+        h_t = reference.ACTIVATIONS[activation](z_t)
+        ctx.save_for_backward(x, z_t, down_weight, down_bias, up_weight, up_bias)
         ctx.activation, ctx.scale = activation, scale
         ctx.set_materialize_grads(False)
-        return torch.addmm(x, h, up.T, alpha=scale)
+        if up_bias is None:
+            return torch.addmm(x, h_t.T, up.T, alpha=scale)
+        # The copy of x that addmm would make carries the bias.
+        return torch.add(x, up_bias.to(x.dtype), alpha=scale).addmm_(h_t.T, up.T, alpha=scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if dy is None:
             return (None,) * 7
-        x, z, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
+        x, z_t, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
         need_x, need_down, need_down_bias, need_up, need_up_bias, *_ = ctx.needs_input_grad
         dx = d_down = d_down_bias = d_up = d_up_bias = None
         if need_x or need_down or need_down_bias:
-            dh = (dy @ up_weight.to(dy.dtype)).mul_(ctx.scale)
-            dz = _ACTIVATION_GRADS[ctx.activation](dh, z)
+            dh_t = (up_weight.to(dy.dtype).T @ dy.T).mul_(ctx.scale)
+            dz_t = _ACTIVATION_GRADS[ctx.activation](dh_t, z_t)
         if need_x:
-            dx = torch.addmm(dy, dz, down_weight.to(dy.dtype))
+            dx = torch.addmm(dy, dz_t.T, down_weight.to(dy.dtype))
         if need_down:
-            d_down = (dz.T @ x).to(down_weight.dtype)
+            d_down = (dz_t @ x).to(down_weight.dtype)
         if need_down_bias:
-            d_down_bias = dz.sum(0).to(down_bias.dtype)
-        if need_up or need_up_bias:
-            h = _with_ones(reference.ACTIVATIONS[ctx.activation](z), up_bias)
-            d_up = (dy.T @ h).mul_(ctx.scale)
-            if up_bias is not None:
-                d_up_bias = d_up[:, -1].to(up_bias.dtype)
-            d_up = d_up[:, : up_weight.shape[1]].to(up_weight.dtype)
+            d_down_bias = dz_t.sum(1).to(down_bias.dtype)
+        if need_up:
+            h_t = reference.ACTIVATIONS[ctx.activation](z_t)
+            d_up = (dy.T @ h_t.T).mul_(ctx.scale).to(up_weight.dtype)
+        if need_up_bias:
+            d_up_bias = dy.sum(0).mul_(ctx.scale).to(up_bias.dtype)
         return dx, d_down, d_down_bias, d_up, d_up_bias, None, None
 
 
@@ -408,10 +407,6 @@ _ACTIVATION_GRADS = {
     "gelu_tanh": lambda dh, z: _aten.gelu_backward(dh, z, approximate="tanh"),
     "silu": lambda dh, z: _aten.silu_backward(dh, z),
 }
-
-
-def _with_ones(h: Tensor, bias: Tensor | None) -> Tensor:
-    return h if bias is None else F.pad(h, (0, 1), value=1.0)
 
 
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
