@@ -2,7 +2,7 @@
 
     python bench/plot.py [--results bench/results] [--table README.md] [--report FILE]
 
-Draws a PNG for each kind of record that the folder holds. `--table` rewrites the section of a Markdown file
+Draws a PNG for each record that the folder holds. `--table` rewrites the section of a Markdown file
 between its two markers; `--report` writes tables and figures into one HTML file.
 """
 
@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-#: Okabe and Ito's palette, which colour-blind readers can tell apart; a variant keeps its colour.
+#: Okabe and Ito's palette and a brown, which colour-blind readers can tell apart; a variant keeps its colour.
 COLOURS = {
     "frozen": "#999999",
     "peft": "#E69F00",
@@ -33,6 +33,7 @@ COLOURS = {
     "addmm": "#56B4E9",
     "compile": "#CC79A7",
     "fastpeft": "#009E73",
+    "fastpeft_model": "#8C6D31",
     "fastpeft_fp32": "#0072B2",
     "exact": "#F0E442",
 }
@@ -95,10 +96,9 @@ def throughput(record: dict[str, Any]) -> Figure:
 
 
 def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
-    tokens = point["batch"] * point["seq"]
-    furthest = max(tokens / row["seconds"]["q20"] for row in point["variants"].values())
+    furthest = max(row["tokens_per_second"]["q80"] for row in point["variants"].values())
     for place, (variant, row) in enumerate(point["variants"].items()):
-        value, slow, fast = row["tokens_per_second"], *(tokens / row["seconds"][q] for q in ("q80", "q20"))
+        value, slow, fast = (row["tokens_per_second"][part] for part in ("median", "q20", "q80"))
         whiskers = [[value - slow], [fast - value]]
         axes.barh(place, value, 0.75, color=COLOURS[variant], xerr=whiskers, error_kw={"linewidth": 0.8})
         speedup = row.get("speedup")
@@ -113,8 +113,10 @@ def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
     lora = (
         f", dropout {point['dropout']:g}" if point["method"] == "lora" and point["mode"] == "training" else ""
     )
-    shape = f"{point['dtype']}, {point['batch']} x {point['seq']}"
-    axes.set_title(f"{point['mode']}: {point['model']}, {point['method']}{lora}, {shape}", fontsize=8)
+    axes.set_title(
+        f"{point['mode']}: {point['model']}, {point['method']}{lora}, {point['dtype']}\n{tables.size(point)}",
+        fontsize=8,
+    )
 
 
 def micro(record: dict[str, Any]) -> Figure:
@@ -178,11 +180,11 @@ def main() -> None:
     if not records:
         parser.error(f"no record in {args.results}: `make bench` makes them")
     figures = {}
-    for kind, draw in {"traffic": roofline, "throughput": throughput, "micro": micro}.items():
-        if kind in records:
-            figures[kind] = args.results / f"{kind}.png"
-            draw(records[kind]).savefig(figures[kind])
-            print(figures[kind])
+    draw = {"traffic": roofline, "throughput": throughput, "micro": micro}
+    for name, record in records.items():
+        figures[name] = args.results / f"{name}.png"
+        draw[record["kind"]](record).savefig(figures[name])
+        print(figures[name])
     if args.table:
         tables.rewrite(args.table, tables.short(records))
     if args.report:

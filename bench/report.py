@@ -23,8 +23,8 @@ p { color: #555 }
 </style>
 <h1>fastpeft benchmarks</h1>
 {% if outcome %}<p>GPU tests: {{ outcome }}</p>{% endif %}
-{% for kind, record in records.items() %}
-<p>{{ kind }}: <code>{{ record.command }}</code>, commit {{ record.commit }},
+{% for name, record in records.items() %}
+<p>{{ name }}: <code>{{ record.command }}</code>, commit {{ record.commit }},
 {{ record.machine.gpu or record.machine.processor }};
 {% for name, version in record.versions.items() %}
 {{ name }} {{ version }}{{ "." if loop.last else "," }}

@@ -19,9 +19,14 @@ LABELS = {
     "compile": "torch.compile",
     "eager": "eager module",
     "fastpeft": "fastpeft",
+    "fastpeft_model": "fastpeft, model scope",
     "fastpeft_fp32": "fastpeft, fp32 factors",
     "exact": "fastpeft, exact",
 }
+
+
+#: Of records, in the order in which they are shown.
+KINDS = ("traffic", "throughput", "micro")
 
 
 class Table(NamedTuple):
@@ -34,9 +39,12 @@ class Table(NamedTuple):
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The records in `folder`, by kind."""
-    records = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")))
-    return {record["kind"]: record for record in records if isinstance(record, dict) and "kind" in record}
+    """The records in `folder` by name, those of a kind together."""
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))
+    }
+    records = {name: r for name, r in found.items() if isinstance(r, dict) and r.get("kind") in KINDS}
+    return dict(sorted(records.items(), key=lambda item: KINDS.index(item[1]["kind"])))
 
 
 def compiled(folder: Path) -> Iterator[Table]:
@@ -60,17 +68,18 @@ def compiled(folder: Path) -> Iterator[Table]:
 
 def every(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
     """All tables that the records give."""
-    for kind, make in (("traffic", traffic), ("throughput", throughput), ("micro", micro)):
-        if kind in records:
-            yield from make(records[kind])
+    make = {"traffic": traffic, "throughput": throughput, "micro": micro}
+    for record in records.values():
+        yield from make[record["kind"]](record)
 
 
 def short(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
     """What a README has room for."""
-    if "traffic" in records:
-        yield from traffic(records["traffic"])
-    if "throughput" in records:
-        yield speedups(records["throughput"])
+    for record in records.values():
+        if record["kind"] == "traffic":
+            yield from traffic(record)
+        elif record["kind"] == "throughput":
+            yield speedups(record)
 
 
 def traffic(record: dict[str, Any]) -> Iterator[Table]:
@@ -96,19 +105,21 @@ def traffic(record: dict[str, Any]) -> Iterator[Table]:
 
 def throughput(record: dict[str, Any]) -> Iterator[Table]:
     """Every variant of every point, training and inference apart."""
-    header = ["", "ms", "tokens/s", "speed-up (20-80 %)", "x frozen", "MB saved", "MB step peak"]
+    header = ["", "ms", "tokens/s", "speed-up (20-80 %)", "x frozen", "x layers", "MB saved", "MB step peak"]
     for point in record["points"]:
         rows = []
         for variant, row in point["variants"].items():
-            speedup, frozen, saved = row.get("speedup"), row.get("over_frozen"), row.get("saved_bytes")
+            speedup, saved = row.get("speedup"), row.get("saved_bytes")
+            frozen, layers = row.get("over_frozen"), row.get("over_layers")
             is_baseline = speedup is None or speedup["over"] == variant
             rows.append(
                 [
                     LABELS[variant],
                     f"{row['seconds']['median'] * 1e3:.1f}",
-                    f"{row['tokens_per_second']:.0f}",
+                    f"{row['tokens_per_second']['median']:.0f}",
                     "" if is_baseline else f"{ratio(speedup)} over {LABELS[speedup['over']]}",
                     "" if frozen is None else f"{frozen['median']:.2f}",
+                    "" if layers is None else f"{layers['median']:.2f}",
                     "" if saved is None else mega(saved),
                     "" if row["step_peak_bytes"] is None else mega(row["step_peak_bytes"]),
                 ]
@@ -123,15 +134,16 @@ def speedups(record: dict[str, Any]) -> Table:
     rows = []
     for point in record["points"]:
         for variant, row in point["variants"].items():
-            speedup, frozen = row.get("speedup"), row.get("over_frozen")
+            speedup, frozen, layers = (row.get(key) for key in ("speedup", "over_frozen", "over_layers"))
             if variant == "frozen" or speedup is None or speedup["over"] == variant:
                 continue
             against = point["variants"][speedup["over"]]["tokens_per_second"]
-            tokens = f"{row['tokens_per_second']:.0f} : {against:.0f}"
-            floor = "" if frozen is None else f"{frozen['median']:.2f}"
+            tokens = f"{row['tokens_per_second']['median']:.0f} : {against['median']:.0f}"
             compared = f"{LABELS[variant]} : {LABELS[speedup['over']]}"
-            rows.append([describe(point), compared, tokens, ratio(speedup), floor])
-    header = ["", "compared", "tokens/s", "speed-up (20-80 %)", "time over the frozen model's"]
+            over = ["" if other is None else f"{other['median']:.2f}" for other in (frozen, layers)]
+            rows.append([describe(point), compared, tokens, ratio(speedup), *over])
+    times = ["time over the frozen model's", "time over the layers scope's"]
+    header = ["", "compared", "tokens/s", "speed-up (20-80 %)", *times]
     return Table("Whole models", f"Medians of rounds. {provenance(record)}", header, rows)
 
 
@@ -167,10 +179,16 @@ def describe(point: dict[str, Any]) -> str:
     lora = f" r={point['rank']}" if point["method"] == "lora" else ""
     if lora and point["mode"] == "training":
         lora += f" dropout {point['dropout']:g}"
-    size = f"batch {point['batch']} x {point['seq']} tokens"
     where = "GPU" if point["device"] == "cuda" else "CPU"
     model = f"GPT-2 {point['model']} ({point['head']})"
-    return f"{point['mode']}, {model}, {point['method']}{lora}, {point['dtype']}, {size}, {where}"
+    return f"{point['mode']}, {model}, {point['method']}{lora}, {point['dtype']}, {size(point)}, {where}"
+
+
+def size(point: dict[str, Any]) -> str:
+    """The batches of a grid point in words."""
+    if point["data"] == "random":
+        return f"batch {point['batch']} x {point['seq']} tokens"
+    return f"batch {point['batch']} sentences of {point['data']} ({point['fill']:.0%} tokens, rest padding)"
 
 
 def provenance(record: dict[str, Any]) -> str:

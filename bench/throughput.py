@@ -2,13 +2,18 @@
 
     python bench/throughput.py [--model small] [--batch 8] [--seq 128] [--dtype fp32 bf16]
         [--method lora adapter] [--dropout 0 0.1] [--inference] [--startup] [--json FILE]
+    python bench/throughput.py --data rotten-tomatoes --batch 32 [...]
 
 A training step is forward, loss and backward; the optimiser's share is the same for all and left out. A round
 runs each variant once, in an order that rotates from round to round, so that whatever else slows the machine
 meets all of them; ratios are taken within a round. Figures are medians, with the 20 % and 80 % quantiles.
 
+Random tokens fill their batch, the same in every round. Of Rotten Tomatoes' sentences each round takes others,
+in random order, padded to the longest of the batch; only their own tokens count. Both come with an attention
+mask, as from any collator.
+
 Before anything is timed, each variant's logits and gradients are held against stock's, and the patched
-model's report shows that its fused code ran.
+model's report shows that its fused code ran; after it, that the model scope packed whatever it could.
 """
 
 from __future__ import annotations
@@ -17,21 +22,27 @@ import argparse
 import gc
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import record
+import sentences
 import startup
 import tables
 import torch
 import variants
 from cases import DTYPES, MODELS
+from check import Wrong
 from torch import Tensor, nn
 
+from fastpeft.compare.arguments import ROTTEN_TOMATOES
 from fastpeft.compare.memory import PeakMemory
+from fastpeft.packing import FULL
 
 WARM_UP = 2
+RANDOM = "random"
+Batch = dict[str, Tensor]
 
 
 def rotated(names: list[str], turn: int) -> list[str]:
@@ -40,15 +51,17 @@ def rotated(names: list[str], turn: int) -> list[str]:
     return names[turn:] + names[:turn]
 
 
-def seconds(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step, a number a round."""
+def seconds(
+    steps: dict[str, Callable[[Batch], None]], batches: list[Batch], device: str
+) -> dict[str, list[float]]:
+    """Seconds of each step, a number a round; a round is a batch, and the first `WARM_UP` don't count."""
     found: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(-WARM_UP, rounds):
+    for turn, batch in enumerate(batches, -WARM_UP):
         gc.collect()
         for name in rotated(list(steps), turn):
             wait(device)
             began = time.perf_counter()
-            steps[name]()
+            steps[name](batch)
             wait(device)
             if turn >= 0:
                 found[name].append(time.perf_counter() - began)
@@ -60,17 +73,17 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def training_step(model: nn.Module, batch: dict[str, Tensor]) -> None:
+def training_step(model: nn.Module, batch: Batch) -> None:
     model.zero_grad()
     model(**batch).loss.backward()
 
 
 @torch.no_grad()
-def inference_step(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    model(input_ids=batch["input_ids"])
+def inference_step(model: nn.Module, batch: Batch) -> None:
+    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
-def saved_bytes(model: nn.Module, batch: dict[str, Tensor]) -> int:
+def saved_bytes(model: nn.Module, batch: Batch) -> int:
     """Bytes that autograd keeps from forward to backward, parameters left out, each storage once."""
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
@@ -91,50 +104,86 @@ def step_peak_bytes(step: Callable[[], None], device: str) -> int | None:
     return None if before is None or after is None else after - before
 
 
+def batches_of(setting: variants.Setting, data: str, batch: int, seq: int | None, rounds: int) -> list[Batch]:
+    """The batch of each round, those that warm up first."""
+    count = WARM_UP + rounds
+    if data == RANDOM:
+        return [variants.batch_of(setting, [seq] * batch)] * count
+    vocabulary, longest = (variants.size_of(setting, name) for name in ("vocab_size", "n_positions"))
+    return sentences.batches(count, batch, vocabulary, longest, setting.device)
+
+
 def point(
-    models: dict[str, nn.Module], setting: variants.Setting, mode: str, batch: int, seq: int, rounds: int
+    models: dict[str, nn.Module], setting: variants.Setting, mode: str, batches: list[Batch]
 ) -> dict[str, Any]:
-    """Measure one grid point: a dictionary by variant."""
-    data = variants.batch_of(setting, batch, seq)
-    steps: dict[str, Callable[[], None]] = {}
+    """Measure one grid point: a dictionary by variant.
+
+    Raises:
+        Wrong: the model scope ran on other batches than those that have padding.
+    """
+    steps: dict[str, Callable[[Batch], None]] = {}
     for name, model in models.items():
         model.train(mode == "training")
         if name == "compile":
             torch._dynamo.reset()  # each point its own graph, below the limit on recompilations
-            model = torch.compile(model, dynamic=False)
+            same_shape = len({batch["input_ids"].shape for batch in batches}) == 1
+            model = torch.compile(model, dynamic=not same_shape)
         run = training_step if mode == "training" else inference_step
-        steps[name] = lambda run=run, model=model: run(model, data)
-    taken = seconds(steps, rounds, setting.device)
+        steps[name] = lambda batch, run=run, model=model: run(model, batch)
+    packed = {name: variants.packed_calls(model) for name, model in models.items()}
+    taken = seconds(steps, batches, setting.device)
+    packed = {name: variants.packed_calls(model) - packed[name] for name, model in models.items()}
+    with_padding = sum(fill([batch]) <= FULL for batch in batches)
+    tokens = [int(batch["attention_mask"].sum()) for batch in batches[WARM_UP:]]
     found = {}
     for name, times in taken.items():
+        expected = with_padding if name == "fastpeft_model" else 0
+        if packed[name] != expected:
+            raise Wrong(f"{name} packed {packed[name]} of {len(batches)} batches, {expected} expected")
         row: dict[str, Any] = {"seconds": record.spread(times)}
-        row["tokens_per_second"] = batch * seq / row["seconds"]["median"]
+        row["tokens_per_second"] = record.spread([n / t for n, t in zip(tokens, times, strict=True)])
         baseline = variants.BASELINES[setting.method][name]
         if baseline in taken:
-            ratios = [b / t for b, t in zip(taken[baseline], times, strict=True)]
-            row["speedup"] = {"over": baseline, **record.spread(ratios)}
+            row["speedup"] = {"over": baseline, **ratios(taken[baseline], times)}
         if "frozen" in taken:
-            row["over_frozen"] = record.spread([t / f for t, f in zip(times, taken["frozen"], strict=True)])
-        row["step_peak_bytes"] = step_peak_bytes(steps[name], setting.device)
+            row["over_frozen"] = ratios(times, taken["frozen"])
+        if name == "fastpeft_model" and "fastpeft" in taken:
+            row["over_layers"] = ratios(times, taken["fastpeft"])
+        row["step_peak_bytes"] = step_peak_bytes(lambda name=name: steps[name](batches[0]), setting.device)
         if mode == "training" and name != "compile":  # what a compiled graph saves, hooks don't see
-            row["saved_bytes"] = saved_bytes(models[name], data)
+            row["saved_bytes"] = saved_bytes(models[name], batches[0])
         found[name] = row
         models[name].zero_grad()
     return found
 
 
+def fill(batches: list[Batch]) -> float:
+    """The share of real tokens, the rest being padding."""
+    masks = [batch["attention_mask"] for batch in batches]
+    return sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+
+
+def ratios(these: list[float], those: list[float]) -> dict[str, float]:
+    """The spread of `these` over `those`, round by round."""
+    return record.spread([this / that for this, that in zip(these, those, strict=True)])
+
+
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """A line a variant: what it took, and how that compares."""
-    columns = ("ms (20-80 %)", "tokens/s", "speed-up (20-80 %)", "x frozen", "saved MB", "step peak MB")
+    columns = (
+        "ms (20-80 %)", "tokens/s", "speed-up (20-80 %)", "x frozen", "x layers", "saved MB", "step peak MB"
+    )  # fmt: skip
     lines = [f"{'':14}" + "".join(f"{c:>22}" for c in columns)]
     for name, row in rows.items():
-        s, speedup, frozen = row["seconds"], row.get("speedup"), row.get("over_frozen")
+        s, speedup = row["seconds"], row.get("speedup")
+        frozen, layers = row.get("over_frozen"), row.get("over_layers")
         saved, peak = row.get("saved_bytes"), row["step_peak_bytes"]
         cells = [
             f"{s['median'] * 1e3:.1f} ({s['q20'] * 1e3:.1f}-{s['q80'] * 1e3:.1f})",
-            f"{row['tokens_per_second']:.0f}",
+            f"{row['tokens_per_second']['median']:.0f}",
             f"{speedup['median']:.2f} ({speedup['q20']:.2f}-{speedup['q80']:.2f})" if speedup else "",
             f"{frozen['median']:.3f}" if frozen else "",
+            f"{layers['median']:.3f}" if layers else "",
             "" if saved is None else f"{saved / 1e6:.1f}",
             "" if peak is None else f"{peak / 1e6:.1f}",
         ]
@@ -148,6 +197,12 @@ def settings(args: argparse.Namespace) -> list[variants.Setting]:
     product = itertools.product(args.model, args.method, args.dtype, args.dropout)
     wanted = [variants.Setting(*each, args.rank, args.head, device) for each in product]
     return list(dict.fromkeys(s if s.method == "lora" else s._replace(dropout=0.0) for s in wanted))
+
+
+def grid(modes: list[str], args: argparse.Namespace) -> Iterator[tuple[str, str, int, int | None]]:
+    """Mode, data, batch and length of each point; sentences have lengths of their own."""
+    for mode, data in itertools.product(modes, args.data):
+        yield from itertools.product([mode], [data], args.batch, args.seq if data == RANDOM else [None])
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -170,9 +225,11 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         if args.inference and without_dropout not in inferred:
             inferred.add(without_dropout)
             modes.append("inference")
-        for mode, batch, seq in itertools.product(modes, args.batch, args.seq):
-            found = {"mode": mode, **setting._asdict(), "batch": batch, "seq": seq, "rounds": args.rounds}
-            found["variants"] = point(models, setting, mode, batch, seq, args.rounds)
+        for mode, data, batch, seq in grid(modes, args):
+            batches = batches_of(setting, data, batch, seq, args.rounds)
+            shape = {"data": data, "batch": batch, "seq": seq, "fill": fill(batches[WARM_UP:])}
+            found = {"mode": mode, **setting._asdict(), **shape, "rounds": args.rounds}
+            found["variants"] = point(models, setting, mode, batches)
             result["points"].append(found)
             print(f"\n{tables.describe(found)}, {args.rounds} rounds\n{table(found['variants'])}", flush=True)
             if args.json:
@@ -185,12 +242,13 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["small"])
     parser.add_argument("--method", nargs="+", choices=variants.BASELINES, default=["lora"])
-    parser.add_argument("--head", choices=variants.HEADS, default="lm")
+    parser.add_argument("--data", nargs="+", choices=(RANDOM, ROTTEN_TOMATOES), default=[RANDOM])
+    parser.add_argument("--head", choices=variants.HEADS, help="default: lm; classifier for sentences")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.1], help="of LoRA")
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
-    parser.add_argument("--seq", nargs="+", type=int, default=[128])
+    parser.add_argument("--seq", nargs="+", type=int, default=[128], help="of random tokens")
     everything = sorted({name for method in variants.BASELINES.values() for name in method})
     parser.add_argument("--variants", nargs="+", choices=everything, help="default: all")
     parser.add_argument("--inference", action="store_true", help="measure inference as well")
@@ -198,7 +256,12 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--json", type=Path, help="write the record here")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    sentences_too = ROTTEN_TOMATOES in args.data
+    if sentences_too and args.head == "lm":
+        parser.error(f"--data {ROTTEN_TOMATOES} is labelled for a classifier: leave --head out")
+    args.head = args.head or ("classifier" if sentences_too else "lm")
+    return args
 
 
 def main() -> None:

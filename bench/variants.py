@@ -20,6 +20,7 @@ import fastpeft
 
 HEADS = {"lm": GPT2LMHeadModel, "classifier": GPT2ForSequenceClassification}
 #: Variant and what it is measured against. `frozen` is the floor: nothing trains, but gradients flow through.
+#: `fastpeft_model` runs GPT-2 on packed tokens too (scope="model").
 BASELINES = {
     "lora": {
         "frozen": "peft",
@@ -27,10 +28,17 @@ BASELINES = {
         "peft_fp32": "peft",
         "compile": "peft",
         "fastpeft": "peft",
+        "fastpeft_model": "peft",
         "fastpeft_fp32": "peft_fp32",
         "exact": "peft",
     },
-    "adapter": {"frozen": "eager", "eager": "eager", "compile": "eager", "fastpeft": "eager"},
+    "adapter": {
+        "frozen": "eager",
+        "eager": "eager",
+        "compile": "eager",
+        "fastpeft": "eager",
+        "fastpeft_model": "eager",
+    },
 }
 
 
@@ -77,7 +85,8 @@ def build(setting: Setting, names: list[str]) -> dict[str, nn.Module]:
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
         if name.startswith(("fastpeft", "exact")):
-            fastpeft.patch(model, strict=True, exact=name == "exact")
+            scope = "model" if name == "fastpeft_model" else "layers"
+            fastpeft.patch(model, strict=True, exact=name == "exact", scope=scope)
         models[name] = model.train()
     return models
 
@@ -112,13 +121,20 @@ def twin(model: nn.Module) -> Any:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
-def batch_of(setting: Setting, batch: int, seq: int) -> dict[str, Tensor]:
-    """Random tokens with labels for the head."""
+def size_of(setting: Setting, name: str) -> int:
+    """What a setting's model has of a size that `GPT2Config` names."""
+    return MODELS[setting.model].get(name, getattr(GPT2Config(), name))
+
+
+def batch_of(setting: Setting, lengths: list[int]) -> dict[str, Tensor]:
+    """Random tokens in rows of these lengths, padded to the longest, with labels for the head."""
     generator = torch.Generator().manual_seed(1)
-    vocabulary = MODELS[setting.model].get("vocab_size", GPT2Config().vocab_size)
-    ids = torch.randint(1, vocabulary, (batch, seq), generator=generator)
-    labels = ids if setting.head == "lm" else ids[:, 0] % 2
-    return {"input_ids": ids.to(setting.device), "labels": labels.to(setting.device)}
+    shape = (len(lengths), max(lengths))
+    mask = (torch.arange(shape[1]) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1, size_of(setting, "vocab_size"), shape, generator=generator) * mask
+    labels = ids.masked_fill(mask == 0, -100) if setting.head == "lm" else ids[:, 0] % 2
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(setting.device) for name, tensor in batch.items()}
 
 
 def check(models: dict[str, nn.Module], setting: Setting) -> None:
@@ -130,7 +146,7 @@ def check(models: dict[str, nn.Module], setting: Setting) -> None:
     Raises:
         Wrong: a variant is further off, or its report says that it ran other code than its name promises.
     """
-    batch = batch_of(setting, 2, 32)
+    batch = batch_of(setting, [16, 9, 8, 7, 6, 5, 4, 1])  # padded, or nothing would be packed
     stock = models[BASELINES[setting.method]["fastpeft"]]
     truth = copy.deepcopy(stock).double()
     for name, model in models.items():
@@ -153,7 +169,10 @@ def results(model: nn.Module, batch: dict[str, Tensor], training: bool) -> dict[
     out = model(**batch)
     out.loss.backward()
     model.train()
-    return {"logits": out.logits.detach(), **{role: torch.cat(grads) for role, grads in _gradients(model)}}
+    logits = out.logits.detach()
+    if logits.shape[:2] == batch["input_ids"].shape:  # what stock leaves in the padding is noise
+        logits = logits[batch["attention_mask"].bool()]
+    return {"logits": logits, **{role: torch.cat(grads) for role, grads in _gradients(model)}}
 
 
 def _gradients(model: nn.Module) -> Iterator[tuple[str, list[Tensor]]]:
@@ -171,5 +190,11 @@ def _assert_runs_its_own_code(name: str, model: nn.Module) -> None:
     rows = [row for row in fastpeft.report(model) if row.kind in ("lora", "adapter")]
     fused = [row for row in rows if row.path != "stock" and row.calls > 0]
     expected = len(rows) if name.startswith(("fastpeft", "exact")) else 0
-    if len(fused) != expected or bool(rows) == (name == "frozen"):
+    packs = packed_calls(model) > 0
+    if len(fused) != expected or bool(rows) == (name == "frozen") or packs != (name == "fastpeft_model"):
         raise Wrong(f"{name} doesn't run the code it is named for:\n{fastpeft.report(model)}")
+
+
+def packed_calls(model: nn.Module) -> int:
+    """How many calls of a model ran on packed tokens so far."""
+    return sum(row.calls for row in fastpeft.report(model) if row.kind == "packing")

@@ -35,7 +35,7 @@ TRAFFIC = {
 }
 ROW = {
     "seconds": SPREAD,
-    "tokens_per_second": 2048.0,
+    "tokens_per_second": {"median": 2048.0, "q20": 1280.0, "q80": 2560.0},
     "speedup": {"over": "peft", "median": 0.91, "q20": 0.88, "q80": 0.94},
     "over_frozen": {"median": 1.07, "q20": 1.05, "q80": 1.09},
     "step_peak_bytes": 2_000_000,
@@ -43,8 +43,12 @@ ROW = {
 }
 POINT = {
     "mode": "training", "model": "small", "method": "lora", "dtype": "fp32", "dropout": 0.05, "rank": 8,
-    "head": "lm", "device": "cpu", "batch": 8, "seq": 128, "rounds": 5,
+    "head": "lm", "device": "cpu", "data": "random", "batch": 8, "seq": 128, "fill": 1.0, "rounds": 5,
     "variants": {"frozen": ROW, "peft": ROW, "fastpeft": ROW},
+}  # fmt: skip
+SENTENCES = {
+    **POINT, "head": "classifier", "data": "rotten-tomatoes", "batch": 32, "seq": None, "fill": 0.508,
+    "variants": {**POINT["variants"], "fastpeft_model": {**ROW, "over_layers": {**SPREAD, "median": 0.44}}},
 }  # fmt: skip
 THROUGHPUT = {"kind": "throughput", "points": [POINT], **HEADER}
 LAYER = {
@@ -60,7 +64,9 @@ COMPILED = {
 
 @pytest.fixture
 def results(tmp_path):
-    for name, content in (("traffic", TRAFFIC), ("throughput", THROUGHPUT), ("micro", MICRO)):
+    records = {"traffic": TRAFFIC, "throughput": THROUGHPUT, "micro": MICRO}
+    records["sentences"] = {**THROUGHPUT, "points": [SENTENCES]}
+    for name, content in records.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "compile_report.json").write_text(json.dumps({"triton": "3.7.1", "rows": [COMPILED]}))
     (tmp_path / "tests.txt").write_text("...\n3 passed in 1.0s\n")
@@ -80,15 +86,19 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         results / "report.html",
     ]
     subprocess.run([sys.executable, *command], check=True)
-    for kind in ("traffic", "throughput", "micro"):
-        assert (results / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("traffic", "throughput", "sentences", "micro"):
+        assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith(f"{tables.END}\nafter\n")
     assert "old" not in text
     assert "fastpeft : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07" in text
+    sentences = "fp32, batch 32 sentences of rotten-tomatoes (51% tokens, rest padding), CPU"
+    assert (
+        f"{sentences} | fastpeft, model scope : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
+    )
     page = (results / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     for part in ("3 passed", "sm_90", "0123456789ab", "c_attn, 1024 tokens, r=8, dropout 0.1, fp32, forward"):
         assert part in page
 

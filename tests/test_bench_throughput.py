@@ -15,13 +15,18 @@ BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))
 
 import record  # noqa: E402
+import sentences  # noqa: E402
 import throughput  # noqa: E402
 import variants  # noqa: E402
 from check import Wrong  # noqa: E402
 
+from fastpeft.compare.base_model import gpt2_tokenizer  # noqa: E402
+from fastpeft.compare.data import load_rotten_tomatoes  # noqa: E402
+
 LORA = variants.Setting("tiny", "lora", "bf16", dropout=0.1, rank=4, head="lm", device="cpu")
 ADAPTER = LORA._replace(method="adapter", dtype="fp32", dropout=0.0, head="classifier")
-UNCOMPILED = ["frozen", "peft", "peft_fp32", "fastpeft", "fastpeft_fp32", "exact"]
+CLASSIFIER = LORA._replace(dtype="fp32", head="classifier")
+UNCOMPILED = ["frozen", "peft", "peft_fp32", "fastpeft", "fastpeft_model", "fastpeft_fp32", "exact"]
 
 
 def test_every_variant_passes_the_check_and_shares_the_frozen_weights():
@@ -37,7 +42,7 @@ def test_every_variant_passes_the_check_and_shares_the_frozen_weights():
 
 
 def test_adapters_pass_the_check_under_a_classifier():
-    variants.check(variants.build(ADAPTER, ["frozen", "eager", "fastpeft"]), ADAPTER)
+    variants.check(variants.build(ADAPTER, ["frozen", "eager", "fastpeft", "fastpeft_model"]), ADAPTER)
 
 
 def test_a_variant_that_computes_something_else_is_refused():
@@ -56,6 +61,52 @@ def test_a_stock_model_under_a_fused_name_is_refused_and_the_reverse():
         variants.check({"peft": models["fastpeft"]}, LORA)
 
 
+def test_a_scope_other_than_the_name_says_is_refused():
+    models = variants.build(LORA, ["peft", "fastpeft", "fastpeft_model"])
+    with pytest.raises(Wrong, match="fastpeft_model doesn't run"):
+        variants.check({"peft": models["peft"], "fastpeft_model": models["fastpeft"]}, LORA)
+    with pytest.raises(Wrong, match="fastpeft doesn't run"):
+        variants.check({"peft": models["peft"], "fastpeft": models["fastpeft_model"]}, LORA)
+
+
+def sentences_of(**changes):
+    return sentences.batches(
+        **{"count": 3, "size": 32, "vocabulary": 50257, "longest": 1024, "device": "cpu", **changes}
+    )
+
+
+def test_sentences_come_in_random_order_padded_to_the_longest_of_their_batch():
+    """Held against the corpus and the tokenizer themselves."""
+    tokenizer, part = gpt2_tokenizer(), load_rotten_tomatoes().train
+    known = {
+        tuple(ids): label for ids, label in zip(tokenizer(part.texts)["input_ids"], part.labels, strict=True)
+    }
+    seen = []
+    for batch in sentences_of():
+        ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+        assert mask[:, 0].all()
+        assert mask.sum(1).max() == ids.shape[1]
+        assert torch.equal(ids == 0, ~mask)  # padding is nothing but padding: a classifier pools by it
+        for row, real, label in zip(ids, mask, batch["labels"], strict=True):
+            seen.append(tuple((row[real] - 1).tolist()))
+            assert known[seen[-1]] == label
+    assert len(set(seen)) == 3 * 32
+    assert seen != sorted(seen, key=len)
+    assert 0.4 < throughput.fill(sentences_of(count=20)) < 0.6
+    assert all(
+        torch.equal(a["input_ids"], b["input_ids"])
+        for a, b in zip(sentences_of(), sentences_of(), strict=True)
+    )
+
+
+def test_sentences_fit_a_small_model_and_begin_again_when_all_were_taken():
+    found = sentences_of(count=251, size=29, vocabulary=61, longest=9)  # of 7,250 = 250 * 29 sentences
+    assert {batch["input_ids"].shape for batch in found} == {(29, 9)}
+    assert max(batch["input_ids"].max() for batch in found) == 60
+    assert torch.equal(found[250]["input_ids"], found[0]["input_ids"])
+    assert not torch.equal(found[249]["input_ids"], found[0]["input_ids"])
+
+
 def test_each_variant_takes_each_place_in_turn():
     turns = [throughput.rotated(["a", "b", "c"], turn) for turn in range(3)]
     assert [sorted(place) for place in zip(*turns, strict=True)] == [["a", "b", "c"]] * 3
@@ -65,11 +116,38 @@ def test_a_ratio_is_taken_within_its_round(monkeypatch):
     rounds = {"frozen": [1.0, 10.0, 1.0], "peft": [2.0, 20.0, 2.0], "fastpeft": [1.0, 10.0, 1.0]}
     monkeypatch.setattr(throughput, "seconds", lambda *_: rounds)
     models = variants.build(LORA, list(rounds))
-    rows = throughput.point(models, LORA, "training", batch=2, seq=8, rounds=3)
+    batches = throughput.batches_of(LORA, "random", batch=2, seq=8, rounds=3)
+    rows = throughput.point(models, LORA, "training", batches)
     assert rows["fastpeft"]["speedup"] == {"over": "peft", "median": 2.0, "q20": 2.0, "q80": 2.0}
     assert rows["peft"]["over_frozen"]["q80"] == 2.0
-    assert rows["peft"]["tokens_per_second"] == 2 * 8 / 2.0
+    assert rows["peft"]["tokens_per_second"] == {"median": 8.0, "q20": pytest.approx(3.68), "q80": 8.0}
     assert 0 < rows["fastpeft"]["saved_bytes"] < rows["peft"]["saved_bytes"]
+
+
+def test_only_real_tokens_count_and_each_round_has_its_own(monkeypatch):
+    batches = [variants.batch_of(CLASSIFIER, lengths) for lengths in ([4, 4], [4, 4], [8, 2], [8, 4])]
+    monkeypatch.setattr(throughput, "seconds", lambda *_: {"peft": [1.0, 1.0]})
+    rows = throughput.point(variants.build(CLASSIFIER, ["peft"]), CLASSIFIER, "inference", batches)
+    assert rows["peft"]["tokens_per_second"]["median"] == 11.0
+    assert throughput.fill(batches[2:]) == 22 / 32
+
+
+def test_every_variant_meets_every_batch_and_warm_up_is_not_timed():
+    met = {"one": [], "two": []}
+    taken = throughput.seconds({name: met[name].append for name in met}, list("abcde"), "cpu")
+    assert met == {"one": list("abcde"), "two": list("abcde")}
+    assert {name: len(times) for name, times in taken.items()} == {"one": 3, "two": 3}
+
+
+def test_a_model_scope_that_leaves_padding_in_is_refused(monkeypatch):
+    models = variants.build(CLASSIFIER, ["peft", "fastpeft", "fastpeft_model"])
+    batches = throughput.batches_of(CLASSIFIER, "rotten-tomatoes", batch=8, seq=None, rounds=1)
+    rows = throughput.point(models, CLASSIFIER, "training", batches)
+    assert rows["fastpeft_model"]["saved_bytes"] < rows["fastpeft"]["saved_bytes"]
+    assert rows["fastpeft_model"]["over_layers"]["median"] > 0
+    models["fastpeft_model"] = models["fastpeft"]
+    with pytest.raises(Wrong, match="fastpeft_model packed 0 of 3 batches, 3 expected"):
+        throughput.point(models, CLASSIFIER, "training", batches)
 
 
 def test_saved_bytes_counts_each_activation_once_and_no_parameter():
@@ -100,6 +178,26 @@ def test_the_record_holds_what_was_measured_on_what(tmp_path):
         assert all(row["seconds"]["median"] > 0 for row in point["variants"].values())
     assert {"commit", "machine", "versions", "command"} <= result.keys()
     assert result["machine"].keys() == {"system", "processor", "cores", "torch_threads", "gpu"}
+
+
+def test_sentences_are_recorded_beside_full_batches(tmp_path):
+    path = tmp_path / "classifier.json"
+    flags = "--model tiny --data random rotten-tomatoes --batch 4 --seq 8 16 --rounds 2 --inference"
+    names = ["--variants", "frozen", "peft", "fastpeft", "fastpeft_model"]
+    throughput.measure(throughput.parsed([*flags.split(), *names, "--json", str(path)]))
+    points = json.loads(path.read_text())["points"]
+    shapes = [("random", 8), ("random", 16), ("rotten-tomatoes", None)]
+    assert [(point["data"], point["seq"]) for point in points] == shapes * 2
+    for point in points:
+        assert point["head"] == "classifier"
+        assert point["variants"].keys() == set(names[1:])
+        assert (point["fill"] == 1) == (point["data"] == "random")
+
+
+def test_sentences_under_a_language_model_head_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        throughput.parsed(["--data", "rotten-tomatoes", "--head", "lm"])
+    assert "rotten-tomatoes is labelled for a classifier: leave --head out" in capsys.readouterr().err
 
 
 def test_quantiles_are_those_of_the_values():

@@ -1,0 +1,39 @@
+"""Batches of real sentences: Rotten Tomatoes in random order, padded to the longest of a batch, as by Trainer."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from fastpeft.compare.base_model import gpt2_tokenizer
+from fastpeft.compare.data import load_rotten_tomatoes
+
+
+def batches(count: int, size: int, vocabulary: int, longest: int, device: str) -> list[dict[str, Tensor]]:
+    """`count` batches of `size` sentences, no sentence twice before all were taken; the same at each call.
+
+    Sentences are cut at `longest` tokens. Token 0 is the padding and nothing else; a vocabulary smaller than
+    GPT-2's makes other words of them, as long as they were.
+
+    Raises:
+        BadInput: the packages with the sentences and the tokenizer aren't installed.
+    """
+    tokenizer = gpt2_tokenizer()
+    part = load_rotten_tomatoes().train
+    order = random.Random(1).sample(range(len(part.texts)), len(part.texts))
+    found = []
+    for start in range(0, count * size, size):
+        rows = [order[place % len(order)] for place in range(start, start + size)]
+        texts = [part.texts[row] for row in rows]
+        batch = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        mask = batch["attention_mask"]
+        found.append(
+            {
+                "input_ids": ((1 + batch["input_ids"] % (vocabulary - 1)) * mask).to(device),
+                "attention_mask": mask.to(device),
+                "labels": torch.tensor([part.labels[row] for row in rows]).to(device),
+            }
+        )
+    return found
