@@ -2,7 +2,8 @@
 
 Between, everything runs on (1, tokens, width): stock's own forward, blocks, adapters and user code. Only
 attention has to know which token belongs to which sequence; it alone sees a padded view, its rows flush left.
-Under a sequence classifier, the last block goes on from its keys and values only at the tokens that the head pools.
+Under a sequence classifier, the last block goes on from its keys and values only at the tokens that the head pools,
+which pays for full batches too.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from fastpeft import ops
 from fastpeft.modules import Site
 
-#: Above this share of real tokens packing gains less than its gathers and scatters cost.
+#: Above this share of real tokens packing gains less than its gathers and scatters cost, unless a head pools.
 FULL = 0.9
 _ARGUMENTS = (
     "input_ids",
@@ -56,24 +57,27 @@ class PackedAttention(GPT2Attention):
             return super().forward(hidden_states, *args, **kwargs)
         batch, longest = packed.view
         qkv = self.c_attn(hidden_states)[0]
-        padded = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, packed.slots, qkv)
-        heads = padded.view(batch, longest, 3, self.num_heads, self.head_dim)
-        query, key, value = heads.permute(2, 0, 3, 1, 4)
+        if len(qkv) < batch * longest:  # else the packed rows are the view
+            qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, packed.slots, qkv)
+        heads = qkv.view(batch, longest, 3 * self.num_heads, self.head_dim).transpose(1, 2)
+        query, key, value = heads.split(self.num_heads, dim=1)
         # Rows are flush left, so the causal mask alone keeps every token from the padding.
-        mask, rows = packed.mask, packed.slots
+        mask = packed.mask
         if pool and packed.pooled is not None:  # one query a sequence
             sequences = torch.arange(batch, device=qkv.device)
             place = packed.slots[packed.pooled] % longest
             query = query[sequences, :, place][:, :, None]
             later = torch.arange(longest, device=qkv.device) > place[:, None]
             mask = torch.zeros_like(later, dtype=qkv.dtype).masked_fill(later, torch.finfo(qkv.dtype).min)
-            mask, rows = mask[:, None, None], sequences
+            mask = mask[:, None, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attn_dropout.p if self.training else 0.0
         output, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
-        output = output.reshape(-1, self.embed_dim).index_select(0, rows)
+        output = output.reshape(-1, self.embed_dim)
+        if len(output) > len(packed.slots):
+            output = output.index_select(0, packed.slots)
         return self.resid_dropout(self.c_proj(output[None])), None
 
 
@@ -212,7 +216,8 @@ def _layout(module: Any, arguments: dict[str, Any]) -> Packed | str:
     read = _pooled_columns(ids, module.config.pad_token_id) if module._fastpeft.pools else None
     visible = mask[rows, read].all() if read is not None else mask.any()
     tokens_in_all, all_visible = torch.stack((mask.sum(), visible)).tolist()  # the one wait for the device
-    if tokens_in_all > FULL * mask.numel():
+    wanted = None if _watched(module) else read
+    if tokens_in_all > FULL * mask.numel() and wanted is None:
         return "the batch is full"
     if not all_visible:
         return "the mask hides a token that the head pools, or all of them"
@@ -225,7 +230,7 @@ def _layout(module: Any, arguments: dict[str, Any]) -> Packed | str:
         dtype = module.wpe.weight.dtype
         causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
         causal = causal.triu(1)[None, None]
-    pooled = order[rows * length + read] if read is not None and not _watched(module) else None
+    pooled = None if wanted is None else order[rows * length + wanted]
     return Packed(
         tokens, tokens // length * longest + places, (batch, length), (batch, longest), causal, pooled
     )

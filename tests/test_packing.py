@@ -90,6 +90,25 @@ def test_adapters_in_every_slot(slot):
     assert_packed_equals_stock(with_adapters(gpt2(GPT2ForSequenceClassification), slot), batch([4, 9, 2]))
 
 
+@pytest.mark.parametrize("lengths", [[12] * 6, [12] * 5 + [11], [7] * 6], ids=str)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_full_batches_and_full_views_under_a_classifier(lengths, attention):
+    model = with_lora(gpt2(GPT2ForSequenceClassification, attn_implementation=attention))
+    assert_packed_equals_stock(model, batch(lengths, "left"))
+
+
+def test_equal_lengths_under_other_heads():
+    assert_packed_equals_stock(with_lora(gpt2()), batch([7] * 6, "mixed"))
+
+
+def test_full_batches_stay_stock_where_every_token_is_read():
+    for model in gpt2(GPT2ForTokenClassification), gpt2(GPT2ForSequenceClassification):
+        fastpeft.patch(model, scope="model")
+        model.transformer.ln_f.register_forward_hook(lambda module, args, output: None)
+        model.train()(**batch([12, 12, 10]))
+        assert packing_row(model)[2:] == ("stock", "the batch is full", 0)
+
+
 def test_position_ids_and_token_type_ids():
     inputs = batch([4, 9, 2], "left")
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
@@ -136,7 +155,6 @@ def test_nothing_leaks_between_sequences():
 
 
 ASIDE = {
-    "the batch is full": lambda i: {**i, "attention_mask": torch.ones_like(i["input_ids"])},
     "no attention_mask of the shape of input_ids": lambda i: {"input_ids": i["input_ids"]},
     "a cache": lambda i: {**i, "use_cache": True},
     "output_hidden_states": lambda i: {**i, "output_hidden_states": True},
