@@ -30,6 +30,8 @@ from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import METHODS
 from fastpeft.compare.runner import compare
 
+NO_MASK = "no attention_mask of the shape of input_ids"  # peft's prefix makes the mask longer
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -67,8 +69,8 @@ def test_results_json_has_a_full_record_of_every_run(finished):
     assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in METHODS]
     for run in written["runs"]:
         assert 0 <= run["accuracy"] <= 1
-        assert 0 < run["step_seconds_patched"] < 10
-        assert 0 < run["step_seconds_stock"] < 10
+        assert all(0 < run[f"step_seconds_{side}"] < 10 for side in ("stock", "layers", "model"))
+        assert run["unpacked_because"] == (NO_MASK if run["method"] == "prefix" else None)
         assert run["train_seconds"] > 0
         assert run["steps"] == 4
         assert [point["step"] for point in run["curve"]] == [1, 2, 3, 4]
@@ -171,6 +173,10 @@ def test_the_page_is_well_formed_self_contained_and_names_every_method(finished)
         assert run["method"] in page.text
         assert f"{run['accuracy']:.1%}" in page.text
         assert run["formula"] in page.text
+        for side in ("stock", "layers", "model"):
+            assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms" in page.text
+            assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[1]["alt"]
+    assert page.text.count(f"as layers: {NO_MASK}") == 1
     assert "One seed shows no spread: no ranking follows." in page.text
 
 
@@ -273,6 +279,18 @@ def test_other_data_or_another_model_under_the_same_name_is_refused(tmp_path):
     checkpoint(Path(asked.model), initializer_range=0.1)
     with pytest.raises(BadInput, match="model sha256"):
         compare(asked)
+
+
+def test_records_of_another_format_are_refused(finished, tmp_path):
+    """A folder from before the two scopes were timed: its plan names no format."""
+    folder, asked, _ = finished
+    shutil.copytree(folder / "out", tmp_path / "old")
+    plan = tmp_path / "old" / "plan.json"
+    before = json.loads(plan.read_text(encoding="utf-8"))
+    del before["record"]
+    plan.write_text(json.dumps(before), encoding="utf-8")
+    with pytest.raises(BadInput, match=r"record format \(was None, now 2\); name another folder"):
+        compare(dataclasses.replace(asked, out=tmp_path / "old"))
 
 
 def test_a_folder_that_moves_still_goes_on(finished, tmp_path):

@@ -14,7 +14,9 @@ from fastpeft.compare.table import table
 EVAL_ROWS = 1280
 
 
-def _runs(stock: float = 0.2, patched: float = 0.1, **accuracies: list[float]) -> list[dict]:
+def _runs(
+    stock: float = 0.2, layers: float = 0.1, model: float = 0.05, **accuracies: list[float]
+) -> list[dict]:
     return [
         {
             "method": method.replace("_", "-"),
@@ -26,7 +28,9 @@ def _runs(stock: float = 0.2, patched: float = 0.1, **accuracies: list[float]) -
             "learning_rate": 1e-3,
             "steps": 10,
             "step_seconds_stock": stock,
-            "step_seconds_patched": patched,
+            "step_seconds_layers": layers,
+            "step_seconds_model": model,
+            "unpacked_because": None,
             "peak_memory_bytes": 10**9,
             "train_seconds": 3.0,
             "sites": [],
@@ -43,7 +47,8 @@ def _said(**accuracies: list[float]) -> str:
 def test_a_summary_has_mean_lowest_and_highest_over_the_seeds():
     [summary] = summarise(_runs(lora=[0.7, 0.6, 0.8]))
     assert summary.accuracy == Spread(pytest.approx(0.7), 0.6, 0.8)
-    assert summary.speed_up.mean == pytest.approx(2.0)
+    assert summary.speed_up["layers"].mean == pytest.approx(2.0)
+    assert summary.speed_up["model"].mean == pytest.approx(4.0)
 
 
 def test_overlapping_spreads_give_no_ranking():
@@ -99,15 +104,16 @@ def test_the_chance_named_is_that_of_two_equal_methods_coming_apart():
 
 def test_a_speed_up_is_shown_only_where_all_runs_agree_who_is_faster():
     runs = _runs(lora=[0.7, 0.7])
-    assert speed_shown(summarise(runs)[0])
-    runs[0]["step_seconds_patched"] = 0.21
-    assert not speed_shown(summarise(runs)[0])
-    assert not speed_shown(summarise(runs[1:])[0])  # one run alone
+    assert speed_shown(summarise(runs)[0], "layers")
+    runs[0]["step_seconds_layers"] = 0.21
+    assert not speed_shown(summarise(runs)[0], "layers")
+    assert speed_shown(summarise(runs)[0], "model")
+    assert not speed_shown(summarise(runs[1:])[0], "model")  # one run alone
 
 
 def test_the_terminal_table_fits_80_columns_and_marks_speed_ups_that_do_not_hold():
-    runs = _runs(adapter_block=[0.7123, 0.7234], stock=1.6438, patched=1.5) + _runs(full=[0.71, 0.72])
-    runs[0]["step_seconds_patched"] = 1.9
+    runs = _runs(adapter_block=[0.7123, 0.7234], stock=1.6438, layers=1.5) + _runs(full=[0.71, 0.72])
+    runs[0]["step_seconds_layers"] = 1.9
     for run in runs:
         run["trainable_parameters"] = 124_440_576
     console = Console(width=80, record=True, quiet=False, file=None)
@@ -119,5 +125,7 @@ def test_the_terminal_table_fits_80_columns_and_marks_speed_ups_that_do_not_hold
     assert "71.8% (71.2–72.3)" in shown
     assert "(0.98×)" in shown
     assert "2.00×" in shown
+    assert "1643.8" in shown
+    assert "4.00×" in shown
     assert "124,440,576" in shown
     assert "No ranking follows" in shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -17,47 +18,78 @@ def _model():
     return with_adapters(gpt2(GPT2ForSequenceClassification, num_labels=2))
 
 
-BATCHES = [{"input_ids": torch.tensor([[5, 6, 7]]), "labels": torch.tensor([1])}] * 2
+BATCHES = [
+    {
+        "input_ids": torch.tensor([[5, 6, 7, 8, 9], [5, 6, 0, 0, 0]]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]),
+        "labels": torch.tensor([1, 0]),
+    }
+] * timing.BATCHES
 
 
-def test_both_sides_take_equally_many_steps_and_the_model_is_left_stock(monkeypatch):
+def side_of(model):
+    """What the report says that a model is."""
+    rows = fastpeft.report(model)
+    if all(row.path == "stock" and row.kind != "packing" for row in rows):
+        return "stock"
+    return "model" if any(row.kind == "packing" for row in rows) else "layers"
+
+
+def test_all_sides_take_equally_many_steps_and_the_model_is_left_stock(monkeypatch):
     sides = []
     step = timing._step
 
     def watched(model, *rest):
-        sides.append({row.path for row in fastpeft.report(model)})
+        sides.append(side_of(model))
         return step(model, *rest)
 
     monkeypatch.setattr(timing, "_step", watched)
     model = _model()
     seconds = timing.step_seconds(model, BATCHES, "torch", contextlib.nullcontext)
     assert seconds.steps == timing.ROUNDS * len(BATCHES)
-    assert sides.count({"stock"}) == sides.count({"torch"}) == len(sides) / 2
-    # In turn: of each pair one is stock and one patched, and each goes first as often as the other.
-    pairs = list(zip(sides[::2], sides[1::2], strict=True))
-    assert all(first != second for first, second in pairs)
-    assert [first for first, _ in pairs].count({"stock"}) == len(pairs) / 2
-    assert all(row.path == "stock" for row in fastpeft.report(model))
+    assert seconds.medians.keys() == {"stock", "layers", "model"}
+    assert seconds.unpacked is None
+    # In turn: each batch is taken by all three, and each has each place as often as the others.
+    turns = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
+    assert len(turns) == (timing.ROUNDS + 1) * len(BATCHES)
+    assert {frozenset(turn) for turn in turns} == {frozenset(seconds.medians)}
+    for place in zip(*turns, strict=True):
+        assert {place.count(side) for side in seconds.medians} == {len(turns) / 3}
+    assert side_of(model) == "stock"
 
 
 def test_the_median_is_taken_side_by_side(monkeypatch):
-    model = _model()
-
     def pretended(model, *_):
-        patched = any(row.path != "stock" for row in fastpeft.report(model))
         for module in model.modules():
-            if patched and "_fastpeft" in module.__dict__:
+            if "_fastpeft" in module.__dict__:
                 module._fastpeft.calls += 1
-        return 1.0 if patched else 3.0
+        return {"stock": 3.0, "layers": 2.0, "model": 1.0}[side_of(model)]
 
     monkeypatch.setattr(timing, "_step", pretended)
-    seconds = timing.step_seconds(model, BATCHES, "torch", contextlib.nullcontext)
-    assert (seconds.stock, seconds.patched) == (3.0, 1.0)
+    seconds = timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
+    assert seconds.medians == {"stock": 3.0, "layers": 2.0, "model": 1.0}
+
+
+def test_why_no_step_was_packed_is_said():
+    unmasked = [{name: batch[name] for name in ("input_ids", "labels")} for batch in BATCHES]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers' own, on padding without a mask
+        seconds = timing.step_seconds(_model(), unmasked, "torch", contextlib.nullcontext)
+        mixed = timing.step_seconds(_model(), [*unmasked, *BATCHES], "torch", contextlib.nullcontext)
+    assert seconds.unpacked == "no attention_mask of the shape of input_ids"
+    assert mixed.unpacked is None
 
 
 def test_a_patch_that_fuses_nothing_is_an_error_not_a_result(monkeypatch):
     monkeypatch.setattr(fastpeft, "patch", lambda model, **_: model)
-    with pytest.raises(RuntimeError, match="0 fused calls in a patched step"):
+    with pytest.raises(RuntimeError, match=r"0 fused calls in a (layers|model) step"):
+        timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
+
+
+def test_a_model_scope_that_is_the_layers_scope_is_an_error_not_a_result(monkeypatch):
+    patch = fastpeft.patch
+    monkeypatch.setattr(fastpeft, "patch", lambda model, backend, scope: patch(model, backend))
+    with pytest.raises(RuntimeError, match="fused calls in a model step"):
         timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
 
 

@@ -10,6 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fastpeft.compare import plots
 from fastpeft.compare.methods import METHODS
 from fastpeft.compare.summary import Spread, ranking, speed_shown, standard_error, summarise
+from fastpeft.patch import SCOPES
 
 
 def render(results: dict[str, Any]) -> str:
@@ -43,6 +44,7 @@ def render(results: dict[str, Any]) -> str:
         figures=figures,
         methods=METHODS,
         speed_shown=speed_shown,
+        scopes=SCOPES,
         base_sentence=base_sentence(results["model"]),
         command=command(results["arguments"]),
         folder=lambda method: f"runs/{method}-seed0/weights",

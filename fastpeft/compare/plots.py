@@ -19,7 +19,7 @@ from fastpeft.compare.summary import listed, speed_shown, summarise
 # Okabe and Ito's colours, told apart by colour-blind readers too; each with a marker of its own.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#E69F00", "#777777")
 _MARKERS = ("o", "s", "^", "v", "D", "<", ">", "p", "h")
-_STOCK, _PATCHED = "#A6A6A6", "#0072B2"
+_SIDES = {"stock": "#A6A6A6", "layers": "#56B4E9", "model": "#0072B2"}
 _STYLE: dict[Any, Any] = {
     "font.size": 13,
     "font.family": "DejaVu Sans",
@@ -165,30 +165,28 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
 
 def _draw_step_time(results: dict[str, Any]) -> Figure:
     summaries = summarise(results["runs"])
-    figure, [axes] = _figure(1.9 + 0.72 * len(summaries))
+    figure, [axes] = _figure(1.9 + 1.05 * len(summaries))
     rows = np.arange(len(summaries))
-    longest = max(s.step_seconds_stock.high for s in summaries)
-    for offset, colour, label, part in (
-        (-0.2, _STOCK, "stock", "step_seconds_stock"),
-        (0.2, _PATCHED, "patched", "step_seconds_patched"),
-    ):
-        spreads = [getattr(summary, part) for summary in summaries]
+    longest = max(seconds.high for s in summaries for seconds in s.step_seconds.values())
+    for offset, (side, colour) in zip((-0.28, 0.0, 0.28), _SIDES.items(), strict=True):
+        spreads = [summary.step_seconds[side] for summary in summaries]
         means = np.array([s.mean for s in spreads]) * 1e3
         around = [[(s.mean - s.low) * 1e3 for s in spreads], [(s.high - s.mean) * 1e3 for s in spreads]]
-        axes.barh(rows + offset, means, 0.38, color=colour, label=label)
+        axes.barh(rows + offset, means, 0.26, color=colour, label=side)
         axes.errorbar(
             means, rows + offset, xerr=around, fmt="none", ecolor="#333333", capsize=3, linewidth=1.2
         )
-    for row, summary in zip(rows, summaries, strict=True):
-        high = max(summary.step_seconds_stock.high, summary.step_seconds_patched.high) * 1e3
-        axes.annotate(
-            f"{summary.speed_up.mean:.2f}×" + ("" if speed_shown(summary) else "\n(none shown)"),
-            (high, row),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=11,
-        )
+        for row, summary in zip(rows, summaries, strict=True):
+            if side != "stock":
+                axes.annotate(
+                    f"{summary.speed_up[side].mean:.2f}×"
+                    + ("" if speed_shown(summary, side) else " (none shown)"),
+                    (summary.step_seconds[side].high * 1e3, row + offset),
+                    xytext=(8, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=10,
+                )
     axes.set_xlim(0, longest * 1e3 * 1.42)
     axes.set_yticks(rows, [summary.method for summary in summaries])
     axes.invert_yaxis()
@@ -220,11 +218,10 @@ def _describe_curves(results: dict[str, Any]) -> str:
 
 def _describe_step_time(results: dict[str, Any]) -> str:
     bars = [
-        f"{s.method} {s.step_seconds_stock.mean * 1e3:.1f} ms stock and "
-        f"{s.step_seconds_patched.mean * 1e3:.1f} ms patched"
+        f"{s.method} " + ", ".join(f"{t.mean * 1e3:.1f} ms {side}" for side, t in s.step_seconds.items())
         for s in summarise(results["runs"])
     ]
-    return f"Time a training step: {listed(bars)}."
+    return f"Time a training step, stock and patched by scope: {'; '.join(bars)}."
 
 
 PLOTS = (
@@ -237,8 +234,9 @@ PLOTS = (
     ),
     Plot(
         "step_time",
-        "Time of one training step (forward, backward, AdamW), stock and patched in turn on the same "
-        "batches. Bars are means over the seeds of each run's median, whiskers the lowest and highest run.",
+        "Time of one training step (forward, backward, AdamW), stock and patched in either scope, in turn on "
+        "the same batches; beside the bars, stock's time over theirs. Bars are means over the seeds of each "
+        "run's median, whiskers the lowest and highest run.",
         _describe_step_time,
         _draw_step_time,
     ),

@@ -24,6 +24,8 @@ from fastpeft.compare.train import Encoded, encode, train_run
 
 PLAN_FILE = "plan.json"
 RUNS_FOLDER = "runs"
+#: Of a run's record: it goes up when a key comes, goes or changes its meaning.
+RECORD_FORMAT = 2
 RECORD_FILE = "record.json"
 RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
@@ -55,6 +57,7 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         "data": corpus.summary(),
         "versions": machine.versions(),
         "machine": machine.machine(),
+        "record": {"format": RECORD_FORMAT},
     }
     _refuse_another(plan, out)
     checkpoint.check(arguments.model)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from fastpeft.compare.timing import SIDES
+from fastpeft.patch import SCOPES
+
 
 class Spread(NamedTuple):
     """Mean, lowest and highest value over the seeds."""
@@ -29,9 +32,9 @@ class Summary(NamedTuple):
     formula: str
     learning_rate: float
     steps: int
-    step_seconds_stock: Spread
-    step_seconds_patched: Spread
-    speed_up: Spread  # stock / patched, of each run
+    step_seconds: dict[str, Spread]  # stock, and patched by scope
+    speed_up: dict[str, Spread]  # by scope: stock / patched, of each run
+    unpacked: str | None  # why the model scope left the padding in, where it did in every run
     peak_memory_bytes: Spread | None  # None where it wasn't measured
     train_seconds: Spread
     sites: list[dict[str, Any]]
@@ -48,6 +51,12 @@ def summarise(runs: list[dict[str, Any]]) -> list[Summary]:
 def _summary(method: str, runs: list[dict[str, Any]]) -> Summary:
     first = runs[0]
     peaks = [run["peak_memory_bytes"] for run in runs]
+    seconds = {side: [run[f"step_seconds_{side}"] for run in runs] for side in SIDES}
+    ratios = {
+        scope: [stock / patched for stock, patched in zip(seconds["stock"], seconds[scope], strict=True)]
+        for scope in SCOPES
+    }
+    unpacked = [run["unpacked_because"] for run in runs]
     return Summary(
         method=method,
         seeds=len(runs),
@@ -57,9 +66,9 @@ def _summary(method: str, runs: list[dict[str, Any]]) -> Summary:
         formula=first["formula"],
         learning_rate=first["learning_rate"],
         steps=first["steps"],
-        step_seconds_stock=_spread([run["step_seconds_stock"] for run in runs]),
-        step_seconds_patched=_spread([run["step_seconds_patched"] for run in runs]),
-        speed_up=_spread([run["step_seconds_stock"] / run["step_seconds_patched"] for run in runs]),
+        step_seconds={side: _spread(taken) for side, taken in seconds.items()},
+        speed_up={scope: _spread(found) for scope, found in ratios.items()},
+        unpacked=None if None in unpacked else unpacked[0],
         peak_memory_bytes=None if None in peaks else _spread(peaks),
         train_seconds=_spread([run["train_seconds"] for run in runs]),
         sites=first["sites"],
@@ -110,12 +119,12 @@ def standard_error(summaries: list[Summary], eval_rows: int) -> float:
     return math.sqrt(mean * (1 - mean) / eval_rows)
 
 
-def speed_shown(summary: Summary) -> bool:
+def speed_shown(summary: Summary, scope: str) -> bool:
     """Whether the runs show stock and patched to differ: every one of them has the same side faster.
 
-    The ratio counts, not the times: a run measures both sides in turn, but a machine is busier in some runs.
+    The ratio counts, not the times: a run measures all sides in turn, but a machine is busier in some runs.
     """
-    return summary.seeds > 1 and not summary.speed_up.low <= 1.0 <= summary.speed_up.high
+    return summary.seeds > 1 and not summary.speed_up[scope].low <= 1.0 <= summary.speed_up[scope].high
 
 
 def listed(names: list[str]) -> str:

@@ -9,35 +9,38 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from fastpeft.compare.page import percent
-from fastpeft.compare.summary import ranking, speed_shown, summarise
+from fastpeft.compare.summary import Summary, ranking, speed_shown, summarise
+from fastpeft.patch import SCOPES
 
 
 def table(results: dict[str, Any]) -> RenderableType:
-    """A row for each method, 80 columns wide, and below it what the spreads allow to conclude."""
+    """Two tables of a row a method, 80 columns wide, and below them what the spreads allow to conclude."""
     summaries = summarise(results["runs"])
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
-    grid.add_column("method", no_wrap=True, vertical="bottom")
-    for heading in (
-        "accuracy",
-        "trainable\nparameters",
-        "step ms\nstock",
-        "step ms\npatched",
-        "speed-\nup",
-        "peak\nGB",
-    ):
-        grid.add_column(heading, justify="right", no_wrap=True)
+    learnt = _grid("accuracy", "trainable\nparameters", "peak\nGB")
+    speed = _grid("step ms\nstock", *(f"step ms\n{s}" for s in SCOPES), *(f"speed-up\n{s}" for s in SCOPES))
     for s in summaries:
-        speed_up = f"{s.speed_up.mean:.2f}×"
-        grid.add_row(
+        learnt.add_row(
             s.method,
             percent(s.accuracy),
             f"{s.trainable_parameters:,}",
-            f"{s.step_seconds_stock.mean * 1e3:.1f}",
-            f"{s.step_seconds_patched.mean * 1e3:.1f}",
-            speed_up if speed_shown(s) else f"({speed_up})",
             f"{s.peak_memory_bytes.high / 1e9:.2f}" if s.peak_memory_bytes else "-",
         )
+        times = [f"{seconds.mean * 1e3:.1f}" for seconds in s.step_seconds.values()]
+        speed.add_row(s.method, *times, *(_speed_up(s, scope) for scope in SCOPES))
     notes = ranking(summaries, results["data"]["eval_rows"])
-    if not all(map(speed_shown, summaries)):
+    if not all(speed_shown(s, scope) for s in summaries for scope in SCOPES):
         notes.append("Speed-ups in brackets: one run only, or runs that disagree about which side is faster.")
-    return Group(grid, *notes)
+    return Group(learnt, speed, *notes)
+
+
+def _grid(*headings: str) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, header_style="bold")
+    grid.add_column("method", no_wrap=True, vertical="bottom")
+    for heading in headings:
+        grid.add_column(heading, justify="right", no_wrap=True)
+    return grid
+
+
+def _speed_up(summary: Summary, scope: str) -> str:
+    text = f"{summary.speed_up[scope].mean:.2f}×"
+    return text if speed_shown(summary, scope) else f"({text})"

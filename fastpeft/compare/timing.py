@@ -1,4 +1,4 @@
-"""Seconds a training step, stock and patched, measured in turn on the same model and batches."""
+"""Seconds a training step, stock and patched in either scope, measured in turn on the same model and batches."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 import fastpeft
 from fastpeft.compare.methods import trainable
+from fastpeft.patch import SCOPES
 
+SIDES = ("stock", *SCOPES)
 ROUNDS = 3  # after one that warms up
 BATCHES = 3
 
 
 class StepSeconds(NamedTuple):
-    """Median seconds a step."""
+    """What a step took."""
 
-    stock: float
-    patched: float
+    medians: dict[str, float]  # by side
     steps: int  # measured on each side
+    unpacked: str | None  # why no step of the model scope was packed, where none was
 
 
 def step_seconds(
@@ -34,25 +36,30 @@ def step_seconds(
 ) -> StepSeconds:
     """Time forward, backward and AdamW's step of `model`, patching and unpatching it between steps.
 
-    Each batch is taken by both sides one right after the other, who goes first alternating, so that whatever
-    else slows the machine meets both. Trains the model on: call it when its weights are no longer needed.
+    Each batch is taken by all sides one right after the other, in an order that rotates, so that whatever
+    else slows the machine meets all. Trains the model on: call it when its weights are no longer needed.
 
     Raises:
-        RuntimeError: the stock side wasn't stock, or the patched side's fused code wasn't called.
+        RuntimeError: the stock side wasn't stock, or a patched side's fused code wasn't called.
     """
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-5)
-    seconds: dict[str, list[float]] = {"stock": [], "patched": []}
+    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
+    unpacked: list[str | None] = []
     model.train()
     for turn in range(ROUNDS + 1):
         for index, batch in enumerate(batches):
-            sides = ("stock", "patched") if (turn + index) % 2 else ("patched", "stock")
-            for side in sides:
+            first = (turn + index) % len(SIDES)
+            for side in SIDES[first:] + SIDES[:first]:
                 taken = _step_as(side, model, batch, optimizer, backend, autocast)
                 if turn > 0:
                     seconds[side].append(taken)
+                if side == "model":
+                    unpacked.append(why_unpacked(model))
     fastpeft.unpatch(model)
     return StepSeconds(
-        statistics.median(seconds["stock"]), statistics.median(seconds["patched"]), len(seconds["stock"])
+        {side: statistics.median(taken) for side, taken in seconds.items()},
+        len(seconds["stock"]),
+        None if None in unpacked else unpacked[-1],
     )
 
 
@@ -69,13 +76,20 @@ def _step_as(
         if any(row.path != "stock" for row in fastpeft.report(model)):
             raise RuntimeError(f"the stock side isn't stock:\n{fastpeft.report(model)}")
     else:
-        fastpeft.patch(model, backend=backend)
+        fastpeft.patch(model, backend=backend, scope=side)
     before = fused_calls(model)
     taken = _step(model, batch, optimizer, autocast)
     called = fused_calls(model) - before
-    if (called > 0) != (side == "patched"):
+    packs = any(row.kind == "packing" for row in fastpeft.report(model))
+    if (called > 0) != (side != "stock") or packs != (side == "model"):
         raise RuntimeError(f"{called} fused calls in a {side} step:\n{fastpeft.report(model)}")
     return taken
+
+
+def why_unpacked(model: nn.Module) -> str | None:
+    """Why the last step of the model scope ran on padded batches; None where it was packed."""
+    [row] = [row for row in fastpeft.report(model) if row.kind == "packing"]
+    return row.reason if row.path == "stock" else None
 
 
 def fused_calls(model: nn.Module) -> int:
