@@ -58,9 +58,12 @@ class PackedAttention(GPT2Attention):
         batch, longest = packed.view
         qkv = self.c_attn(hidden_states)[0]
         if len(qkv) < batch * longest:  # else the packed rows are the view
-            qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy(0, packed.slots, qkv)
-        heads = qkv.view(batch, longest, 3 * self.num_heads, self.head_dim).transpose(1, 2)
-        query, key, value = heads.split(self.num_heads, dim=1)
+            qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy_(0, packed.slots, qkv)
+        # Split before the heads are: the gradient is then joined without another copy.
+        query, key, value = (
+            part.view(batch, longest, self.num_heads, self.head_dim).transpose(1, 2)
+            for part in qkv.view(batch, longest, -1).split(self.split_size, dim=2)
+        )
         # Rows are flush left, so the causal mask alone keeps every token from the padding.
         mask = packed.mask
         if pool and packed.pooled is not None:  # one query a sequence
