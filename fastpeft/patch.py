@@ -60,8 +60,9 @@ def patch(
         strict: raise where a site can't be fused, instead of leaving it stock.
         exact: on the CPU, peft's own random numbers and stock's arithmetic, to compare number by number.
         scope: `layers` swaps layers one by one; `model` also runs GPT-2 on packed tokens, without the padding
-            that the attention mask hides: the last hidden state is zero there, and with `use_cache` unset
-            heads that don't generate build no cache. `exact` implies `layers`.
+            that the attention mask hides and, under a sequence classifier, with the last block only at the
+            token it reads: the last hidden state is zero elsewhere, and with `use_cache` unset heads that
+            don't generate build no cache. `exact` implies `layers`.
 
     Returns:
         The model.
