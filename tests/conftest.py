@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small here: threads would wait for each other
+
 import torch
 
 if not torch.cuda.is_available():  # before anything imports a Triton kernel
