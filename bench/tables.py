@@ -188,7 +188,7 @@ def size(point: dict[str, Any]) -> str:
     """The batches of a grid point in words."""
     if point["data"] == "random":
         return f"batch {point['batch']} x {point['seq']} tokens"
-    return f"batch {point['batch']} sentences of {point['data']} ({point['fill']:.0%} tokens, rest padding)"
+    return f"batch {point['batch']} of {point['data']}, {1 - point['fill']:.0%} padding"
 
 
 def provenance(record: dict[str, Any]) -> str:
