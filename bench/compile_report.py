@@ -47,6 +47,7 @@ DTYPES = {
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
 ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
+LAYOUTS = ("", " transposed")  # of W: forward, and as dx takes it
 EXTREMES = (16, 256)  # where rank picks no tile; the GEMM takes 16 ranks at a time: one step, or a loop
 M, K, N = 8192, 768, 2304  # c_attn of GPT-2 over 8192 tokens; only divisibility by 16 matters to the code
 
@@ -80,16 +81,25 @@ def cases(arch: int) -> Iterator[Case]:
         for tile in tiling.LINEAR[arch]["dropout"]:
             yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
-    for variant, layouts in (("single", ("", " transposed")), ("single dropout", (" transposed",))):
+        for tile in tiling.linear_tiles(arch, form, "split", gelu=True):
+            yield from (Case("linear", arch, mixed, tile, 16, f"{form} split{l} gelu") for l in LAYOUTS)
+        for tile in tiling.linear_tiles(arch, form, "dropout", gelu=True):
+            yield Case("linear", arch, mixed, tile, 16, f"{form} dropout transposed gelu")
+    for variant, layouts in (("single", LAYOUTS), ("single dropout", (" transposed",))):
         for tile, layout in itertools.product(tiling.LINEAR[arch][variant], layouts):
             for rank in (r for r in RANKS if tiling.single_pays(r, tile)):  # the factor is rounded beforehand
                 yield Case("linear", arch, "bf16", tile, rank, f"pointer {variant}{layout}")
             yield Case("linear", arch, "fp16", tile, 16, f"pointer {variant}{layout}")
+        for tile, layout in itertools.product(
+            tiling.linear_tiles(arch, "pointer", variant, gelu=True), layouts
+        ):
+            yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant}{layout} gelu")
     for rank in RANKS:
         for strip in tiling.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
             yield Case("shrink", arch, "fp16", strip, rank)
         yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout")
+        yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout gelu")
         yield Case("gradient", arch, "fp16", tiling.GRADIENT[rank], rank)
         for strip in tiling.ADAPTER[rank]:
             for kernel in ("adapter_forward", "adapter_backward"):
@@ -106,8 +116,12 @@ def cases(arch: int) -> Iterator[Case]:
             for tile in tiling.LINEAR_FLOAT32:
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
+            for tile in tiling.linear_tiles_float32(gelu=True):
+                yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
+                yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")
             yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
             yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout")
+            yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout gelu")
             yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
             yield Case("adapter_backward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
             yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
@@ -125,7 +139,7 @@ def recorded(case: Case) -> launch.Launch:
     def factor(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=names[factors or dtype], device="meta")
 
-    rank, drop = case.rank, "dropout" in case.variant
+    rank, drop, gelu = case.rank, "dropout" in case.variant, "gelu" in case.variant.split()
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     mask = Dropout(0.1, seed) if drop else None
     weights = factor(rank, K), factor(K, rank)
@@ -134,11 +148,13 @@ def recorded(case: Case) -> launch.Launch:
             form, variant = case.variant.split()[:2]
             how = tiling.Linear(tiling.Tile(*case.tile), form == "descriptor", variant == "single", 132)
             given: dict[str, Any] = {"dropout": mask, "tickets": new_tickets(seed, 60)}
-            if case.variant.endswith("transposed"):  # dx
+            if "transposed" in case.variant:  # dx
                 given |= {"a": rows(N, rank).T} if how.single else {"u": rows(M, rank)}
+                given["pre"] = rows(M, K) if gelu else None
                 lora_linear.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
+                given["activates"] = gelu
                 f = factor(N, rank).T
                 lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
         elif case.kernel == "shrink":
@@ -147,7 +163,7 @@ def recorded(case: Case) -> launch.Launch:
             tall = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
             tickets = new_tickets(seed, 60)
             lora_linear.gradients(
-                *tall, factor(N, rank), factor(rank, K), 2.0, tickets, dropout=mask, splits=16
+                *tall, factor(N, rank), factor(rank, K), 2.0, tickets, dropout=mask, activated=gelu, splits=16
             )
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)
@@ -240,10 +256,11 @@ def main_loop(disassembly: str) -> list[str]:
     inner = [
         (a, b) for a, b in work if work[a, b] and not any(a <= c and d < b and work[c, d] for c, d in work)
     ]
+    # A wait that is retried out of line jumps back into the loop from far behind it: the shorter of two is the loop.
     first, last = (
-        max(inner, key=lambda loop: (work[loop], loop))
+        max(inner, key=lambda loop: (work[loop], loop[0] - loop[1]))
         if inner
-        else max(work, key=lambda l: l[1] - l[0], default=(0, 0))
+        else max(work, key=lambda loop: loop[1] - loop[0], default=(0, 0))
     )
     return instructions[first:last]
 

@@ -15,6 +15,7 @@ stores. `bound` is one launch each way that reads and writes each tensor of the 
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -113,8 +114,9 @@ def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
     module = {"lora_linear": lora_linear, "adapter": adapter}[operator.removesuffix("_backward")]
     launcher = module.backward if operator.endswith("_backward") else module.forward
     kernels: list[Kernel] = []
+    taken = len(inspect.signature(launcher).parameters)  # what follows is autograd's alone
     with launch.record() as launches, EagerKernels(kernels):
-        launcher(*args)
+        launcher(*args[:taken])
     for one in launches:
         # A descriptor stands for its tensor. Only partial sums are read by the kernel that writes them.
         tensors = [getattr(value, "base", value) for value in one.args.values()]

@@ -49,35 +49,13 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site = self._fastpeft
         reason = "called with extra arguments" if args or kwargs else why_not_lora(self)
-        reason = reason or _why_not_tensors(x, self.base_layer.weight)
+        reason = reason or why_not_tensors(x, self.base_layer.weight)
         if reason:
             site.record(ops.Route("stock", reason))
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        weight = base.weight if type(base) is Conv1D else base.weight.t()
-        bias = base.bias
-        names = _active(self)
-        dropouts = [_dropout_p(self.lora_dropout[name]) for name in names]
-        if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
-            names, rest = names[:1], names[1:]
-        else:
-            rest = []
-        for name in names:
-            lora_bias = self.lora_B[name].bias
-            if lora_bias is not None:
-                update = (self.scaling[name] * lora_bias).to(weight.dtype)
-                bias = update if bias is None else bias + update
-        if len(names) == 1:
-            lora_a, lora_b = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
-            scaling = self.scaling[names[0]]
-        else:  # without dropout, several adapters are one of the summed rank
-            lora_a = torch.cat([self.lora_A[name].weight for name in names])
-            lora_b = torch.cat([self.lora_B[name].weight * self.scaling[name] for name in names], dim=1)
-            scaling = 1.0
+        projection, rest = projection_of(self)
         try:
-            y, route = ops.routed_lora_linear(
-                x, weight, bias, lora_a, lora_b, scaling, dropouts[0], site.backend, site.exact, site.strict
-            )
+            y, route = ops.routed_lora_linear(x, projection, site.backend, site.exact, site.strict)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         for name in rest:
@@ -85,6 +63,30 @@ class FusedLoraLinear(LoraLinear):
             y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
         site.record(route)
         return y
+
+
+def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
+    """What a call of this LoRA layer fuses, as its state is now, and the adapters that it has to add one by one."""
+    base = module.base_layer
+    weight = base.weight if type(base) is Conv1D else base.weight.t()
+    bias = base.bias
+    names, rest = _active(module), []
+    dropouts = [_dropout_p(module.lora_dropout[name]) for name in names]
+    if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
+        names, rest = names[:1], names[1:]
+    for name in names:
+        lora_bias = module.lora_B[name].bias
+        if lora_bias is not None:
+            update = (module.scaling[name] * lora_bias).to(weight.dtype)
+            bias = update if bias is None else bias + update
+    if len(names) == 1:
+        lora_a, lora_b = module.lora_A[names[0]].weight, module.lora_B[names[0]].weight
+        scaling = module.scaling[names[0]]
+    else:  # without dropout, several adapters are one of the summed rank
+        lora_a = torch.cat([module.lora_A[name].weight for name in names])
+        lora_b = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in names], dim=1)
+        scaling = 1.0
+    return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
 
 
 def _dropout_p(dropout: nn.Module) -> float:
@@ -106,7 +108,7 @@ def why_not_lora(module: Any) -> str | None:
         return "adapters are disabled"
     if module.merged:
         return "adapters are merged into the base weight"
-    if not _is_plain(base):
+    if not is_plain(base):
         return "base_layer has hooks or a replaced forward"
     names = _active(module)
     if not names:
@@ -115,13 +117,13 @@ def why_not_lora(module: Any) -> str | None:
         if name in module.lora_variant:
             return f"adapter {name!r} is {type(module.lora_variant[name]).__name__}, not plain LoRA"
         lora_a, lora_b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-        if not (_is_plain(lora_a) and _is_plain(lora_b) and _is_plain(dropout)):
+        if not (is_plain(lora_a) and is_plain(lora_b) and is_plain(dropout)):
             return f"adapter {name!r} has hooks or a replaced forward"
         if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
             return f"adapter {name!r} has factors other than nn.Linear"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"adapter {name!r} has {type(dropout).__name__} for dropout"
-        reason = _why_not_tensors(base.weight, lora_a.weight, lora_b.weight, same_dtype=False)
+        reason = why_not_tensors(base.weight, lora_a.weight, lora_b.weight, same_dtype=False)
         if reason:
             return reason
     return None
@@ -138,7 +140,7 @@ class FusedAdapter(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         site = self._fastpeft
         reason = "called with extra arguments" if args or kwargs else why_not_adapter(self)
-        reason = reason or _why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
+        reason = reason or why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
         if reason:
             site.record(ops.Route("stock", reason))
             return super().forward(x, *args, **kwargs)
@@ -182,15 +184,15 @@ def why_not_adapter(module: Any) -> str | None:
     for part in (module.down, module.up):
         if type(part) is not nn.Linear:
             return f"its projections are {type(part).__name__}, not nn.Linear"
-        if not _is_plain(part):
+        if not is_plain(part):
             return "its projections have hooks or a replaced forward"
     act = module.act
     if activation_name(act) is None:
         name = getattr(act, "__name__", type(act).__name__)
         return f"activation {name} is none of {', '.join(reference.ACTIVATIONS)}"
-    if isinstance(act, nn.Module) and not _is_plain(act):
+    if isinstance(act, nn.Module) and not is_plain(act):
         return "its activation has hooks or a replaced forward"
-    return _why_not_tensors(module.down.weight, module.up.weight)
+    return why_not_tensors(module.down.weight, module.up.weight)
 
 
 class FusedGelu(NewGELUActivation):
@@ -216,7 +218,7 @@ def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
     return stock
 
 
-def _is_plain(module: nn.Module) -> bool:
+def is_plain(module: nn.Module) -> bool:
     """Whether calling `module` runs its class's forward and nothing else, so that fusing bypasses nothing."""
     return not (
         module._forward_hooks
@@ -227,7 +229,7 @@ def _is_plain(module: nn.Module) -> bool:
     )
 
 
-def _why_not_tensors(first: Tensor, *others: Tensor, same_dtype: bool = True) -> str | None:
+def why_not_tensors(first: Tensor, *others: Tensor, same_dtype: bool = True) -> str | None:
     """Why these tensors can't go into one fused operation; stock decides what becomes of them."""
     for tensor in (first, *others):
         if type(tensor) not in (Tensor, nn.Parameter):

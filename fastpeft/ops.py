@@ -25,6 +25,17 @@ class Route(NamedTuple):
     reason: str
 
 
+class Projection(NamedTuple):
+    """A linear layer with its LoRA update, as `lora_linear` takes it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -62,7 +73,8 @@ def lora_linear(
             Triton can't serve here, with the reason.
         TypeError: a dtype that isn't served, or `weight`, `bias` in another dtype than x.
     """
-    y, _ = routed_lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, backend, exact)
+    projection = Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
+    y, _ = routed_lora_linear(x, projection, backend, exact)
     return y
 
 
@@ -104,33 +116,19 @@ def adapter(
 
 
 def routed_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    backend: str,
-    exact: bool,
-    strict: bool = False,
+    x: Tensor, projection: Projection, backend: str, exact: bool, strict: bool = False
 ) -> tuple[Tensor, Route]:
     """`lora_linear` with the route it took, which modules record for the report."""
-    _check_lora_linear(x, weight, bias, lora_a, lora_b, dropout_p)
-    x, weight, bias, lora_a, lora_b = _autocast(x, weight, bias, lora_a, lora_b)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    _check_lora_linear(x, projection)
+    x, (weight, bias, lora_a, lora_b, scaling, dropout_p) = _as_autocast(x, projection)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     route = choose(backend, exact, x.device)
     if route.path == "triton":
         from fastpeft.kernels import launch, tuning
         from fastpeft.kernels import lora_linear as kernels
 
-        scaling, dropout_p = float(scaling), float(dropout_p)
-
         def through_kernels(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any) -> Tensor:
-            seed = torch.randint(2**63 - 1, (1,), device=rows.device) if dropout_p > 0.0 else None
+            seed = _new_seed(rows, dropout_p)
             return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
 
         def through_pytorch(*tensors: Any) -> Any:
@@ -151,8 +149,49 @@ def routed_lora_linear(
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         return (F.linear(x, weight.T, bias) + update).to(x.dtype), route
-    y = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, float(scaling), float(dropout_p), exact)
+    y = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, exact)
     return y.view(*x.shape[:-1], weight.shape[1]), route
+
+
+def lora_mlp(
+    x: Tensor, fc: Projection, proj: Projection, backend: str, strict: bool = False
+) -> tuple[Tensor, Route] | None:
+    """`proj(gelu(fc(x)))` with the tanh GELU inside the kernels, and its route; None where Triton won't serve it.
+
+    Outside the kernels a GELU costs what it costs beside two calls of `lora_linear`.
+    """
+    if choose(backend, False, x.device).path != "triton":
+        return None
+    _check_lora_linear(x, fc)
+    (x, fc), (_, proj) = _as_autocast(x, fc), _as_autocast(x, proj)
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+    from fastpeft.kernels import launch, tuning
+    from fastpeft.kernels import lora_mlp as kernels
+
+    def through_kernels(x: Any, *tensors: Any) -> Tensor:
+        first, second = (_new_seed(rows, p.dropout_p) for p in (fc, proj))
+        layers = (tensors[:4], *fc[4:], first, tensors[4:], *proj[4:], second)
+        return kernels.lora_mlp(x, *layers)
+
+    def through_pytorch(x: Any, *tensors: Any) -> Any:
+        h = reference.gelu_new(_LoraLinear.apply(x, *tensors[:4], *fc[4:], False))
+        return _LoraLinear.apply(h, *tensors[4:], *proj[4:], False)
+
+    given = (rows, *fc[:4], *proj[:4])
+    route = _confirm(
+        Route("triton", "fused kernels, GELU included"),
+        backend,
+        strict,
+        launch.unsupported(rows, max(fc.lora_a.shape[0], proj.lora_a.shape[0]), *given),
+        lambda: kernels.ready(rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p),
+        lambda: tuning.slower_than(
+            "lora_mlp", given, (fc.dropout_p, proj.dropout_p), through_kernels, through_pytorch
+        ),
+    )
+    if route.path != "triton":
+        return None
+    return through_kernels(*given).view(*x.shape[:-1], proj.weight.shape[1]), route
 
 
 def routed_adapter(
@@ -410,6 +449,21 @@ _ACTIVATION_GRADS = {
 }
 
 
+def _new_seed(x: Tensor, dropout_p: float) -> Tensor | None:
+    """A seed for the kernels' dropout, from torch's generator on x's device."""
+    return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
+
+
+def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
+    """x and the layer as autocast would have them; TypeError where weight or bias still differ from x."""
+    x, weight, bias, lora_a, lora_b = _autocast(x, *projection[:4])
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    scaling, dropout_p = float(projection.scaling), float(projection.dropout_p)
+    return x, Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
+
+
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast does to a linear layer's inputs: everything but float64 in its dtype."""
     device = x.device.type
@@ -420,9 +474,8 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
 
 
-def _check_lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dropout_p: float
-) -> None:
+def _check_lora_linear(x: Tensor, projection: Projection) -> None:
+    weight, bias, lora_a, lora_b, _, dropout_p = projection
     _check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
     k, n = weight.shape if weight.dim() == 2 else (-1, -1)
     rank = lora_a.shape[0]

@@ -4,7 +4,8 @@
     backward   dxa = dy B                  dx = dy Wᵀ + keep ⊙ (s dxa A)
                dA = s dxaᵀ (keep ⊙ x)      dB = s dyᵀ xa
 
-with keep the dropout mask and s the scaling times dropout's 1 / (1 - p).
+with keep the dropout mask and s the scaling times dropout's 1 / (1 - p). A GELU beside the layer needs no pass of
+its own: `h = gelu(y)` is stored with y, and where x is `gelu(pre)`, dx is multiplied by gelu'(pre) before it is stored.
 Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three kernels do it all:
 `linear_kernel` (a GEMM with a rank-r term: y and dx; where no mask falls on what it reads, it can compute the
 rank-r factor xa or dxa from the tiles that it loads anyway), `shrink_kernel` (a pass over wide rows that leaves R
@@ -13,6 +14,8 @@ numbers a row: xa or dxa beforehand) and `gradient_kernel` (one over x and dy th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +23,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiling, tuning
+from .activations import activate, activation_gradient
 from .blocks import (
     arrive_last,
     clear_tickets,
@@ -112,8 +116,23 @@ def finished(
 
 
 @triton.jit
+def gelu(t):
+    """GPT-2's gelu(t), in t's dtype."""
+    return rounded(activate(t.to(tl.float32), "gelu_tanh"), t.dtype)
+
+
+@triton.jit
+def to_pre_activation(acc, pre_ptr, offsets, mask):
+    """A gradient to gelu(pre) made one to pre; `acc` itself where `pre_ptr` is None."""
+    if pre_ptr is not None:
+        pre = tl.load(pre_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        acc *= activation_gradient(pre, "gelu_tanh")
+    return acc
+
+
+@triton.jit
 def linear_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, y_ptr, seed_ptr, tickets_ptr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, pre_ptr, y_ptr, h_ptr, seed_ptr, tickets_ptr,
     M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, stride_fr, stride_fn,
     scaling, drop_below,
@@ -129,7 +148,10 @@ def linear_kernel(
     MASKED_K: tl.constexpr,
     TICKETS: tl.constexpr,
 ):  # fmt: skip
-    """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program; SINGLE computes u = x aᵀ on the way."""
+    """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program; SINGLE computes u = x aᵀ on the way.
+
+    With `pre_ptr`, y is multiplied by gelu'(pre); with `h_ptr`, `h = gelu(y)` is stored too.
+    """
     clear_tickets(tickets_ptr, TICKETS)
     pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -175,13 +197,18 @@ def linear_kernel(
             DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
 
-    y_ptrs = y_ptr + offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-    tl.store(y_ptrs, rounded(acc, y_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
+    offsets = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+    mask = mask_m[:, None] & mask_n[None, :]
+    acc = to_pre_activation(acc, pre_ptr, offsets, mask)
+    y = rounded(acc, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=mask)
+    if h_ptr is not None:
+        tl.store(h_ptr + offsets, gelu(y), mask=mask)
 
 
 @triton.jit
 def linear_descriptor_kernel(
-    x_desc, w_desc, bias_ptr, u_ptr, f_ptr, y_desc, seed_ptr,
+    x_desc, w_desc, bias_ptr, u_ptr, f_ptr, pre_ptr, y_desc, h_desc, seed_ptr,
     M, N, K, R,
     stride_fr, stride_fn,
     scaling, drop_below,
@@ -205,7 +232,8 @@ def linear_descriptor_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
-        rows = tl.where(offs_m < M, offs_m, 0)
+        mask_m = offs_m < M
+        rows = tl.where(mask_m, offs_m, 0)
         acc = initial(
             bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
             start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
@@ -214,7 +242,12 @@ def linear_descriptor_kernel(
             x = x_desc.load([start_m, k])
             w = w_desc.load([start_n, k]).T if W_TRANSPOSED else w_desc.load([k, start_n])
             acc = dot(x, w, acc, INPUT_PRECISION)
-        y_desc.store([start_m, start_n], rounded(acc, y_desc.dtype))
+        offsets = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
+        acc = to_pre_activation(acc, pre_ptr, offsets, mask_m[:, None] & mask_n[None, :])
+        y = rounded(acc, y_desc.dtype)
+        y_desc.store([start_m, start_n], y)
+        if h_desc is not None:
+            h_desc.store([start_m, start_n], gelu(y))
 
 
 @triton.jit
@@ -263,6 +296,7 @@ def column_gradient(
     M, C, R, rows,
     stride_tm, stride_tc, stride_dc, stride_dr,
     scaling, drop_below, start_c,
+    ACTIVATED: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -271,7 +305,8 @@ def column_gradient(
 ):  # fmt: skip
     """`df = scaling · (keep ⊙ t)ᵀ u` for BLOCK_C columns from `start_c` on, by the programs of one grid column.
 
-    t (M, C), u (M, R), df (C, R) by strides; `partials_ptr` (programs, BLOCK_C, R) is this grid column's alone.
+    t (M, C), or gelu(t) where ACTIVATED, u (M, R), df (C, R) by strides; `partials_ptr` (programs, BLOCK_C, R) is
+    this grid column's alone.
     """
     pid_m, num_pid_m = tl.program_id(1), tl.num_programs(1)
     own_c = tl.arange(0, BLOCK_C)
@@ -288,6 +323,8 @@ def column_gradient(
         mask_m = offs_m < end_m - (m - start_m)
         t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_c[None, :], other=0.0)
         u = tl.load(u_ptrs, mask=mask_m[:, None] & mask_r[None, :], other=0.0)
+        if ACTIVATED:
+            t = gelu(t)
         if DROPOUT:
             t = tl.where(keep_tile(seed_ptr, m, start_c, drop_below, BLOCK_M, BLOCK_C), t, 0.0)
         acc = dot(tl.trans(t), u, acc, INPUT_PRECISION)
@@ -309,13 +346,14 @@ def gradient_kernel(
     M, N, K, R, tiles_b, rows,
     stride_ym, stride_yn, stride_xm, stride_xk,
     scaling, drop_below,
+    ACTIVATED: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`db = scaling · dyᵀ xa` and `da = scaling · dxaᵀ (keep ⊙ x)`.
+    """`db = scaling · dyᵀ xa` and `da = scaling · dxaᵀ (keep ⊙ x)`, with gelu(x) for x where ACTIVATED.
 
     The first `tiles_b` columns of the grid have BLOCK_C columns of dy each, the others of x; a program sums `rows`
     of the rows of its columns.
@@ -327,13 +365,13 @@ def gradient_kernel(
         column_gradient(
             dy_ptr, xa_ptr, db_ptr, partials_ptr, ticket_ptr, seed_ptr, M, N, R, rows,
             stride_ym, stride_yn, R, 1, scaling, drop_below, pid_c * BLOCK_C,
-            False, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
+            False, False, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
         )  # fmt: skip
     else:
         column_gradient(
             x_ptr, dxa_ptr, da_ptr, partials_ptr, ticket_ptr, seed_ptr, M, K, R, rows,
             stride_xm, stride_xk, 1, K, scaling, drop_below, (pid_c - tiles_b) * BLOCK_C,
-            DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
+            ACTIVATED, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
         )  # fmt: skip
 
 
@@ -352,18 +390,22 @@ def linear(
     a: Tensor | None = None,
     dropout: Dropout | None = None,
     tickets: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`y = x weight + bias + keep ⊙ (u (scaling · f))` and u, which is `x aᵀ` where `a` (R, K) is given.
+    pre: Tensor | None = None,
+    activates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`y = x weight + bias + keep ⊙ (u (scaling · f))`, u, which is `x aᵀ` where `a` (R, K) is given, and h.
 
-    There is no bias with dropout: the mask falls on all that the accumulator starts from.
+    There is no bias with dropout: the mask falls on all that the accumulator starts from. Where `pre` (M, N),
+    contiguous, is given, y is multiplied by gelu'(pre). Where the layer `activates`, h is gelu(y).
     """
     (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
     y = x.new_empty(m, n)
     if u is None:
         u = x.new_empty(m, rank)
+    h = torch.empty_like(y) if activates else None
     tile = how.tile
     args = {
-        "bias_ptr": bias, "u_ptr": u, "f_ptr": f,
+        "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "pre_ptr": pre,
         "M": m, "N": n, "K": k, "R": rank,
         "stride_fr": f.stride(0), "stride_fn": f.stride(1),
         "scaling": scaling, "INPUT_PRECISION": input_precision(x.dtype),
@@ -377,17 +419,19 @@ def linear(
         stored, block = (
             (weight.T, [tile.block_n, tile.block_k]) if transposed else (weight, [tile.block_k, tile.block_n])
         )
+        out = [tile.block_m, tile.block_n]
         args |= {
             "x_desc": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             "w_desc": TensorDescriptor.from_tensor(stored, block),
-            "y_desc": TensorDescriptor.from_tensor(y, [tile.block_m, tile.block_n]),
+            "y_desc": TensorDescriptor.from_tensor(y, out),
+            "h_desc": None if h is None else TensorDescriptor.from_tensor(h, out),
             "W_TRANSPOSED": transposed,
         }
         grid = (min(tiles, how.programs),)
         launch(linear_descriptor_kernel, grid, args, tile.num_warps, tile.num_stages)
     else:
         args |= {
-            "x_ptr": x, "w_ptr": weight, "a_ptr": a, "y_ptr": y, "SINGLE": a is not None,
+            "x_ptr": x, "w_ptr": weight, "a_ptr": a, "y_ptr": y, "h_ptr": h, "SINGLE": a is not None,
             "stride_xm": x.stride(0), "stride_xk": x.stride(1),
             "stride_wk": weight.stride(0), "stride_wn": weight.stride(1),
             "stride_ar": 0 if a is None else a.stride(0), "stride_ak": 0 if a is None else a.stride(1),
@@ -395,7 +439,7 @@ def linear(
             **ticket_arguments(tickets),
         }  # fmt: skip
         launch(linear_kernel, (tiles,), args, tile.num_warps, tile.num_stages)
-    return y, u
+    return y, u, h
 
 
 def shrink(
@@ -442,32 +486,37 @@ def updated(
     inner: Dropout | None = None,
     outer: Dropout | None = None,
     tickets: Tensor | None = None,
+    pre: Tensor | None = None,
+    activates: bool = False,
     how: tiling.Linear | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u), both in x's dtype.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
-    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks, of which one call has one.
+    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks, of which one call has one;
+    `pre` and h as in `linear`.
     """
     (m, _), n, rank = x.shape, weight.shape[1], a.shape[0]
     if m == 0 or n == 0:
         if tickets is not None:
             tickets.zero_()
-        return x.new_empty(m, n), x.new_zeros(m, rank)
+        return x.new_empty(m, n), x.new_zeros(m, rank), x.new_empty(m, n) if activates else None
     if how is None:
         dropped = inner is not None, outer is not None
         how = tuning.fastest(
             "updated",
             x,
-            (n, rank, dropped, weight.stride(1) == 1, a.dtype),
-            tiling.linear(x, weight, rank, *dropped),
+            (n, rank, dropped, weight.stride(1) == 1, a.dtype, pre is not None, activates),
+            tiling.linear(x, weight, rank, *dropped, gelu=activates or pre is not None),
             lambda each: updated(
-                x, weight, bias, a, f, scaling, inner=inner, outer=outer, tickets=tickets, how=each
+                x, weight, bias, a, f, scaling,
+                inner=inner, outer=outer, tickets=tickets, pre=pre, activates=activates, how=each,
             ),
-        )
+        )  # fmt: skip
+    rest: dict[str, Any] = {"dropout": outer, "pre": pre, "activates": activates}
     if how.single:  # the loop has no room to round a wider factor
-        return linear(x, weight, bias, f, scaling, how, a=a.to(x.dtype), dropout=outer, tickets=tickets)
+        return linear(x, weight, bias, f, scaling, how, a=a.to(x.dtype), tickets=tickets, **rest)
     u = shrink(x, a.T, dropout=inner, tickets=tickets)
-    return linear(x, weight, bias, f, scaling, how, u=u, dropout=outer)
+    return linear(x, weight, bias, f, scaling, how, u=u, **rest)
 
 
 def gradients(
@@ -481,10 +530,12 @@ def gradients(
     tickets: Tensor,
     *,
     dropout: Dropout | None = None,
+    activated: bool = False,
     splits: int = 0,
 ) -> None:
     """Fill `d_lora_b` with `scaling · dyᵀ xa` and `d_lora_a` with `scaling · dxaᵀ (keep ⊙ x)`; None is left out.
 
+    Where `activated`, x is the pre-activation, and gelu(x) stands for it.
     dy (M, N), x (M, K), xa and dxa (M, R); d_lora_b (N, R) and d_lora_a (R, K) are contiguous. An earlier launch
     has cleared the `tickets`, one for each BLOCK_C columns of what is filled.
     """
@@ -505,7 +556,7 @@ def gradients(
         "M": m, "N": n, "K": k, "R": rank, "tiles_b": tiles_b, "rows": rows,
         "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
         "stride_xm": x.stride(0), "stride_xk": x.stride(1),
-        "scaling": scaling, "INPUT_PRECISION": input_precision(x.dtype),
+        "scaling": scaling, "ACTIVATED": activated, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
         **dropout_arguments(dropout),
     }  # fmt: skip
@@ -524,11 +575,12 @@ def forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y (M, N) and xa (M, R), both in x's dtype."""
+    activates: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """y (M, N), xa (M, R) and, where the layer `activates`, gelu(y), all in x's dtype."""
     dropout = None if seed is None else Dropout(dropout_p, seed)
     scaling *= keep_scale(dropout_p)
-    return updated(x, weight, bias, lora_a, lora_b.T, scaling, inner=dropout)
+    return updated(x, weight, bias, lora_a, lora_b.T, scaling, inner=dropout, activates=activates)
 
 
 def backward(
@@ -544,8 +596,12 @@ def backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    activated: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed."""
+    """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
+
+    Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it.
+    """
     (m, n), (rank, k) = dy.shape, lora_a.shape
     if m == 0:
         empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
@@ -559,13 +615,16 @@ def backward(
     tickets = new_tickets(dy, triton.cdiv(n, block_c) + triton.cdiv(k, block_c))
     dx, dxa = None, xa
     if need_x:
-        dx, dxa = updated(dy, weight.T, None, lora_b.T, lora_a, scaling, outer=dropout, tickets=tickets)
+        pre = x if activated else None
+        dx, dxa, _ = updated(
+            dy, weight.T, None, lora_b.T, lora_a, scaling, outer=dropout, tickets=tickets, pre=pre
+        )
     elif need_a:
         dxa = shrink(dy, lora_b, tickets=tickets)
     else:
         tickets.zero_()
     if need_a or need_b:
-        gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout=dropout)
+        gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout=dropout, activated=activated)
     return dx, d_lora_a, d_lora_b
 
 
@@ -582,14 +641,18 @@ def _forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+    activates: bool,
+    pre: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     with on_device_of(x):
-        return forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        y, xa, h = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates)
+    return y, xa, x.new_empty(0) if h is None else h
 
 
 @_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed):
-    return x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], lora_a.shape[0])
+def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates, pre):
+    y = x.new_empty(x.shape[0], weight.shape[1])
+    return y, x.new_empty(x.shape[0], lora_a.shape[0]), y.new_empty(y.shape if activates else (0,))
 
 
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
@@ -606,45 +669,53 @@ def _backward(
     need_x: bool,
     need_a: bool,
     need_b: bool,
+    activated: bool,
 ) -> list[Tensor]:
     with on_device_of(x):
         gradients = backward(
-            dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b
+            dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b, activated
         )
     return [gradient for gradient in gradients if gradient is not None]
 
 
 @_backward.register_fake
-def _(dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b):
+def _(dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b, activated):
     needed = ((x, need_x), (lora_a, need_a), (lora_b, need_b))
     return [tensor.new_empty(tensor.shape) for tensor, need in needed if need]
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed = inputs
-    _, xa = output
-    ctx.mark_non_differentiable(xa)
-    ctx.save_for_backward(x, weight, lora_a, lora_b, xa, seed)
-    ctx.scaling, ctx.dropout_p = scaling, dropout_p
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _, pre = inputs
+    _, xa, h = output
+    ctx.mark_non_differentiable(xa, h)
+    # gelu(pre) is cheaper to compute again than to keep.
+    ctx.save_for_backward(x if pre is None else pre, weight, lora_a, lora_b, xa, seed)
+    ctx.scaling, ctx.dropout_p, ctx.activated = scaling, dropout_p, pre is not None
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, _):
+def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 8
+        return (None,) * 10
     x, weight, lora_a, lora_b, xa, seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
+    need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+    if ctx.activated:
+        need_x = ctx.needs_input_grad[9]
     fused = iter(())
     if need_x or need_a or need_b:
+        needs = need_x, need_a, need_b
         fused = iter(
             _backward(
-                dy, x, weight, lora_a, lora_b, xa, ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b
+                dy, x, weight, lora_a, lora_b, xa, ctx.scaling, ctx.dropout_p, seed, *needs, ctx.activated
             )
         )
     dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in (need_x, need_a, need_b))
+    if need_weight and ctx.activated:
+        x = torch.nn.functional.gelu(x, approximate="tanh")
     d_weight = x.T @ dy if need_weight else None
     d_bias = dy.sum(0) if need_bias else None
-    return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
+    dx, d_pre = (None, dx) if ctx.activated else (dx, None)
+    return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None, None, d_pre
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -660,6 +731,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    pre: Tensor | None = None,
 ) -> Tensor:
     """`y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ` by the kernels; differentiable once, by all but the seed.
 
@@ -669,12 +741,48 @@ def lora_linear(
         lora_a: (R, K) and lora_b: (N, R), in x's dtype or wider, R at most 256; rounded to x's dtype.
         dropout_p: probability of dropping an element of x before lora_a.
         seed: int64 of one element on x's device, from which the mask is drawn; None where dropout_p is 0.
+        pre: (M, K), contiguous: x is gelu(pre), the tanh GELU, as `lora_linear_gelu` gives both. The gradient
+            then goes to pre, and none to x.
 
     Returns:
         (M, N) in x's dtype.
     """
-    y, _ = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
-    return y
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, False, pre)[0]
+
+
+def lora_linear_gelu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lora_linear` and, stored by the same kernel, the tanh GELU of it, which carries no gradient."""
+    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, True, None)
+    return y, h
+
+
+def exercise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dropout_p: float,
+    pre: Tensor | None = None,
+    activates: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch every kernel that a layer can need, forward and backward; y and h. To be recorded, not run."""
+    seed = torch.empty(1, dtype=torch.int64, device=x.device) if dropout_p > 0 else None
+    y, xa, h = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed, activates)
+    kept, activated = (x, False) if pre is None else (pre, True)
+    for need_x in (True, False):  # without dx another kernel leaves dxa
+        needs = need_x, True, True
+        backward(y, kept, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, *needs, activated)
+    return y, h
 
 
 def ready(
@@ -689,12 +797,6 @@ def ready(
 
     Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
     """
-
-    def call() -> None:
-        seed = torch.empty(1, dtype=torch.int64, device=x.device) if dropout_p > 0 else None
-        y, xa = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed)
-        for need_x in (True, False):  # without dx another kernel leaves dxa
-            backward(y, x, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, need_x, True, True)
-
-    key = ("lora_linear", x.device, dropout_p > 0, *describe(x, weight, bias, lora_a, lora_b))
-    return build(key, x, call)
+    given = (weight, bias, lora_a, lora_b)
+    key = ("lora_linear", x.device, dropout_p > 0, *describe(x, *given))
+    return build(key, x, lambda: exercise(x, *given, dropout_p))

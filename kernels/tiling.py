@@ -117,6 +117,25 @@ LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05
 #: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
 LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 
+#: Tiles that a GELU in the epilogue makes spill, or lengthens the main loop of: their form, variant and architecture.
+_NOT_WITH_GELU = {
+    **{arch: {("pointer single dropout", Tile(64, 128, 32, 4, 4))} for arch in (80, 86, 89)},
+    90: {
+        ("pointer split", Tile(128, 256, 64, 8, 3)),
+        ("pointer split", Tile(128, 128, 64, 8, 4)),
+        ("pointer dropout", Tile(128, 128, 64, 8, 4)),
+        ("pointer single", Tile(128, 256, 64, 8, 3)),
+    },
+    100: {
+        ("pointer split", Tile(128, 256, 64, 8, 3)),
+        ("descriptor split", Tile(128, 256, 64, 8, 3)),
+    },
+    120: {
+        ("pointer split", Tile(128, 64, 64, 4, 3)),
+        ("pointer single", Tile(128, 128, 64, 8, 3)),
+    },
+}
+
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
 SHRINK = {
     16: (Strip(64, 64, 4, 4), Strip(32, 128, 4, 3)),
@@ -128,7 +147,7 @@ SHRINK = {
 SHRINK_FLOAT32 = Strip(64, 32, 8, 3)
 GRADIENT = {
     16: Strip(32, 128, 4, 3),
-    32: Strip(32, 128, 4, 3),
+    32: Strip(32, 128, 8, 3),
     64: Strip(64, 128, 8, 3),
     128: Strip(64, 64, 8, 3),
     256: Strip(64, 64, 8, 3),
@@ -175,30 +194,40 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool) -> list[Linear]:
+def linear_tiles(arch: int, form: str, variant: str, gelu: bool) -> tuple[Tile, ...]:
+    """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, a GELU in its epilogue or not."""
+    excluded = _NOT_WITH_GELU[arch] if gelu else set()
+    return tuple(tile for tile in LINEAR[arch][variant] if (f"{form} {variant}", tile) not in excluded)
+
+
+def linear_tiles_float32(gelu: bool) -> tuple[Tile, ...]:
+    """The same on float32: with a GELU the larger would spill."""
+    return LINEAR_FLOAT32[1:] if gelu else LINEAR_FLOAT32
+
+
+def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool, gelu: bool) -> list[Linear]:
     """The ways to run `u = (inner ⊙ x) aᵀ, y = x W + outer ⊙ (u f) + …`, the one to take first.
 
     `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
+    `gelu`: whether the epilogue has a GELU or its derivative.
     """
     m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
     if x.dtype == torch.float32:
-        return [Linear(tile, False, False, 0) for tile in _cheapest_first(LINEAR_FLOAT32, m, n, arch)]
-    tiles = LINEAR[arch.name]
+        tiles = _cheapest_first(linear_tiles_float32(gelu), m, n, arch)
+        return [Linear(tile, False, False, 0) for tile in tiles]
     descriptor = arch.name >= 90 and n % 8 == 0 and _describable(x)
     descriptor = descriptor and (_describable(weight) or _describable(weight.T))
-    split = [
-        Linear(tile, descriptor, False, arch.multiprocessors)
-        for tile in _cheapest_first(tiles["dropout" if outer else "split"], m, n, arch)
-    ]
+    form = "descriptor" if descriptor else "pointer"
+    tiles = _cheapest_first(linear_tiles(arch.name, form, "dropout" if outer else "split", gelu), m, n, arch)
+    split = [Linear(tile, descriptor, False, arch.multiprocessors) for tile in tiles]
     if inner:
         return split
     padded = padded_rank(rank)
-    single = [
-        Linear(tile, False, True, 0)
-        for tile in _cheapest_first(tiles["single dropout" if outer else "single"], m, n, arch)
-        if single_pays(padded, tile)
-    ]
+    tiles = _cheapest_first(
+        linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", gelu), m, n, arch
+    )
+    single = [Linear(tile, False, True, 0) for tile in tiles if single_pays(padded, tile)]
     if not single:
         return split
     # On the way, u costs RANK / BLOCK_N more products; before, another read of x and a launch of some 3 µs. All in

@@ -88,7 +88,9 @@ def test_a_kernel_is_built_once_for_each_key(build):
 def call(backend, *, strict=False, dropout_p=0.5):
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
     torch.manual_seed(5)
-    y, route = ops.routed_lora_linear(x, weight, bias, a, b, 1.0, dropout_p, backend, False, strict)
+    y, route = ops.routed_lora_linear(
+        x, ops.Projection(weight, bias, a, b, 1.0, dropout_p), backend, False, strict
+    )
     return y, route, torch.get_rng_state()
 
 
@@ -167,9 +169,9 @@ class TestTheChoiceOfATile:
         architecture = next(a for a in tiling.ARCHITECTURES if a.name == 90)
         monkeypatch.setattr(tiling, "architecture", lambda device: architecture)
 
-    def linear(self, m, k, n, rank=16, inner=False, outer=False, dtype=torch.bfloat16):
+    def linear(self, m, k, n, rank=16, inner=False, outer=False, gelu=False, dtype=torch.bfloat16):
         x, weight = (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k, n)))
-        return tiling.linear(x, weight, rank, inner, outer)[0]
+        return tiling.linear(x, weight, rank, inner, outer, gelu)[0]
 
     def test_many_rows_take_a_large_tile_and_few_a_small_one(self):
         assert self.linear(8192, 768, 2304, inner=True).tile[:2] == (128, 256)
@@ -196,8 +198,8 @@ class TestTheChoiceOfATile:
             torch.empty(64, 769, dtype=torch.float16)[:, 1:],
             torch.empty(768, 768, dtype=torch.float16),
         )
-        assert not tiling.linear(x, weight, 16, True, False)[0].descriptor
-        assert tiling.linear(weight, weight.T, 16, True, False)[0].descriptor
+        assert not tiling.linear(x, weight, 16, True, False, False)[0].descriptor
+        assert tiling.linear(weight, weight.T, 16, True, False, False)[0].descriptor
 
     def test_every_multiprocessor_gets_a_program_of_the_rank_r_passes(self):
         dy, x = (torch.empty(8192, c, dtype=torch.bfloat16, device="meta") for c in (2304, 768))

@@ -9,6 +9,7 @@ from models import assert_fused, gpt2, with_adapters, with_lora
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
+from fastpeft import ops
 from fastpeft.kernels import launch, lora_linear
 
 
@@ -91,14 +92,8 @@ def test_leading_dimensions_are_kept(device):
     assert torch.equal(fastpeft.lora_linear(x[3], weight, bias, a, b, 1.0, backend="triton"), flat[3])
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_torch_compile_traces_through_without_a_break(dropout, device):
-    x, weight, bias, a, b = lora_arguments(12, 24, 16, 3, "fp32", device).values()
-    leaves = [t.requires_grad_() for t in (x, a, b)]
-
-    def f(x, a, b):
-        return fastpeft.lora_linear(x, weight, bias, a, b, 1.0, dropout, backend="triton").square().sum()
-
+def assert_compiled_is_the_same(f, leaves):
+    """Without a graph break, and with the same numbers."""
     torch._dynamo.reset()
     torch.manual_seed(4)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
@@ -106,6 +101,28 @@ def test_torch_compile_traces_through_without_a_break(dropout, device):
     torch.manual_seed(4)
     expected = torch.autograd.grad(f(*leaves), leaves)
     assert all(torch.equal(one, other) for one, other in zip(gradients, expected, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_torch_compile_traces_through_without_a_break(dropout, device):
+    x, weight, bias, a, b = lora_arguments(12, 24, 16, 3, "fp32", device).values()
+
+    def f(x, a, b):
+        return fastpeft.lora_linear(x, weight, bias, a, b, 1.0, dropout, backend="triton").square().sum()
+
+    assert_compiled_is_the_same(f, [t.requires_grad_() for t in (x, a, b)])
+
+
+def test_torch_compile_traces_through_an_mlp_without_a_break(device):
+    x, *fc = lora_arguments(12, 24, 16, 3, "fp32", device).values()
+    _, *proj = lora_arguments(12, 16, 24, 3, "fp32", device).values()
+
+    def f(x, *tensors):
+        layers = (ops.Projection(*each, 1.0, 0.3) for each in (tensors[:4], tensors[4:]))
+        y, _ = ops.lora_mlp(x, *layers, "triton")
+        return y.square().sum()
+
+    assert_compiled_is_the_same(f, [t.requires_grad_() for t in (x, *fc, *proj)])
 
 
 def test_the_kernels_bytes_are_what_they_must_be():

@@ -1,0 +1,48 @@
+"""GPT-2's MLP of two LoRA linear layers, `proj(gelu(fc(x)))`: no GELU passes over memory of its own.
+
+The first layer's kernel stores the pre-activation and its GELU; the second's backward multiplies dx by gelu'(pre)
+before it stores it. Between forward and backward only the pre-activation is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from . import lora_linear
+from .launch import build, describe
+
+#: weight, bias, lora_a and lora_b of a layer, as `lora_linear.lora_linear` takes them.
+Layer = tuple[Any, ...]
+
+
+def lora_mlp(
+    x: Tensor,
+    fc: Layer,
+    fc_scaling: float,
+    fc_dropout: float,
+    fc_seed: Tensor | None,
+    proj: Layer,
+    proj_scaling: float,
+    proj_dropout: float,
+    proj_seed: Tensor | None,
+) -> Tensor:
+    """`proj(gelu(fc(x)))` with the tanh GELU, x (M, K), each layer as `lora_linear.lora_linear` describes it."""
+    pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed)
+    return lora_linear.lora_linear(h, *proj, proj_scaling, proj_dropout, proj_seed, pre)
+
+
+def ready(x: Tensor, fc: Layer, fc_dropout: float, proj: Layer, proj_dropout: float) -> str | None:
+    """None where every kernel of `lora_mlp` and of its backward is built for these tensors; else why not.
+
+    Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
+    """
+
+    def call() -> None:
+        pre, h = lora_linear.exercise(x, *fc, fc_dropout, activates=True)
+        assert h is not None
+        lora_linear.exercise(h, *proj, proj_dropout, pre)
+
+    key = ("lora_mlp", x.device, fc_dropout > 0, proj_dropout > 0, *describe(x, *fc, *proj))
+    return build(key, x, call)
