@@ -40,19 +40,23 @@ def draw(x: Tensor, dropout_p: float, *, exact: bool) -> tuple[Tensor, float]:
 
 def unpack(bits: Tensor, x: Tensor) -> Tensor:
     """The mask of `x` as ones and zeros in x's shape and dtype."""
-    return _rows(bits, x, x.dtype)
+    return _ones(bits, x).to(x.dtype)
 
 
 def apply(bits: Tensor, x: Tensor) -> Tensor:
     """A copy of `x` with zeros where the mask is zero."""
-    # The bits of integers meet those of floats: in 16 bits a fifth of the time of a product.
-    mask = _rows(bits, x, _INTEGERS[x.element_size()])
+    # Minus one is all bits set, and the bits of integers meet those of floats: a third of the time of a product.
+    mask = _ones(bits, x).view(torch.int8).neg_().to(_INTEGERS[x.element_size()])
     return mask.bitwise_and_(x.view(mask.dtype)).view(x.dtype)
 
 
-def _rows(bits: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    # Copying rows of a table of all bytes is three times as fast as casting booleans.
-    return _bytes(dtype, x.device).index_select(0, bits.int()).view(-1)[: x.numel()].view(x.shape)
+def _ones(bits: Tensor, x: Tensor) -> Tensor:
+    """The mask of `x` as uint8 ones and zeros in x's shape, in new memory."""
+    if bits.device.type == "cpu":
+        ones = torch.from_numpy(np.unpackbits(bits.numpy(), count=x.numel()))
+    else:
+        ones = (bits[:, None] >> torch.arange(7, -1, -1, device=bits.device) & 1).view(-1)[: x.numel()]
+    return ones.view(x.shape)
 
 
 def _pack(keep: Tensor) -> Tensor:
@@ -73,10 +77,3 @@ def _byte_law(dropout_p: float) -> tuple[np.ndarray, np.ndarray]:
     expected = _LANES * dropout_p ** (8 - kept) * (1.0 - dropout_p) ** kept
     entries = np.floor(expected).astype(np.int64)
     return np.repeat(np.arange(256, dtype=np.uint8), entries), np.cumsum(expected - entries)
-
-
-@functools.cache
-def _bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(256, 8): the bits of each byte, the highest first, as numpy packs them; in integers a one is all ones."""
-    bits = torch.from_numpy(_BITS).to(device, dtype)
-    return bits if dtype.is_floating_point else -bits
