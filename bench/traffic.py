@@ -32,11 +32,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.activations import NewGELUActivation
 
 import fastpeft
-from fastpeft import ops
+from fastpeft import ops, reference
 from fastpeft.kernels import adapter, launch, lora_linear, tiling
 
+RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
 aten = torch.ops.aten
 ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
@@ -152,17 +154,17 @@ def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace
     return torch.native_dropout(input, p, True)[0] if training and p > 0 else input
 
 
-def traffic(operation: Callable[[Tensor], Tensor], x: Tensor, parameters: Iterable[Tensor]) -> Traffic:
-    """Run `operation` on x and backward from its output, for x and those `parameters` that train."""
-    parameters = list(parameters)
+def traffic(operation: Callable[..., Any], x: Tensor | list[Tensor], parameters: Iterable[Tensor]) -> Traffic:
+    """Run `operation` on x and backward from its outputs, for x and those `parameters` that train."""
+    parameters, inputs = list(parameters), tree_leaves(x)
     forward, backward, saved = [], [], []  # `saved` keeps storages alive, so that each has its own identity
     keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
     with on_an_h100(), DropoutAsOnCuda():
         with keeping, EagerKernels(forward):
-            y = operation(x)
-        dy = torch.empty_like(y)
+            y = tree_leaves(operation(*inputs))
+        dy = [torch.empty_like(each) for each in y]
         with EagerKernels(backward):
-            torch.autograd.grad(y, [x, *(p for p in parameters if p.requires_grad)], dy)
+            torch.autograd.grad(y, [*inputs, *(p for p in parameters if p.requires_grad)], dy)
     own = {p.untyped_storage()._cdata for p in parameters}
     kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
     return Traffic(forward, backward, sum(size for storage, size in kept.items() if storage not in own))
@@ -182,6 +184,24 @@ def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:
     """A peft layer by `fastpeft.lora_linear`; the module itself leaves meta tensors to stock."""
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     return fastpeft.lora_linear(x, base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
+
+
+def fused_mlp(fc: Any, proj: Any, dropout_p: float, x: Tensor) -> Tensor:
+    """Two peft layers and the GELU between them by `ops.lora_mlp`."""
+    both = (
+        ops.Projection(
+            layer.base_layer.weight,
+            layer.base_layer.bias,
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight,
+            layer.scaling["default"],
+            dropout_p,
+        )
+        for layer in (fc, proj)
+    )
+    served = ops.lora_mlp(x, *both, "auto")
+    assert served is not None
+    return served[0]
 
 
 def fused_adapter(layer: Any, x: Tensor) -> Tensor:
@@ -220,6 +240,66 @@ def adapter_variants(tokens: int, dtype: str) -> dict[str, Traffic]:
     }
 
 
+def with_neighbours(
+    c_attn: Callable[[Tensor], Tensor],
+    c_proj: Callable[[Tensor], Tensor],
+    mlp: Callable[[Tensor], Tensor],
+    norm: nn.Module,
+    x: Tensor,
+    attended: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """A block but for its attention, which makes `attended` of the first result; the second goes to the next block."""
+    qkv = c_attn(norm(x))
+    x = F.dropout(c_proj(attended), RESIDUAL_DROPOUT) + x
+    return qkv, x + F.dropout(mlp(norm(x)), RESIDUAL_DROPOUT)
+
+
+def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Traffic]:
+    """The traffic of a block's projections with its LayerNorms, GELU, dropouts and residuals, by variant.
+
+    `bound` is every operation by itself: each LayerNorm, projection, GELU, and dropout with its residual, reads and
+    writes each of its tensors once. `bound_fused` is a projection with its neighbours as one operation.
+    """
+    kind = DTYPES[dtype]
+    rows = [torch.empty(1, tokens, WIDTH, dtype=kind, device="meta", requires_grad=True) for _ in range(2)]
+    norm = nn.LayerNorm(WIDTH, dtype=kind, device="meta").requires_grad_(False)
+    every = [layers.peft_layer(p.k, p.n, rank, dropout_p, kind, device="meta") for p in projections()]
+    parameters = [p for module in (*every, norm) for p in module.parameters()]
+    one_by_one = [partial(fused_lora, layer, dropout_p) for layer in every]
+
+    def run(layers: list[Any], mlp: Callable[[Tensor], Tensor]) -> Traffic:
+        return traffic(partial(with_neighbours, *layers[:2], mlp, norm), rows, parameters)
+
+    def in_turn(gelu: Callable[[Tensor], Tensor], layers: list[Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: layers[3](gelu(layers[2](x)))
+
+    return {
+        **neighbour_bounds(rows[0], every, norm),
+        f"peft_{dtype}": run(every, in_turn(NewGELUActivation(), every)),
+        "fastpeft": run(one_by_one, in_turn(reference.gelu_new, one_by_one)),
+        "fastpeft_model": run(one_by_one, partial(fused_mlp, *every[2:], dropout_p)),
+    }
+
+
+def neighbour_bounds(x: Tensor, every: list[nn.Module], norm: nn.Module) -> dict[str, Traffic]:
+    """`bound` and `bound_fused` of `neighbour_variants`, in tensors as large as x: qkv is three, a GELU's four."""
+    empty = x[:, :0]
+    weights = [bound(empty, empty, module.parameters()) for module in (*every, norm, norm)]
+    forward, backward = (sum(k.bytes for t in weights for k in t[way]) for way in (0, 1))
+
+    def of(rows_forward: int, rows_backward: int, rows_saved: int) -> Traffic:
+        each = (forward + rows_forward * stored_bytes(x), backward + rows_backward * stored_bytes(x))
+        return Traffic(*([Kernel("bound", moved)] for moved in each), rows_saved * stored_bytes(x))
+
+    projections = (1 + 3) + (1 + 1) + (1 + 4) + (4 + 1), (3 + 1 + 1) + (1 + 1 + 1) + (4 + 1 + 1) + (1 + 4 + 4)
+    norms = 2 * 2, 2 * (3 + 3)  # backward with the sum of a residual's gradient and the norm's
+    gelu, residuals = (4 + 4, 4 + 4 + 4), (2 * 3, 2 * 2)
+    alone = (sum(way) for way in zip(projections, norms, gelu, residuals, strict=True))
+    # x qkv, attended x x', x' pre, pre x' y; dqkv x dx dx, dx' attended d(attended), dpre x' dy dx', dy pre dpre
+    fused = (1 + 3) + 3 + (1 + 4) + (4 + 2), (3 + 3) + 3 + (4 + 3) + (1 + 4 + 4)
+    return {"bound": of(*alone, 8), "bound_fused": of(*fused, 7)}
+
+
 def block(by_layer: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, int]]:
     """The sums over a block's layers, by variant."""
     variants = next(iter(by_layer.values()))
@@ -228,7 +308,7 @@ def block(by_layer: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str,
 
 
 def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Any]:
-    """The JSON: `block` and `adapter` by variant, `layers` by layer and variant; bytes are bytes."""
+    """The JSON: `block`, `neighbours` and `adapter` by variant, `layers` by layer and variant; bytes are bytes."""
     by_layer = {
         p.name: {v: t.record() for v, t in lora_variants(p.k, p.n, tokens, rank, dropout_p, dtype).items()}
         for p in projections()
@@ -240,6 +320,7 @@ def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, A
         "dtype": dtype,
         "architecture": f"sm_{H100.name}",
         "block": block(by_layer),
+        "neighbours": {v: t.record() for v, t in neighbour_variants(tokens, rank, dropout_p, dtype).items()},
         "adapter": {v: t.record() for v, t in adapter_variants(tokens, dtype).items()},
         "layers": by_layer,
         **record.header(),
@@ -249,10 +330,10 @@ def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, A
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Variants with launches, MB and the ratio of bytes to the bound."""
     least = rows["bound"]["bytes"]
-    lines = [f"{'':12}{'launches':>9}{'MB':>9}{'x bound':>9}{'saved MB':>10}"]
+    lines = [f"{'':14}{'launches':>9}{'MB':>9}{'x bound':>9}{'saved MB':>10}"]
     for variant, row in rows.items():
         ratio, megabytes, saved = row["bytes"] / least, row["bytes"] / 1e6, row["saved_bytes"] / 1e6
-        lines.append(f"{variant:12}{row['launches']:9}{megabytes:9.1f}{ratio:9.2f}{saved:10.1f}")
+        lines.append(f"{variant:14}{row['launches']:9}{megabytes:9.1f}{ratio:9.2f}{saved:10.1f}")
     return "\n".join(lines)
 
 
@@ -266,7 +347,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args()
     result = measure(args.tokens, args.rank, args.dropout, args.dtype)
-    for name, rows in [*result["layers"].items(), ("block", result["block"]), ("adapter", result["adapter"])]:
+    whole = ((name, result[name]) for name in ("block", "neighbours", "adapter"))
+    for name, rows in [*result["layers"].items(), *whole]:
         print(f"\n{name}\n{table(rows)}")
     if args.json:
         record.write(args.json, result)

@@ -74,6 +74,33 @@ def test_fastpeft_is_counted_by_its_kernels_and_saves_x_and_xa_alone(layer):
     assert layer["bound"]["bytes"] < layer["fastpeft"]["bytes"] < layer["addmm"]["bytes"]
 
 
+@pytest.fixture(scope="module")
+def neighbours():
+    return {name: found.record() for name, found in traffic.neighbour_variants(M, R, 0.1, "bf16").items()}
+
+
+def test_the_bound_with_neighbours_is_each_operation_alone(neighbours):
+    row, w = M * 768, 768
+    factors = [R * (k + n) for k, n in ((w, 3 * w), (w, w), (w, 4 * w), (4 * w, w))]
+    biases, norms = (3 + 1 + 4 + 1) * w, 2 * 2 * w
+    forward = 16 * row + 12 * w * w + biases + sum(factors)  # the projections
+    forward += 2 * 2 * row + norms  # LayerNorms
+    forward += 2 * 4 * row + 2 * 3 * row  # the GELU, and dropouts with residuals
+    backward = 23 * row + 12 * w * w + 2 * sum(factors)
+    backward += 2 * 3 * row + 2 * 3 * row  # LayerNorms, and the sums with the residuals' gradients
+    backward += 3 * 4 * row + 2 * 2 * row
+    assert neighbours["bound"]["bytes"] == BF16 * (forward + backward)
+
+
+def test_the_model_scope_makes_no_pass_for_the_gelu(neighbours):
+    saved = 4 * 5 * M * 768  # the GELU's own passes, four rows wide: two forward, three backward
+    added = 4 * 2 * M * 768  # its result beside the pre-activation, and that where the gradient leaves
+    layers, model = neighbours["fastpeft"], neighbours["fastpeft_model"]
+    assert layers["bytes"] - model["bytes"] == BF16 * (saved - added)
+    assert layers["launches"] - model["launches"] == 2
+    assert layers["saved_bytes"] - model["saved_bytes"] == BF16 * 4 * M * 768
+
+
 def test_an_expanded_operand_costs_what_it_stores():
     assert traffic.stored_bytes(torch.empty(N, device="meta").expand(M, N)) == FP32 * N
     assert traffic.distinct_bytes([w := torch.empty(K, N), w.T, w[:1]]) == FP32 * (K * N + N)
@@ -91,5 +118,6 @@ def test_the_record_of_gpt2_small_names_every_variant_of_every_layer(tmp_path, m
         for variant in variants:
             by_layer = [rows[variant][key] for rows in record["layers"].values()]
             assert record["block"][variant][key] == sum(by_layer)
+    assert record["neighbours"]["fastpeft_model"]["bytes"] <= 1.2 * record["neighbours"]["bound"]["bytes"]
     assert 4.8 < record["block"]["peft_bf16"]["bytes"] / record["block"]["bound"]["bytes"] < 5.0
     assert {"commit", "machine", "versions", "command", "shapes", "dtype"} <= record.keys()
