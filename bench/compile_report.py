@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import adapter, launch, lora_linear, tiling
+from fastpeft.kernels import adapter, dropout, launch, lora_linear, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 
@@ -81,19 +81,24 @@ def cases(arch: int) -> Iterator[Case]:
         for tile in tiling.LINEAR[arch]["dropout"]:
             yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
-        for tile in tiling.linear_tiles(arch, form, "split", gelu=True):
+        for tile in tiling.linear_tiles(arch, form, "split", epilogue=True):
             yield from (Case("linear", arch, mixed, tile, 16, f"{form} split{l} gelu") for l in LAYOUTS)
-        for tile in tiling.linear_tiles(arch, form, "dropout", gelu=True):
+            yield Case("linear", arch, mixed, tile, 16, f"{form} split residual")
+        for tile in tiling.linear_tiles(arch, form, "dropout", epilogue=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} dropout transposed gelu")
+            yield Case("linear", arch, mixed, tile, 16, f"{form} dropout residual")
     for variant, layouts in (("single", LAYOUTS), ("single dropout", (" transposed",))):
         for tile, layout in itertools.product(tiling.LINEAR[arch][variant], layouts):
             for rank in (r for r in RANKS if tiling.single_pays(r, tile)):  # the factor is rounded beforehand
                 yield Case("linear", arch, "bf16", tile, rank, f"pointer {variant}{layout}")
             yield Case("linear", arch, "fp16", tile, 16, f"pointer {variant}{layout}")
         for tile, layout in itertools.product(
-            tiling.linear_tiles(arch, "pointer", variant, gelu=True), layouts
+            tiling.linear_tiles(arch, "pointer", variant, epilogue=True), layouts
         ):
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant}{layout} gelu")
+        for tile in tiling.linear_tiles(arch, "pointer", variant, epilogue=True):
+            yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} residual")
+    yield from (Case("dropout", arch, dtype, dropout.STRIP, 0) for dtype in ("bf16", "fp16", "fp32"))
     for rank in RANKS:
         for strip in tiling.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
@@ -116,9 +121,10 @@ def cases(arch: int) -> Iterator[Case]:
             for tile in tiling.LINEAR_FLOAT32:
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
-            for tile in tiling.linear_tiles_float32(gelu=True):
+            for tile in tiling.linear_tiles_float32(epilogue=True):
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")
+                yield Case("linear", arch, precision, tile, rank, "pointer dropout residual")
             yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
             yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout")
             yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout gelu")
@@ -155,10 +161,13 @@ def recorded(case: Case) -> launch.Launch:
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
                 given["activates"] = gelu
+                given["residual"] = rows(M, N) if "residual" in case.variant else None
                 f = factor(N, rank).T
                 lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
         elif case.kernel == "shrink":
             lora_linear.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
+        elif case.kernel == "dropout":
+            dropout.dropped(rows(M, K), 0.1, seed)
         elif case.kernel == "gradient":
             tall = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
             tickets = new_tickets(seed, 60)
@@ -382,7 +391,7 @@ def faults(line: dict[str, Any]) -> list[str]:
         found.append(f"spills {line['spill_loads']}/{line['spill_stores']}")
     if line["shared_bytes"] > line["shared_limit"] or line["tensor_memory"] > 512:
         found.append("over the limit")
-    if line["dtype"] not in ("fp32",) and not line["mma"]:
+    if line["dtype"] != "fp32" and line["kernel"] != "dropout" and not line["mma"]:
         found.append("no tensor-core instruction")
     limit = 1.35 if "single" in line["config"] else 1.15
     if line["loop_ratio"] is not None and line["loop_ratio"] > limit:

@@ -36,7 +36,7 @@ from transformers.activations import NewGELUActivation
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import adapter, launch, lora_linear, tiling
+from fastpeft.kernels import adapter, dropout, launch, lora_linear, tiling
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
@@ -113,8 +113,14 @@ class EagerKernels(TorchDispatchMode):
 
 def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
     """What runs behind an operator that fastpeft registers with torch."""
-    module = {"lora_linear": lora_linear, "adapter": adapter}[operator.removesuffix("_backward")]
-    launcher = module.backward if operator.endswith("_backward") else module.forward
+    launchers: dict[str, Callable[..., Any]] = {
+        "lora_linear": lora_linear.forward,
+        "lora_linear_backward": lora_linear.backward,
+        "dropped": dropout.dropped,
+        "adapter": adapter.forward,
+        "adapter_backward": adapter.backward,
+    }
+    launcher = launchers[operator]
     kernels: list[Kernel] = []
     taken = len(inspect.signature(launcher).parameters)  # what follows is autograd's alone
     with launch.record() as launches, EagerKernels(kernels):
@@ -180,26 +186,21 @@ def bound(x: Tensor, y: Tensor, parameters: Iterable[Tensor]) -> Traffic:
     return Traffic([Kernel("bound", forward)], [Kernel("bound", forward - bias + gradients)], stored_bytes(x))
 
 
-def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:
-    """A peft layer by `fastpeft.lora_linear`; the module itself leaves meta tensors to stock."""
+def projection(layer: Any, dropout_p: float) -> ops.Projection:
+    """A peft layer as fastpeft's operations take it; the module itself leaves meta tensors to stock."""
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return fastpeft.lora_linear(x, base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
+    return ops.Projection(base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
 
 
-def fused_mlp(fc: Any, proj: Any, dropout_p: float, x: Tensor) -> Tensor:
-    """Two peft layers and the GELU between them by `ops.lora_mlp`."""
-    both = (
-        ops.Projection(
-            layer.base_layer.weight,
-            layer.base_layer.bias,
-            layer.lora_A["default"].weight,
-            layer.lora_B["default"].weight,
-            layer.scaling["default"],
-            dropout_p,
-        )
-        for layer in (fc, proj)
-    )
-    served = ops.lora_mlp(x, *both, "auto")
+def fused_lora(layer: Any, dropout_p: float, x: Tensor, residual: ops.Residual | None = None) -> Tensor:
+    """A peft layer by `fastpeft.lora_linear`, added to a residual if there is one."""
+    return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False, residual=residual)[0]
+
+
+def fused_mlp(fc: Any, proj: Any, dropout_p: float, x: Tensor, residual: ops.Residual) -> Tensor:
+    """Two peft layers, the GELU between them and the residual by `ops.lora_mlp`."""
+    layers = (projection(layer, dropout_p) for layer in (fc, proj))
+    served = ops.lora_mlp(x, *layers, "auto", residual=residual)
     assert served is not None
     return served[0]
 
@@ -242,16 +243,19 @@ def adapter_variants(tokens: int, dtype: str) -> dict[str, Traffic]:
 
 def with_neighbours(
     c_attn: Callable[[Tensor], Tensor],
-    c_proj: Callable[[Tensor], Tensor],
-    mlp: Callable[[Tensor], Tensor],
+    c_proj: Callable[..., Tensor],
+    mlp: Callable[..., Tensor],
     norm: nn.Module,
     x: Tensor,
     attended: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """A block but for its attention, which makes `attended` of the first result; the second goes to the next block."""
+    """A block but for its attention, which makes `attended` of the first result; the second goes to the next block.
+
+    `c_proj` and `mlp` take a residual, and the dropout before it, as their second argument.
+    """
     qkv = c_attn(norm(x))
-    x = F.dropout(c_proj(attended), RESIDUAL_DROPOUT) + x
-    return qkv, x + F.dropout(mlp(norm(x)), RESIDUAL_DROPOUT)
+    x = c_proj(attended, ops.Residual(x, RESIDUAL_DROPOUT))
+    return qkv, mlp(norm(x), ops.Residual(x, RESIDUAL_DROPOUT))
 
 
 def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Traffic]:
@@ -267,17 +271,23 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
     parameters = [p for module in (*every, norm) for p in module.parameters()]
     one_by_one = [partial(fused_lora, layer, dropout_p) for layer in every]
 
-    def run(layers: list[Any], mlp: Callable[[Tensor], Tensor]) -> Traffic:
-        return traffic(partial(with_neighbours, *layers[:2], mlp, norm), rows, parameters)
+    def run(c_attn: Any, c_proj: Any, mlp: Any) -> Traffic:
+        return traffic(partial(with_neighbours, c_attn, c_proj, mlp, norm), rows, parameters)
 
-    def in_turn(gelu: Callable[[Tensor], Tensor], layers: list[Any]) -> Callable[[Tensor], Tensor]:
-        return lambda x: layers[3](gelu(layers[2](x)))
+    def alone(gelu: Callable[[Tensor], Tensor], layers: list[Any]) -> Traffic:
+        """Every layer, and every neighbour, by itself."""
+        c_attn, c_proj, c_fc, mlp_c_proj = layers
+        return run(
+            c_attn,
+            lambda x, residual: ops.added(c_proj(x), residual),
+            lambda x, residual: ops.added(mlp_c_proj(gelu(c_fc(x))), residual),
+        )
 
     return {
         **neighbour_bounds(rows[0], every, norm),
-        f"peft_{dtype}": run(every, in_turn(NewGELUActivation(), every)),
-        "fastpeft": run(one_by_one, in_turn(reference.gelu_new, one_by_one)),
-        "fastpeft_model": run(one_by_one, partial(fused_mlp, *every[2:], dropout_p)),
+        f"peft_{dtype}": alone(NewGELUActivation(), every),
+        "fastpeft": alone(reference.gelu_new, one_by_one),
+        "fastpeft_model": run(*one_by_one[:2], partial(fused_mlp, *every[2:], dropout_p)),
     }
 
 

@@ -46,23 +46,25 @@ class FusedLoraLinear(LoraLinear):
     lora_B: Any
     lora_dropout: Any
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, residual: ops.Residual | None = None, **kwargs: Any) -> Tensor:
+        """x (..., in_features) → (..., out_features), added to a residual if the block gives one."""
         site = self._fastpeft
         reason = "called with extra arguments" if args or kwargs else why_not_lora(self)
         reason = reason or why_not_tensors(x, self.base_layer.weight)
         if reason:
             site.record(ops.Route("stock", reason))
-            return super().forward(x, *args, **kwargs)
+            return ops.added(super().forward(x, *args, **kwargs), residual)
         projection, rest = projection_of(self)
+        fused = None if rest else residual
         try:
-            y, route = ops.routed_lora_linear(x, projection, site.backend, site.exact, site.strict)
+            y, route = ops.routed_lora_linear(x, projection, site.backend, site.exact, site.strict, fused)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         for name in rest:
             dropped = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
             y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
         site.record(route)
-        return y
+        return ops.added(y, residual) if rest else y
 
 
 def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:

@@ -36,6 +36,13 @@ class Projection(NamedTuple):
     dropout_p: float
 
 
+class Residual(NamedTuple):
+    """What a layer's result is added to, `x + dropout(result)`."""
+
+    x: Tensor
+    dropout_p: float
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -116,9 +123,14 @@ def adapter(
 
 
 def routed_lora_linear(
-    x: Tensor, projection: Projection, backend: str, exact: bool, strict: bool = False
+    x: Tensor,
+    projection: Projection,
+    backend: str,
+    exact: bool,
+    strict: bool = False,
+    residual: Residual | None = None,
 ) -> tuple[Tensor, Route]:
-    """`lora_linear` with the route it took, which modules record for the report."""
+    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record."""
     _check_lora_linear(x, projection)
     x, (weight, bias, lora_a, lora_b, scaling, dropout_p) = _as_autocast(x, projection)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -127,38 +139,52 @@ def routed_lora_linear(
         from fastpeft.kernels import launch, tuning
         from fastpeft.kernels import lora_linear as kernels
 
-        def through_kernels(x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any) -> Tensor:
-            seed = _new_seed(rows, dropout_p)
-            return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed)
+        residual_rows, residual_p = _rows_of(residual, x.dtype)
+
+        def through_kernels(
+            x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, rows_added: Any
+        ) -> Tensor:
+            seeds = _new_seed(rows, dropout_p), _new_seed(rows, residual_p)
+            rest = {"residual": rows_added, "residual_dropout": residual_p, "residual_seed": seeds[1]}
+            return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seeds[0], **rest)
 
         def through_pytorch(*tensors: Any) -> Any:
-            return _LoraLinear.apply(*tensors, scaling, dropout_p, False)
+            y = _LoraLinear.apply(*tensors[:5], scaling, dropout_p, False)
+            return y if residual_rows is None else added(y, Residual(tensors[5], residual_p))
 
-        given = (rows, weight, bias, lora_a, lora_b)
+        given = (rows, weight, bias, lora_a, lora_b, residual_rows)
+        drops = (dropout_p, residual_p)
         route = _confirm(
             route,
             backend,
             strict,
             launch.unsupported(rows, lora_a.shape[0], *given),
-            lambda: kernels.ready(*given, dropout_p),
-            lambda: tuning.slower_than("lora_linear", given, (dropout_p,), through_kernels, through_pytorch),
+            lambda: kernels.ready(*given[:5], dropout_p, residual_rows, residual_p),
+            lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
         )
         if route.path == "triton":
-            return through_kernels(*given).view(*x.shape[:-1], weight.shape[1]), route
+            y = through_kernels(*given).view(*x.shape[:-1], weight.shape[1])
+            return y if residual_rows is not None else added(y, residual), route
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
-        return (F.linear(x, weight.T, bias) + update).to(x.dtype), route
-    y = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, exact)
-    return y.view(*x.shape[:-1], weight.shape[1]), route
+        y = (F.linear(x, weight.T, bias) + update).to(x.dtype)
+    else:
+        y = _LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, exact)
+    return added(y.view(*x.shape[:-1], weight.shape[1]), residual), route
 
 
 def lora_mlp(
-    x: Tensor, fc: Projection, proj: Projection, backend: str, strict: bool = False
+    x: Tensor,
+    fc: Projection,
+    proj: Projection,
+    backend: str,
+    strict: bool = False,
+    residual: Residual | None = None,
 ) -> tuple[Tensor, Route] | None:
-    """`proj(gelu(fc(x)))` with the tanh GELU inside the kernels, and its route; None where Triton won't serve it.
+    """`proj(gelu(fc(x)))`, the tanh GELU, added to a residual if there is one, and its route, by the kernels.
 
-    Outside the kernels a GELU costs what it costs beside two calls of `lora_linear`.
+    None where Triton won't serve it: outside the kernels there is nothing to gain over layer by layer.
     """
     if choose(backend, False, x.device).path != "triton":
         return None
@@ -169,29 +195,46 @@ def lora_mlp(
     from fastpeft.kernels import launch, tuning
     from fastpeft.kernels import lora_mlp as kernels
 
+    residual_rows, residual_p = _rows_of(residual, x.dtype)
+
     def through_kernels(x: Any, *tensors: Any) -> Tensor:
-        first, second = (_new_seed(rows, p.dropout_p) for p in (fc, proj))
-        layers = (tensors[:4], *fc[4:], first, tensors[4:], *proj[4:], second)
-        return kernels.lora_mlp(x, *layers)
+        first, second, last = (_new_seed(rows, p) for p in (fc.dropout_p, proj.dropout_p, residual_p))
+        layers = (tensors[:4], *fc[4:], first, tensors[4:8], *proj[4:], second)
+        return kernels.lora_mlp(x, *layers, tensors[8], residual_p, last)
 
     def through_pytorch(x: Any, *tensors: Any) -> Any:
         h = reference.gelu_new(_LoraLinear.apply(x, *tensors[:4], *fc[4:], False))
-        return _LoraLinear.apply(h, *tensors[4:], *proj[4:], False)
+        y = _LoraLinear.apply(h, *tensors[4:8], *proj[4:], False)
+        return y if residual_rows is None else added(y, Residual(tensors[8], residual_p))
 
-    given = (rows, *fc[:4], *proj[:4])
+    given = (rows, *fc[:4], *proj[:4], residual_rows)
+    drops = (fc.dropout_p, proj.dropout_p, residual_p)
     route = _confirm(
         Route("triton", "fused kernels, GELU included"),
         backend,
         strict,
         launch.unsupported(rows, max(fc.lora_a.shape[0], proj.lora_a.shape[0]), *given),
-        lambda: kernels.ready(rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p),
-        lambda: tuning.slower_than(
-            "lora_mlp", given, (fc.dropout_p, proj.dropout_p), through_kernels, through_pytorch
+        lambda: kernels.ready(
+            rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p, residual_rows, residual_p
         ),
+        lambda: tuning.slower_than("lora_mlp", given, drops, through_kernels, through_pytorch),
     )
     if route.path != "triton":
         return None
-    return through_kernels(*given).view(*x.shape[:-1], proj.weight.shape[1]), route
+    y = through_kernels(*given).view(*x.shape[:-1], proj.weight.shape[1])
+    return y if residual_rows is not None else added(y, residual), route
+
+
+def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | None, float]:
+    """A residual as the kernels add it, and its dropout; None where there is none, or it is wider than `dtype`."""
+    if residual is None or residual.x.dtype != dtype:
+        return None, 0.0
+    return residual.x.reshape(-1, residual.x.shape[-1]).contiguous(), residual.dropout_p
+
+
+def added(y: Tensor, residual: Residual | None) -> Tensor:
+    """y, added to a residual if there is one."""
+    return y if residual is None else residual.x + F.dropout(y, residual.dropout_p)
 
 
 def routed_adapter(

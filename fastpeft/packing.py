@@ -21,6 +21,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
 )
 
 from fastpeft import ops
+from fastpeft.block import FusedBlock, projected
 from fastpeft.modules import Site
 
 #: Above this share of real tokens packing gains less than its gathers and scatters cost, unless a head pools.
@@ -50,9 +51,18 @@ class PackedAttention(GPT2Attention):
     """GPT-2's self-attention over packed tokens; without `packed`, stock's own forward."""
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Any, *args: Any, packed: Packed | None = None, pool: bool = False, **kwargs: Any
+        self,
+        hidden_states: Any,
+        *args: Any,
+        packed: Packed | None = None,
+        pool: bool = False,
+        residual: Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """hidden_states (1, T, width) → the output at every token, or at the pooled ones, and no weights."""
+        """hidden_states (1, T, width) → the output at every token, or at the pooled ones, and no weights.
+
+        The output is added to a residual of its shape if there is one.
+        """
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         batch, longest = packed.view
@@ -81,10 +91,10 @@ class PackedAttention(GPT2Attention):
         output = output.reshape(-1, self.embed_dim)
         if len(output) > len(packed.slots):
             output = output.index_select(0, packed.slots)
-        return self.resid_dropout(self.c_proj(output[None])), None
+        return projected(self.c_proj, self.resid_dropout, output[None], residual), None
 
 
-class PackedLastBlock(GPT2Block):
+class PackedLastBlock(FusedBlock):
     """GPT-2's last block: where the head pools, keys and values of all tokens, and the rest of the pooled alone."""
 
     def forward(  # type: ignore[override]
@@ -119,7 +129,7 @@ def install(transformer: Any, site: PackingSite) -> None:
     for block in transformer.h:
         if type(block.attn) is GPT2Attention:
             block.attn.__class__ = PackedAttention
-    if type(block) is GPT2Block:
+    if type(block) is FusedBlock:
         block.__class__ = PackedLastBlock
 
 
@@ -134,7 +144,7 @@ def uninstall(transformer: Any) -> None:
         if type(block.attn) is PackedAttention:
             block.attn.__class__ = GPT2Attention  # type: ignore[assignment]
         if type(block) is PackedLastBlock:
-            block.__class__ = GPT2Block  # type: ignore[assignment]
+            block.__class__ = FusedBlock  # type: ignore[assignment]
     transformer.__dict__.pop("_fastpeft", None)
 
 
@@ -146,7 +156,7 @@ def why_not_model(transformer: Any) -> str | None:
     if transformer.config.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn"
     for block in transformer.h:
-        if type(block) not in (GPT2Block, PackedLastBlock) or "forward" in block.__dict__:
+        if type(block) not in (GPT2Block, FusedBlock, PackedLastBlock) or "forward" in block.__dict__:
             return f"a block is {type(block).__name__}, or its forward was replaced"
         if type(block.attn) not in (GPT2Attention, PackedAttention) or "forward" in block.attn.__dict__:
             return f"an attention is {type(block.attn).__name__}, or its forward was replaced"

@@ -12,7 +12,7 @@ from transformers import GenerationMixin
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2Model
 
-from fastpeft import mlp, ops, probe
+from fastpeft import block, ops, probe
 from fastpeft.adapters import Adapter
 from fastpeft.modules import (
     FusedAdapter,
@@ -99,9 +99,9 @@ def patch(
             candidate.module._fastpeft = Site(candidate.name, backend, exact, strict, calls=calls)
     for _, transformer in transformers:
         uninstall(transformer)
-        mlp.uninstall(transformer)
+        block.uninstall(transformer)
     for name, transformer in packing:
-        mlp.install(transformer)
+        block.install(transformer)
         heads = [m for m in model.modules() if m._modules.get("transformer") is transformer]
         generates = not heads or any(isinstance(head, GenerationMixin) for head in heads)
         pools = [type(head) for head in heads] == [GPT2ForSequenceClassification]
@@ -126,7 +126,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if type(module) is GPT2Model:
             uninstall(module)
-            mlp.uninstall(module)
+            block.uninstall(module)
     return model
 
 

@@ -15,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import rounded
+from .launch import launch
+
 ROUNDS = 7
+STRIP = (32, 128, 4, 1)  # rows, columns, warps and stages of a program of `dropped`
 
 
 def threshold(dropout_p: float) -> int:
@@ -52,6 +56,41 @@ def keep_tile(seed_ptr, start_m, start_k, drop_below, BLOCK_M: tl.constexpr, BLO
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # the last two axes number the words 2i + j
     lanes = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= drop_below
+
+
+@triton.jit
+def dropout_kernel(
+    t_ptr, out_ptr, seed_ptr,
+    M, N,
+    stride_tm, stride_tn,
+    drop_below, drop_scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`out = drop_scale · (keep ⊙ t)`: t (M, N), out contiguous; a tile a program."""
+    start_m, start_n = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
+    rows = (start_m + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = (start_n + tl.arange(0, BLOCK_N)).to(tl.int64)
+    mask = (rows < M)[:, None] & (columns < N)[None, :]
+    t = tl.load(t_ptr + rows[:, None] * stride_tm + columns[None, :] * stride_tn, mask=mask, other=0.0)
+    keep = keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N)
+    out = rounded(tl.where(keep, t.to(tl.float32) * drop_scale, 0.0), t.dtype)
+    tl.store(out_ptr + rows[:, None] * N + columns[None, :], out, mask=mask)
+
+
+def dropped(t: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    """Inverted dropout of t (M, N), contiguous."""
+    (m, n), out = t.shape, torch.empty_like(t, memory_format=torch.contiguous_format)
+    block_m, block_n, *how = STRIP
+    args = {
+        "t_ptr": t, "out_ptr": out, "seed_ptr": seed,
+        "M": m, "N": n, "stride_tm": t.stride(0), "stride_tn": t.stride(1),
+        "drop_below": threshold(dropout_p), "drop_scale": keep_scale(dropout_p),
+        "BLOCK_M": block_m, "BLOCK_N": block_n,
+    }  # fmt: skip
+    if t.numel() > 0:
+        launch(dropout_kernel, (triton.cdiv(m, block_m), triton.cdiv(n, block_n)), args, *how)
+    return out
 
 
 def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

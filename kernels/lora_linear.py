@@ -6,6 +6,7 @@
 
 with keep the dropout mask and s the scaling times dropout's 1 / (1 - p). A GELU beside the layer needs no pass of
 its own: `h = gelu(y)` is stored with y, and where x is `gelu(pre)`, dx is multiplied by gelu'(pre) before it is stored.
+Nor does a dropout with its residual: y becomes `residual + dropout(y)`, and dy is dropped before all of the above.
 Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three kernels do it all:
 `linear_kernel` (a GEMM with a rank-r term: y and dx; where no mask falls on what it reads, it can compute the
 rank-r factor xa or dxa from the tiles that it loads anyway), `shrink_kernel` (a pass over wide rows that leaves R
@@ -36,7 +37,7 @@ from .blocks import (
     sum_in_order,
     ticket_arguments,
 )
-from .dropout import Dropout, dropout_arguments, keep_scale, keep_tile
+from .dropout import Dropout, dropout_arguments, dropped, keep_scale, keep_tile
 from .launch import build, describe, differentiable_once, launch, on_device_of
 
 # --- kernels
@@ -131,11 +132,27 @@ def to_pre_activation(acc, pre_ptr, offsets, mask):
 
 
 @triton.jit
+def plus_residual(
+    acc, residual_ptr, seed_ptr, offsets, mask, drop_below, drop_scale, start_m, start_n,
+    DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """`residual + drop_scale · (keep ⊙ acc)`; `acc` itself where `residual_ptr` is None."""
+    if residual_ptr is not None:
+        if DROPOUT:
+            keep = keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N)
+            acc = tl.where(keep, acc * drop_scale, 0.0)
+        acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return acc
+
+
+@triton.jit
 def linear_kernel(
-    x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, pre_ptr, y_ptr, h_ptr, seed_ptr, tickets_ptr,
+    x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, pre_ptr, residual_ptr, y_ptr, h_ptr, seed_ptr, tickets_ptr,
     M, N, K, R,
     stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, stride_fr, stride_fn,
-    scaling, drop_below,
+    scaling, drop_below, drop_scale,
     SINGLE: tl.constexpr,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -150,8 +167,10 @@ def linear_kernel(
 ):  # fmt: skip
     """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program; SINGLE computes u = x aᵀ on the way.
 
-    With `pre_ptr`, y is multiplied by gelu'(pre); with `h_ptr`, `h = gelu(y)` is stored too.
+    With `pre_ptr`, y is multiplied by gelu'(pre); with `h_ptr`, `h = gelu(y)` is stored too. With `residual_ptr` the
+    mask falls on y instead, scaled by `drop_scale`, and the residual is added.
     """
+    MASKED_UPDATE: tl.constexpr = DROPOUT and residual_ptr is None
     clear_tickets(tickets_ptr, TICKETS)
     pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -170,7 +189,7 @@ def linear_kernel(
     else:
         acc = initial(
             bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
-            start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
+            start_m, start_n, rows, offs_n, mask_n, MASKED_UPDATE, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
 
     x_ptrs = x_ptr + rows[:, None].to(tl.int64) * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
@@ -194,12 +213,16 @@ def linear_kernel(
         acc = finished(
             acc, u, u_ptr, f_ptr, seed_ptr, M, R, stride_fr, stride_fn, scaling, drop_below,
             start_m, start_n, offs_m, offs_n, mask_n, pid_n == 0,
-            DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
+            MASKED_UPDATE, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
 
     offsets = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
     mask = mask_m[:, None] & mask_n[None, :]
     acc = to_pre_activation(acc, pre_ptr, offsets, mask)
+    acc = plus_residual(
+        acc, residual_ptr, seed_ptr, offsets, mask, drop_below, drop_scale, start_m, start_n,
+        DROPOUT, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     y = rounded(acc, y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, y, mask=mask)
     if h_ptr is not None:
@@ -208,10 +231,10 @@ def linear_kernel(
 
 @triton.jit
 def linear_descriptor_kernel(
-    x_desc, w_desc, bias_ptr, u_ptr, f_ptr, pre_ptr, y_desc, h_desc, seed_ptr,
+    x_desc, w_desc, bias_ptr, u_ptr, f_ptr, pre_ptr, residual_ptr, y_desc, h_desc, seed_ptr,
     M, N, K, R,
     stride_fr, stride_fn,
-    scaling, drop_below,
+    scaling, drop_below, drop_scale,
     DROPOUT: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -225,6 +248,7 @@ def linear_descriptor_kernel(
 
     W_TRANSPOSED: `w_desc` describes (N, K), the weight of an nn.Linear, rather than (K, N).
     """
+    MASKED_UPDATE: tl.constexpr = DROPOUT and residual_ptr is None
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         pid_m, pid_n = grouped_order(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -236,14 +260,19 @@ def linear_descriptor_kernel(
         rows = tl.where(mask_m, offs_m, 0)
         acc = initial(
             bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
-            start_m, start_n, rows, offs_n, mask_n, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
+            start_m, start_n, rows, offs_n, mask_n, MASKED_UPDATE, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([start_m, k])
             w = w_desc.load([start_n, k]).T if W_TRANSPOSED else w_desc.load([k, start_n])
             acc = dot(x, w, acc, INPUT_PRECISION)
         offsets = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
-        acc = to_pre_activation(acc, pre_ptr, offsets, mask_m[:, None] & mask_n[None, :])
+        mask = mask_m[:, None] & mask_n[None, :]
+        acc = to_pre_activation(acc, pre_ptr, offsets, mask)
+        acc = plus_residual(
+            acc, residual_ptr, seed_ptr, offsets, mask, drop_below, drop_scale, start_m, start_n,
+            DROPOUT, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
         y = rounded(acc, y_desc.dtype)
         y_desc.store([start_m, start_n], y)
         if h_desc is not None:
@@ -391,12 +420,14 @@ def linear(
     dropout: Dropout | None = None,
     tickets: Tensor | None = None,
     pre: Tensor | None = None,
+    residual: Tensor | None = None,
     activates: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`y = x weight + bias + keep ⊙ (u (scaling · f))`, u, which is `x aᵀ` where `a` (R, K) is given, and h.
 
     There is no bias with dropout: the mask falls on all that the accumulator starts from. Where `pre` (M, N),
-    contiguous, is given, y is multiplied by gelu'(pre). Where the layer `activates`, h is gelu(y).
+    contiguous, is given, y is multiplied by gelu'(pre). Where the layer `activates`, h is gelu(y). Where `residual`
+    (M, N), contiguous, is given, y becomes `residual + dropout(y)`, and the mask falls on nothing else.
     """
     (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
     y = x.new_empty(m, n)
@@ -405,13 +436,13 @@ def linear(
     h = torch.empty_like(y) if activates else None
     tile = how.tile
     args = {
-        "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "pre_ptr": pre,
+        "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "pre_ptr": pre, "residual_ptr": residual,
         "M": m, "N": n, "K": k, "R": rank,
         "stride_fr": f.stride(0), "stride_fn": f.stride(1),
         "scaling": scaling, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
-        **dropout_arguments(dropout),
+        **dropout_arguments(dropout), "drop_scale": 1.0 if dropout is None else keep_scale(dropout.p),
     }  # fmt: skip
     tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
     if how.descriptor:
@@ -487,36 +518,39 @@ def updated(
     outer: Dropout | None = None,
     tickets: Tensor | None = None,
     pre: Tensor | None = None,
+    residual: Tensor | None = None,
     activates: bool = False,
     how: tiling.Linear | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
-    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks, of which one call has one;
-    `pre` and h as in `linear`.
+    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What `pre`, `residual` and
+    `activates` change, and h, are as in `linear`.
     """
     (m, _), n, rank = x.shape, weight.shape[1], a.shape[0]
     if m == 0 or n == 0:
         if tickets is not None:
             tickets.zero_()
         return x.new_empty(m, n), x.new_zeros(m, rank), x.new_empty(m, n) if activates else None
+    rest: dict[str, Any] = {"pre": pre, "residual": residual, "activates": activates}
     if how is None:
-        dropped = inner is not None, outer is not None
+        drops = inner is not None, outer is not None
+        epilogue = pre is not None, residual is not None, activates
         how = tuning.fastest(
             "updated",
             x,
-            (n, rank, dropped, weight.stride(1) == 1, a.dtype, pre is not None, activates),
-            tiling.linear(x, weight, rank, *dropped, gelu=activates or pre is not None),
+            (n, rank, drops, weight.stride(1) == 1, a.dtype, epilogue),
+            tiling.linear(x, weight, rank, *drops, any(epilogue)),
             lambda each: updated(
-                x, weight, bias, a, f, scaling,
-                inner=inner, outer=outer, tickets=tickets, pre=pre, activates=activates, how=each,
+                x, weight, bias, a, f, scaling, inner=inner, outer=outer, tickets=tickets, how=each, **rest
             ),
-        )  # fmt: skip
-    rest: dict[str, Any] = {"dropout": outer, "pre": pre, "activates": activates}
+        )
     if how.single:  # the loop has no room to round a wider factor
-        return linear(x, weight, bias, f, scaling, how, a=a.to(x.dtype), tickets=tickets, **rest)
+        return linear(
+            x, weight, bias, f, scaling, how, a=a.to(x.dtype), dropout=outer, tickets=tickets, **rest
+        )
     u = shrink(x, a.T, dropout=inner, tickets=tickets)
-    return linear(x, weight, bias, f, scaling, how, u=u, **rest)
+    return linear(x, weight, bias, f, scaling, how, u=u, dropout=outer, **rest)
 
 
 def gradients(
@@ -576,11 +610,21 @@ def forward(
     dropout_p: float,
     seed: Tensor | None,
     activates: bool = False,
+    residual: Tensor | None = None,
+    residual_dropout: float = 0.0,
+    residual_seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y (M, N), xa (M, R) and, where the layer `activates`, gelu(y), all in x's dtype."""
-    dropout = None if seed is None else Dropout(dropout_p, seed)
+    """y (M, N), xa (M, R) and, where the layer `activates`, gelu(y), all in x's dtype.
+
+    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`.
+    """
+    inner = None if seed is None else Dropout(dropout_p, seed)
+    outer = None if residual_seed is None else Dropout(residual_dropout, residual_seed)
     scaling *= keep_scale(dropout_p)
-    return updated(x, weight, bias, lora_a, lora_b.T, scaling, inner=dropout, activates=activates)
+    return updated(
+        x, weight, bias, lora_a, lora_b.T, scaling,
+        inner=inner, outer=outer, residual=residual, activates=activates,
+    )  # fmt: skip
 
 
 def backward(
@@ -642,15 +686,19 @@ def _forward(
     dropout_p: float,
     seed: Tensor | None,
     activates: bool,
+    residual: Tensor | None,
+    residual_dropout: float,
+    residual_seed: Tensor | None,
     pre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    added = (residual, residual_dropout, residual_seed)
     with on_device_of(x):
-        y, xa, h = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates)
+        y, xa, h = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates, *added)
     return y, xa, x.new_empty(0) if h is None else h
 
 
 @_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates, pre):
+def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates, *others):
     y = x.new_empty(x.shape[0], weight.shape[1])
     return y, x.new_empty(x.shape[0], lora_a.shape[0]), y.new_empty(y.shape if activates else (0,))
 
@@ -684,42 +732,56 @@ def _(dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_
     return [tensor.new_empty(tensor.shape) for tensor, need in needed if need]
 
 
+@torch.library.custom_op("fastpeft::dropped", mutates_args=())
+def _dropped(t: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
+    with on_device_of(t):
+        return dropped(t, dropout_p, seed)
+
+
+@_dropped.register_fake
+def _(t, dropout_p, seed):
+    return t.new_empty(t.shape)
+
+
 def _save(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _, pre = inputs
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _, _, residual_dropout, residual_seed, pre = (
+        inputs
+    )
     _, xa, h = output
     ctx.mark_non_differentiable(xa, h)
     # gelu(pre) is cheaper to compute again than to keep.
-    ctx.save_for_backward(x if pre is None else pre, weight, lora_a, lora_b, xa, seed)
-    ctx.scaling, ctx.dropout_p, ctx.activated = scaling, dropout_p, pre is not None
+    ctx.save_for_backward(x if pre is None else pre, weight, lora_a, lora_b, xa, seed, residual_seed)
+    ctx.scaling, ctx.dropout_p, ctx.residual_dropout = scaling, dropout_p, residual_dropout
+    ctx.activated = pre is not None
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 10
-    x, weight, lora_a, lora_b, xa, seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-    if ctx.activated:
-        need_x = ctx.needs_input_grad[9]
+        return (None,) * 13
+    x, weight, lora_a, lora_b, xa, seed, residual_seed = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_a, need_b, *_, need_residual, _, _, need_pre = ctx.needs_input_grad
+    d_residual = dy if need_residual else None
+    needs = need_pre if ctx.activated else need_x, need_a, need_b
     fused = iter(())
-    if need_x or need_a or need_b:
-        needs = need_x, need_a, need_b
-        fused = iter(
-            _backward(
-                dy, x, weight, lora_a, lora_b, xa, ctx.scaling, ctx.dropout_p, seed, *needs, ctx.activated
-            )
-        )
-    dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in (need_x, need_a, need_b))
+    if residual_seed is not None and any((*needs, need_weight, need_bias)):
+        dy = _dropped(dy, ctx.residual_dropout, residual_seed)
+    if any(needs):
+        masks = ctx.scaling, ctx.dropout_p, seed
+        fused = iter(_backward(dy, x, weight, lora_a, lora_b, xa, *masks, *needs, ctx.activated))
+    dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in needs)
     if need_weight and ctx.activated:
         x = torch.nn.functional.gelu(x, approximate="tanh")
     d_weight = x.T @ dy if need_weight else None
     d_bias = dy.sum(0) if need_bias else None
     dx, d_pre = (None, dx) if ctx.activated else (dx, None)
-    return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None, None, d_pre
+    rest = (None, None, None, None, d_residual, None, None, d_pre)
+    return dx, d_weight, d_bias, d_lora_a, d_lora_b, *rest
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
 differentiable_once(_backward)
+differentiable_once(_dropped)
 
 
 def lora_linear(
@@ -731,9 +793,13 @@ def lora_linear(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    *,
     pre: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_dropout: float = 0.0,
+    residual_seed: Tensor | None = None,
 ) -> Tensor:
-    """`y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ` by the kernels; differentiable once, by all but the seed.
+    """`y = x W + b + scaling · (dropout(x) Aᵀ) Bᵀ` by the kernels; differentiable once, by all but the seeds.
 
     Args:
         x: (M, K) float16, bfloat16 or float32, any strides.
@@ -743,11 +809,17 @@ def lora_linear(
         seed: int64 of one element on x's device, from which the mask is drawn; None where dropout_p is 0.
         pre: (M, K), contiguous: x is gelu(pre), the tanh GELU, as `lora_linear_gelu` gives both. The gradient
             then goes to pre, and none to x.
+        residual: (M, N) in x's dtype, contiguous: the result is `residual + dropout(y)`, a dropout with
+            probability `residual_dropout` and from `residual_seed`, None where that is 0.
 
     Returns:
         (M, N) in x's dtype.
     """
-    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, False, pre)[0]
+    added = (residual, residual_dropout, residual_seed)
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, False, *added, pre)[0]
+
+
+_NOTHING = (None, 0.0, None, None)  # neither a residual nor a pre-activation
 
 
 def lora_linear_gelu(
@@ -761,7 +833,7 @@ def lora_linear_gelu(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lora_linear` and, stored by the same kernel, the tanh GELU of it, which carries no gradient."""
-    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, True, None)
+    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, True, *_NOTHING)
     return y, h
 
 
@@ -772,16 +844,25 @@ def exercise(
     lora_a: Tensor,
     lora_b: Tensor,
     dropout_p: float,
+    *,
     pre: Tensor | None = None,
+    residual: Tensor | None = None,
+    residual_dropout: float = 0.0,
     activates: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch every kernel that a layer can need, forward and backward; y and h. To be recorded, not run."""
-    seed = torch.empty(1, dtype=torch.int64, device=x.device) if dropout_p > 0 else None
-    y, xa, h = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed, activates)
+
+    def seed_of(p: float) -> Tensor | None:
+        return torch.empty(1, dtype=torch.int64, device=x.device) if p > 0 else None
+
+    seed, outer = seed_of(dropout_p), seed_of(residual_dropout)
+    added = (residual, residual_dropout, outer)
+    y, xa, h = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed, activates, *added)
     kept, activated = (x, False) if pre is None else (pre, True)
+    dy = y if outer is None else dropped(y, residual_dropout, outer)
     for need_x in (True, False):  # without dx another kernel leaves dxa
         needs = need_x, True, True
-        backward(y, kept, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, *needs, activated)
+        backward(dy, kept, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, *needs, activated)
     return y, h
 
 
@@ -792,11 +873,16 @@ def ready(
     lora_a: Tensor,
     lora_b: Tensor,
     dropout_p: float = 0.0,
+    residual: Tensor | None = None,
+    residual_dropout: float = 0.0,
 ) -> str | None:
     """None where every kernel of `lora_linear` and of its backward is built for these tensors; else why not.
 
     Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
     """
-    given = (weight, bias, lora_a, lora_b)
-    key = ("lora_linear", x.device, dropout_p > 0, *describe(x, *given))
-    return build(key, x, lambda: exercise(x, *given, dropout_p))
+    given, added = (
+        (weight, bias, lora_a, lora_b),
+        {"residual": residual, "residual_dropout": residual_dropout},
+    )
+    key = ("lora_linear", x.device, dropout_p > 0, residual_dropout > 0, *describe(x, *given, residual))
+    return build(key, x, lambda: exercise(x, *given, dropout_p, **added))

@@ -27,13 +27,37 @@ def lora_mlp(
     proj_scaling: float,
     proj_dropout: float,
     proj_seed: Tensor | None,
+    residual: Tensor | None = None,
+    residual_dropout: float = 0.0,
+    residual_seed: Tensor | None = None,
 ) -> Tensor:
-    """`proj(gelu(fc(x)))` with the tanh GELU, x (M, K), each layer as `lora_linear.lora_linear` describes it."""
+    """`proj(gelu(fc(x)))` with the tanh GELU, x (M, K), each layer as `lora_linear.lora_linear` describes it.
+
+    Where a residual (M, N) is given, it is `residual + dropout(proj(gelu(fc(x))))`.
+    """
     pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed)
-    return lora_linear.lora_linear(h, *proj, proj_scaling, proj_dropout, proj_seed, pre)
+    return lora_linear.lora_linear(
+        h,
+        *proj,
+        proj_scaling,
+        proj_dropout,
+        proj_seed,
+        pre=pre,
+        residual=residual,
+        residual_dropout=residual_dropout,
+        residual_seed=residual_seed,
+    )
 
 
-def ready(x: Tensor, fc: Layer, fc_dropout: float, proj: Layer, proj_dropout: float) -> str | None:
+def ready(
+    x: Tensor,
+    fc: Layer,
+    fc_dropout: float,
+    proj: Layer,
+    proj_dropout: float,
+    residual: Tensor | None = None,
+    residual_dropout: float = 0.0,
+) -> str | None:
     """None where every kernel of `lora_mlp` and of its backward is built for these tensors; else why not.
 
     Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
@@ -42,7 +66,8 @@ def ready(x: Tensor, fc: Layer, fc_dropout: float, proj: Layer, proj_dropout: fl
     def call() -> None:
         pre, h = lora_linear.exercise(x, *fc, fc_dropout, activates=True)
         assert h is not None
-        lora_linear.exercise(h, *proj, proj_dropout, pre)
+        added: dict[str, Any] = {"residual": residual, "residual_dropout": residual_dropout}
+        lora_linear.exercise(h, *proj, proj_dropout, pre=pre, **added)
 
-    key = ("lora_mlp", x.device, fc_dropout > 0, proj_dropout > 0, *describe(x, *fc, *proj))
-    return build(key, x, call)
+    drops = (p > 0 for p in (fc_dropout, proj_dropout, residual_dropout))
+    return build(("lora_mlp", x.device, *drops, *describe(x, *fc, *proj, residual)), x, call)

@@ -117,9 +117,10 @@ LINEAR = {80: _MMA_SYNC, 86: _MMA_SYNC, 89: _MMA_SYNC, 90: _WGMMA, 100: _TCGEN05
 #: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
 LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
 
-#: Tiles that a GELU in the epilogue makes spill, or lengthens the main loop of: their form, variant and architecture.
-_NOT_WITH_GELU = {
-    **{arch: {("pointer single dropout", Tile(64, 128, 32, 4, 4))} for arch in (80, 86, 89)},
+#: Tiles that an epilogue makes spill, or lengthens the main loop of: their form, variant and architecture.
+_NOT_WITH_EPILOGUE = {
+    80: {("pointer single dropout", Tile(64, 128, 32, 4, 4))},
+    **{arch: {("pointer single dropout", tile) for tile in _MMA_SYNC["single dropout"]} for arch in (86, 89)},
     90: {
         ("pointer split", Tile(128, 256, 64, 8, 3)),
         ("pointer split", Tile(128, 128, 64, 8, 4)),
@@ -129,6 +130,7 @@ _NOT_WITH_GELU = {
     100: {
         ("pointer split", Tile(128, 256, 64, 8, 3)),
         ("descriptor split", Tile(128, 256, 64, 8, 3)),
+        ("pointer single dropout", Tile(64, 128, 64, 4, 3)),
     },
     120: {
         ("pointer split", Tile(128, 64, 64, 4, 3)),
@@ -194,38 +196,40 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear_tiles(arch: int, form: str, variant: str, gelu: bool) -> tuple[Tile, ...]:
-    """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, a GELU in its epilogue or not."""
-    excluded = _NOT_WITH_GELU[arch] if gelu else set()
+def linear_tiles(arch: int, form: str, variant: str, epilogue: bool) -> tuple[Tile, ...]:
+    """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, with an epilogue or without."""
+    excluded = _NOT_WITH_EPILOGUE[arch] if epilogue else set()
     return tuple(tile for tile in LINEAR[arch][variant] if (f"{form} {variant}", tile) not in excluded)
 
 
-def linear_tiles_float32(gelu: bool) -> tuple[Tile, ...]:
-    """The same on float32: with a GELU the larger would spill."""
-    return LINEAR_FLOAT32[1:] if gelu else LINEAR_FLOAT32
+def linear_tiles_float32(epilogue: bool) -> tuple[Tile, ...]:
+    """The same on float32: with an epilogue the larger would spill."""
+    return LINEAR_FLOAT32[1:] if epilogue else LINEAR_FLOAT32
 
 
-def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool, gelu: bool) -> list[Linear]:
+def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool, epilogue: bool) -> list[Linear]:
     """The ways to run `u = (inner ⊙ x) aᵀ, y = x W + outer ⊙ (u f) + …`, the one to take first.
 
     `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
-    `gelu`: whether the epilogue has a GELU or its derivative.
+    `epilogue`: whether a GELU, its derivative or a residual follows, with another tensor as large as y.
     """
     m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
     if x.dtype == torch.float32:
-        tiles = _cheapest_first(linear_tiles_float32(gelu), m, n, arch)
+        tiles = _cheapest_first(linear_tiles_float32(epilogue), m, n, arch)
         return [Linear(tile, False, False, 0) for tile in tiles]
     descriptor = arch.name >= 90 and n % 8 == 0 and _describable(x)
     descriptor = descriptor and (_describable(weight) or _describable(weight.T))
     form = "descriptor" if descriptor else "pointer"
-    tiles = _cheapest_first(linear_tiles(arch.name, form, "dropout" if outer else "split", gelu), m, n, arch)
+    tiles = _cheapest_first(
+        linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue), m, n, arch
+    )
     split = [Linear(tile, descriptor, False, arch.multiprocessors) for tile in tiles]
     if inner:
         return split
     padded = padded_rank(rank)
     tiles = _cheapest_first(
-        linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", gelu), m, n, arch
+        linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", epilogue), m, n, arch
     )
     single = [Linear(tile, False, True, 0) for tile in tiles if single_pays(padded, tile)]
     if not single:

@@ -54,10 +54,10 @@ def draws_of(make: Callable[..., Arguments], *sizes: Any, **options: Any) -> lis
     """Several draws where few rows differ or a gradient is few numbers, one elsewhere.
 
     `sizes` starts with the number of rows and has the length of the shortest gradient, a bias's, in the third place.
-    Of 16 numbers, one kernel in 200 as good as PyTorch would show twice its error by luck; of 48, one in a million.
+    Of 16 numbers, one kernel in 200 as good as PyTorch would show twice its error by luck; of 32, one in 10 000.
     """
     few_rows = sizes[0] < 17 or options.get("form") == "expanded"
-    few_numbers = -(-48 // max(sizes[2], 1))
+    few_numbers = -(-32 // max(sizes[2], 1))
     return [make(*sizes, **options, draw=draw) for draw in range(max(8 if few_rows else 1, few_numbers))]
 
 

@@ -51,8 +51,7 @@ def test_a_sample_of_the_configurations_compiles_clean(arch):
         f"cases = [c for c in report.cases({arch}) if c.dtype not in ('tf32', 'fp32')]; "
         "first = {(c.kernel, c.variant): c for c in reversed(cases)}; "
         "rows = [report.row(c) for c in first.values()]; "
-        "print(json.dumps([[report.text(row), report.faults(row), row['mma']] for row in rows]))"
+        "print(json.dumps([[report.text(row), report.faults(row)] for row in rows]))"
     )
     assert len(rows) > 10
-    assert [line for line, faults, _ in rows if faults] == []
-    assert all(mma > 0 for line, _, mma in rows)
+    assert [line for line, faults in rows if faults] == []  # such as a loop without matrix instructions

@@ -169,9 +169,9 @@ class TestTheChoiceOfATile:
         architecture = next(a for a in tiling.ARCHITECTURES if a.name == 90)
         monkeypatch.setattr(tiling, "architecture", lambda device: architecture)
 
-    def linear(self, m, k, n, rank=16, inner=False, outer=False, gelu=False, dtype=torch.bfloat16):
+    def linear(self, m, k, n, rank=16, inner=False, outer=False, epilogue=False, dtype=torch.bfloat16):
         x, weight = (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k, n)))
-        return tiling.linear(x, weight, rank, inner, outer, gelu)[0]
+        return tiling.linear(x, weight, rank, inner, outer, epilogue)[0]
 
     def test_many_rows_take_a_large_tile_and_few_a_small_one(self):
         assert self.linear(8192, 768, 2304, inner=True).tile[:2] == (128, 256)

@@ -95,7 +95,7 @@ def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monke
         if tile not in tiling.LINEAR[arch][variant] or (form == "descriptor" and arch < 90):
             pytest.skip(f"not in the table of sm_{arch}")
 
-    def chosen(x, weight, rank, inner, outer, gelu):
+    def chosen(x, weight, rank, inner, outer, epilogue):
         single = variant.startswith("single") and not inner
         return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
 
@@ -232,7 +232,7 @@ def test_opcheck_passes_with_and_without_dropout_and_bias(device):
     b.requires_grad_()
     x.requires_grad_()
     operator = torch.ops.fastpeft.lora_linear.default
-    seed, alone = torch.tensor([5], device=device), (False, None)
+    seed, alone = torch.tensor([5], device=device), (False, None, 0.0, None, None)
     torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.5, seed, *alone))
     torch.library.opcheck(operator, (x, weight, None, a, b, 2.0, 0.0, None, *alone))
 

@@ -1,4 +1,4 @@
-"""GPT-2's MLP through the kernels: the GELU between its projections, against float64 and against single layers."""
+"""The projections with their neighbours in one kernel: the GELU between two, and the dropout with its residual."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from kernel_checks import DTYPES, compare, describe, draws_of, lora_arguments, pairwise
 from models import assert_fused, gpt2, step, twins, with_lora
 from test_kernels_lora_linear import LINEAR_TILES
+from test_packing import batch, outcome
 from tolerances import assert_as_good_as
 
 import fastpeft
 from fastpeft import reference
+from fastpeft.block import FusedMLP
 from fastpeft.kernels import dropout, launch, lora_linear, lora_mlp, tiling
-from fastpeft.mlp import FusedMLP
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -32,24 +33,29 @@ def device(request):
     return request.param
 
 
-def mlp_arguments(m, k, hidden, rank, dtypes, device, *, draw=0, **form):
+def mlp_arguments(m, k, hidden, rank, dtypes, device, *, residual=True, draw=0, **form):
     fc = lora_arguments(m, k, hidden, rank, dtypes, device, draw=draw, **form)
     proj = lora_arguments(m, hidden, k, rank, dtypes, device, draw=draw + 1000, **form)
+    added = torch.randn(m, k, generator=torch.Generator().manual_seed(draw)).to(device, fc["x"].dtype)
     return {
         "x": fc["x"],
         **{f"fc_{name}": fc[name] for name in LAYER},
         **{f"proj_{name}": proj[name] for name in LAYER},
+        "residual": added if residual else None,
     }
 
 
-def check_mlp(draws, p):
+def check_mlp(draws, p, residual_p=0.0):
     x = draws[0]["x"]
     hidden = draws[0]["fc_weight"].shape[1]
-    seeds = [torch.tensor([n], device=x.device) if p > 0 else None for n in (3, 5)]
-    keeps = [
-        None if seed is None else dropout.keep_mask(seed, len(x), width, p)
-        for seed, width in zip(seeds, (x.shape[1], hidden), strict=True)
-    ]
+
+    def masks(*sizes):
+        """A seed and its mask, from PyTorch, for each width and probability."""
+        for n, (width, p) in enumerate(sizes):
+            seed = torch.tensor([n + 3], device=x.device) if p > 0 else None
+            yield seed, None if seed is None else dropout.keep_mask(seed, len(x), width, p)
+
+    seeds, keeps = zip(*masks((x.shape[1], p), (hidden, p), (x.shape[1], residual_p)), strict=True)
 
     def layers(given):
         return ([given[f"{layer}_{name}"] for name in LAYER] for layer in ("fc", "proj"))
@@ -57,11 +63,15 @@ def check_mlp(draws, p):
     def formula(**given):
         (fc, proj), x = layers(given), given["x"]
         h = reference.gelu_new(reference.lora_linear(x, *fc, 1.5, p, keeps[0]))
-        return reference.lora_linear(h, *proj, 0.5, p, keeps[1])
+        y = reference.lora_linear(h, *proj, 0.5, p, keeps[1])
+        if given["residual"] is None:
+            return y
+        return given["residual"] + reference.dropout(y, keeps[2], residual_p)
 
     def fused(**given):
         fc, proj = layers(given)
-        return lora_mlp.lora_mlp(given["x"], fc, 1.5, p, seeds[0], proj, 0.5, p, seeds[1])
+        added = given["residual"], residual_p, seeds[2]
+        return lora_mlp.lora_mlp(given["x"], fc, 1.5, p, seeds[0], proj, 0.5, p, seeds[1], *added)
 
     compare(fused, formula, draws, tuple(n for n in draws[0] if "lora" in n))
 
@@ -71,6 +81,7 @@ SAMPLE = pairwise(
     layer=[(36, 100), (40, 264)],
     rank=[1, 8, 64, 100],
     p=[0.0, 0.1, 0.5],
+    residual_p=[None, 0.0, 0.3],  # None: there is no residual
     dtypes=list(DTYPES),
     layout=["conv1d", "linear"],
     form=["dense", "offset", "transposed"],
@@ -80,17 +91,18 @@ SAMPLE = pairwise(
 @pytest.mark.parametrize("case", list(SAMPLE), ids=describe)
 def test_ragged_shapes_agree_with_float64(case, device):
     sizes = case["m"], *case["layer"], case["rank"], case["dtypes"], device
-    check_mlp(draws_of(mlp_arguments, *sizes, layout=case["layout"], form=case["form"]), case["p"])
+    form = {"layout": case["layout"], "form": case["form"], "residual": case["residual_p"] is not None}
+    check_mlp(draws_of(mlp_arguments, *sizes, **form), case["p"], case["residual_p"] or 0.0)
 
 
 @pytest.mark.parametrize(("dtypes", "p"), [("bf16+fp32", 0.1), ("fp16", 0.0)])
 def test_the_mlp_of_gpt2_agrees_with_float64(dtypes, p, device):
-    check_mlp(draws_of(mlp_arguments, 65, 768, 3072, 16, dtypes, device), p)
+    check_mlp(draws_of(mlp_arguments, 65, 768, 3072, 16, dtypes, device), p, 0.1)
 
 
 @pytest.mark.parametrize(("m", "k", "hidden"), [(0, 24, 16), (5, 24, 0)])
 def test_an_empty_dimension_gives_bias_and_zero_gradients(m, k, hidden, device):
-    check_mlp(draws_of(mlp_arguments, m, k, hidden, 3, "fp32", device), 0.5)
+    check_mlp(draws_of(mlp_arguments, m, k, hidden, 3, "fp32", device), 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -104,41 +116,50 @@ def test_an_empty_dimension_gives_bias_and_zero_gradients(m, k, hidden, device):
 def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monkeypatch):
     if device == "cuda":
         arch = tiling.architecture(torch.device("cuda")).name
-        if tile not in tiling.linear_tiles(arch, form, variant, gelu=True) or (
+        if tile not in tiling.linear_tiles(arch, form, variant, epilogue=True) or (
             form == "descriptor" and arch < 90
         ):
             pytest.skip(f"not in the table of sm_{arch}")
 
-    def chosen(x, weight, rank, inner, outer, gelu):
+    def chosen(x, weight, rank, inner, outer, epilogue):
         single = variant.startswith("single") and not inner
         return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
 
     monkeypatch.setattr(tiling, "linear", chosen)
     draws = draws_of(mlp_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
-    check_mlp(draws, 0.3 if "dropout" in variant else 0.0)
+    p = 0.3 if "dropout" in variant else 0.0
+    check_mlp(draws, p, p)
 
 
-def test_no_pass_over_memory_is_the_gelus_own_and_backward_keeps_the_pre_activation_alone(device):
+def test_no_neighbour_has_a_pass_of_its_own_and_backward_keeps_the_pre_activation_alone(device):
     x, *tensors = (t.requires_grad_() for t in mlp_arguments(40, 24, 64, 3, "fp32", device).values())
-    fc, proj = tensors[:4], tensors[4:]
+    fc, proj, residual = tensors[:4], tensors[4:8], tensors[8]
     saved = []
     keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
     with launch.record() as launches, keeping:
-        lora_mlp.lora_mlp(x, fc, 1.0, 0.0, None, proj, 1.0, 0.0, None).sum().backward()
+        lora_mlp.lora_mlp(x, fc, 1.0, 0.0, None, proj, 1.0, 0.0, None, residual).sum().backward()
     with launch.record() as alone:
         lora_linear.lora_linear(lora_linear.lora_linear(x, *fc, 1.0), *proj, 1.0).sum().backward()
     assert [each.kernel for each in launches] == [each.kernel for each in alone]
     assert [t.shape for t in saved].count((40, 64)) == 1
 
 
-def test_opcheck_passes_with_the_gelu_before_and_after(device):
+def test_opcheck_passes_with_each_neighbour(device):
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", device).values()
-    pre = x.clone().requires_grad_()
-    h = reference.gelu_new(x)
+    pre, residual = x.clone().requires_grad_(), torch.zeros(9, 16, device=device).requires_grad_()
+    h, seed = reference.gelu_new(x), torch.tensor([5], device=device)
     a.requires_grad_()
     operator = torch.ops.fastpeft.lora_linear.default
-    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, True, None))
-    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, False, pre))
+    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, True, None, 0.0, None, None))
+    added = (residual, 0.5, seed)
+    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, False, *added, pre))
+
+
+def test_the_dropout_of_a_gradient_is_the_masks(device):
+    t = torch.randn(70, 200, generator=torch.Generator().manual_seed(0)).to(device)[:, ::2]
+    seed = torch.tensor([5], device=device)
+    expected = reference.dropout(t, dropout.keep_mask(seed, 70, 100, 0.3), 0.3)
+    torch.testing.assert_close(dropout.dropped(t, 0.3, seed), expected)
 
 
 def patched(model, **options):
@@ -160,6 +181,67 @@ def test_a_patched_gpt2_takes_it_and_equals_stock(device):
     assert "GELU" not in rows["base_model.model.transformer.h.1.attn.c_proj"].reason
     fastpeft.unpatch(model)
     assert not any(isinstance(m, FusedMLP) for m in model.modules())
+
+
+@pytest.fixture
+def residuals(monkeypatch):
+    """What each launch of the GEMM has added, by its dropout."""
+    seen, real = [], launch.launch
+
+    def spy(kernel, grid, args, *options):
+        if args.get("residual_ptr") is not None:
+            seen.append(args["DROPOUT"])
+        real(kernel, grid, args, *options)
+
+    monkeypatch.setattr(lora_linear, "launch", spy)
+    return seen
+
+
+PADDED = batch([7, 3, 5], "left")
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter")
+class TestResiduals:
+    def test_both_projections_of_a_packed_block_add_theirs(self, residuals):
+        model, stock, truth = twins(with_lora(gpt2()))
+        patched(model)
+        results = [outcome(each, PADDED) for each in (model, stock, truth)]
+        for name in results[0]:
+            assert_as_good_as(*(result[name] for result in results), name)
+        assert residuals == [False] * 4  # two in each block
+
+    def test_their_dropout_is_the_blocks(self, residuals):
+        model, stock, _ = twins(with_lora(gpt2(resid_pdrop=1.0)))
+        patched(model)
+        mine, expected = outcome(model, PADDED), outcome(stock, PADDED)
+        torch.testing.assert_close(mine["output"], expected["output"])
+        assert residuals == [True] * 4
+        model.eval()(**PADDED)
+        assert (
+            residuals[4:] == [False] * 2
+        )  # the cache that a head which generates builds keeps it from packing
+
+    @pytest.mark.parametrize("part", ["attn", "attn.c_proj", "attn.resid_dropout", "mlp", "mlp.dropout"])
+    def test_a_hook_on_the_way_sees_what_it_saw(self, part, residuals):
+        def seen_by(model):
+            seen = []
+            listened = model.base_model.model.transformer.h[1].get_submodule(part)
+            listened.register_forward_hook(
+                lambda _, args, out: seen.append(out[0] if part == "attn" else out)
+            )
+            outcome(model, PADDED)
+            return seen[0].flatten(0, 1) if model is not stock else seen[0][PADDED["attention_mask"].bool()]
+
+        model, stock, _ = twins(with_lora(gpt2()))
+        patched(model)
+        torch.testing.assert_close(seen_by(model), seen_by(stock))
+        assert len(residuals) == 3
+
+    def test_a_wider_residual_is_added_outside(self, residuals):
+        model = patched(with_lora(gpt2()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.train()(**PADDED)
+        assert residuals == []
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter")

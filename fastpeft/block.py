@@ -1,0 +1,124 @@
+"""GPT-2's block with its neighbours inside its projections: the GELU, and the dropouts with their residuals.
+
+Where no kernel serves them, or something listens in between, each part runs by itself, as in stock.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
+
+from fastpeft import ops
+from fastpeft.modules import (
+    FusedGelu,
+    FusedLoraLinear,
+    is_plain,
+    projection_of,
+    why_not_lora,
+    why_not_tensors,
+)
+
+
+class FusedMLP(GPT2MLP):
+    """GPT-2's MLP in one operation where Triton serves both projections; else stock's forward over its fused layers."""
+
+    def forward(self, hidden_states: Any, residual: Tensor | None = None) -> Tensor:
+        """The MLP of hidden_states (..., width), added to `residual`, of the same shape, if there is one."""
+        added = _residual(residual, self.dropout)
+        y = _through_kernels(self, hidden_states, added)
+        if y is None:
+            return projected(self.c_proj, self.dropout, self.act(self.c_fc(hidden_states)), residual)
+        if added is not None:
+            return y
+        y = self.dropout(y)
+        return y if residual is None else residual + y
+
+
+class FusedBlock(GPT2Block):
+    """GPT-2's block, which hands its residuals to the projections that they are added to."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Any,
+        past_key_values: Any = None,
+        attention_mask: Any = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Any = None,
+        use_cache: Any = False,
+        **kwargs: Any,
+    ) -> Tensor:
+        """hidden_states (batch, length, width) → the same shape."""
+        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        given |= kwargs
+        if encoder_hidden_states is not None:
+            given |= {"encoder_hidden_states": encoder_hidden_states}
+            return super().forward(hidden_states, encoder_attention_mask=encoder_attention_mask, **given)
+        x = hidden_states
+        if kwargs.get("packed") is not None and is_plain(self.attn):
+            x, _ = self.attn(self.ln_1(x), residual=x, **given)
+        else:
+            x = self.attn(self.ln_1(x), **given)[0] + x
+        if type(self.mlp) is FusedMLP and is_plain(self.mlp):
+            return self.mlp(self.ln_2(x), residual=x)
+        return x + self.mlp(self.ln_2(x))
+
+
+def install(transformer: Any) -> None:
+    """Swap the blocks of `transformer` and their MLPs in place."""
+    for block in transformer.h:
+        if type(block) is GPT2Block and "forward" not in block.__dict__:
+            block.__class__ = FusedBlock
+        if type(block.mlp) is GPT2MLP and "forward" not in block.mlp.__dict__:
+            block.mlp.__class__ = FusedMLP
+
+
+def uninstall(transformer: Any) -> None:
+    """Undo `install`."""
+    for block in transformer.h:
+        if type(block) is FusedBlock:
+            block.__class__ = GPT2Block  # type: ignore[assignment]
+        if type(block.mlp) is FusedMLP:
+            block.mlp.__class__ = GPT2MLP  # type: ignore[assignment]
+
+
+def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+    """`dropout(c_proj(x))`, added to a residual if there is one, in one operation where that can be."""
+    added = _residual(residual, dropout)
+    if added is not None and type(c_proj) is FusedLoraLinear and is_plain(c_proj):
+        return c_proj(x, residual=added)
+    y = dropout(c_proj(x))
+    return y if residual is None else residual + y
+
+
+def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | None:
+    """A residual for an operation to add; None where there is none, or dropout isn't all that happens on the way."""
+    if residual is None or type(dropout) is not nn.Dropout or not is_plain(dropout):
+        return None
+    return ops.Residual(residual, dropout.p if dropout.training else 0.0)
+
+
+def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tensor | None:
+    """`c_proj(act(c_fc(x)))`, added to a residual if there is one; None where its layers had better go one by one."""
+    fc, act, proj = mlp.c_fc, mlp.act, mlp.c_proj
+    if [type(each) for each in (fc, act, proj)] != [FusedLoraLinear, FusedGelu, FusedLoraLinear]:
+        return None
+    if not all(is_plain(each) and not each._fastpeft.exact for each in (fc, act, proj)):
+        return None
+    weights = (each.base_layer.weight for each in (fc, proj))
+    if why_not_lora(fc) or why_not_lora(proj) or why_not_tensors(x, *weights):
+        return None
+    (first, added_to_first), (second, added_to_second) = projection_of(fc), projection_of(proj)
+    if added_to_first or added_to_second:
+        return None
+    try:
+        served = ops.lora_mlp(x, first, second, fc._fastpeft.backend, fc._fastpeft.strict, residual)
+    except ValueError as error:
+        raise ValueError(f"{fc._fastpeft.name} and {proj._fastpeft.name}: {error}") from None
+    if served is None:
+        return None
+    y, route = served
+    for each in (fc, act, proj):
+        each._fastpeft.record(route)
+    return y
