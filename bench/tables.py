@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LABELS = {
     "bound": "each tensor once",
+    "bound_fused": "each projection and its neighbours as one",
     "frozen": "frozen model alone",
     "peft": "peft",
     "peft_bf16": "peft, bf16 factors",
@@ -82,6 +83,9 @@ def short(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
             yield speedups(record)
 
 
+NEIGHBOURS = "Neighbours are LayerNorms, the GELU, and dropouts with their residuals"
+
+
 def traffic(record: dict[str, Any]) -> Iterator[Table]:
     """The bytes and launches of a block's four LoRA layers, and of an adapter."""
     shapes = record["shapes"]
@@ -93,6 +97,11 @@ def traffic(record: dict[str, Any]) -> Iterator[Table]:
     header = ["", "launches", "MB moved", "x least", "MB saved for backward"]
     for title, rows, what in (
         ("Memory traffic of the LoRA layers of one block", record["block"], lora),
+        (
+            "Memory traffic of these layers with their neighbours",
+            record["neighbours"],
+            f"{lora}. {NEIGHBOURS}",
+        ),
         ("Memory traffic of one adapter", record["adapter"], f"bottleneck {shapes['bottleneck']}"),
     ):
         least = rows["bound"]["bytes"]
@@ -130,9 +139,10 @@ def throughput(record: dict[str, Any]) -> Iterator[Table]:
 
 
 def speedups(record: dict[str, Any]) -> Table:
-    """A line for each variant that is compared with another, over all points."""
+    """A line for each variant that is compared with another, over all points; a point is named once."""
     rows = []
     for point in record["points"]:
+        name = describe(point)
         for variant, row in point["variants"].items():
             speedup, frozen, layers = (row.get(key) for key in ("speedup", "over_frozen", "over_layers"))
             if variant == "frozen" or speedup is None or speedup["over"] == variant:
@@ -141,10 +151,12 @@ def speedups(record: dict[str, Any]) -> Table:
             tokens = f"{row['tokens_per_second']['median']:.0f} : {against['median']:.0f}"
             compared = f"{LABELS[variant]} : {LABELS[speedup['over']]}"
             over = ["" if other is None else f"{other['median']:.2f}" for other in (frozen, layers)]
-            rows.append([describe(point), compared, tokens, ratio(speedup), *over])
+            rows.append([name, compared, tokens, ratio(speedup), *over])
+            name = ""
     times = ["time over the frozen model's", "time over the layers scope's"]
     header = ["", "compared", "tokens/s", "speed-up (20-80 %)", *times]
-    return Table("Whole models", f"Medians of rounds. {provenance(record)}", header, rows)
+    data = " and ".join(dict.fromkeys(point["data"] for point in record["points"]))
+    return Table(f"Whole models, tokens of {data}", f"Medians of rounds. {provenance(record)}", header, rows)
 
 
 def micro(record: dict[str, Any]) -> Iterator[Table]:
