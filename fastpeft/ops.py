@@ -144,9 +144,9 @@ def routed_lora_linear(
         def through_kernels(
             x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, rows_added: Any
         ) -> Tensor:
-            seeds = _new_seed(rows, dropout_p), _new_seed(rows, residual_p)
-            rest = {"residual": rows_added, "residual_dropout": residual_p, "residual_seed": seeds[1]}
-            return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seeds[0], **rest)
+            seed, residual_seed = _new_seeds(rows, dropout_p, residual_p)
+            rest = {"residual": rows_added, "residual_dropout": residual_p, "residual_seed": residual_seed}
+            return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, **rest)
 
         def through_pytorch(*tensors: Any) -> Any:
             y = _LoraLinear.apply(*tensors[:5], scaling, dropout_p, False)
@@ -198,7 +198,7 @@ def lora_mlp(
     residual_rows, residual_p = _rows_of(residual, x.dtype)
 
     def through_kernels(x: Any, *tensors: Any) -> Tensor:
-        first, second, last = (_new_seed(rows, p) for p in (fc.dropout_p, proj.dropout_p, residual_p))
+        first, second, last = _new_seeds(rows, fc.dropout_p, proj.dropout_p, residual_p)
         layers = (tensors[:4], *fc[4:], first, tensors[4:8], *proj[4:], second)
         return kernels.lora_mlp(x, *layers, tensors[8], residual_p, last)
 
@@ -492,9 +492,12 @@ _ACTIVATION_GRADS = {
 }
 
 
-def _new_seed(x: Tensor, dropout_p: float) -> Tensor | None:
-    """A seed for the kernels' dropout, from torch's generator on x's device."""
-    return torch.randint(2**63 - 1, (1,), device=x.device) if dropout_p > 0.0 else None
+def _new_seeds(x: Tensor, *dropouts: float) -> list[Tensor | None]:
+    """A seed for each of these dropouts that drops, drawn at once from torch's generator on x's device."""
+    count = sum(p > 0.0 for p in dropouts)
+    # 16 bytes apart: kernels are built for pointers so aligned.
+    drawn = iter(torch.randint(2**63 - 1, (count, 2), device=x.device) if count else ())
+    return [next(drawn)[:1] if p > 0.0 else None for p in dropouts]
 
 
 def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:

@@ -62,7 +62,8 @@ def patch(
         scope: `layers` swaps layers one by one; `model` also runs GPT-2 on packed tokens, without the padding
             that the attention mask hides and, under a sequence classifier, with the last block only at the
             token it reads: the last hidden state is zero elsewhere, and with `use_cache` unset heads that
-            don't generate build no cache. `exact` implies `layers`.
+            don't generate build no cache. Triton's kernels then take in the GELU, dropouts and residuals
+            beside the LoRA projections. `exact` implies `layers`.
 
     Returns:
         The model.

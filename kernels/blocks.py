@@ -84,9 +84,8 @@ def arrive_last(ticket_ptr, count):
 @triton.jit
 def sum_in_order(ptrs, mask, stride, count):
     """`Σ ptrs + i · stride` over i < count, float32, in that order: partials that other programs stored."""
-    acc = tl.load(
-        ptrs, mask=mask, other=0.0, cache_modifier=".cg"
-    )  # from L2: L1 may not have seen the stores
+    # From L2: L1 may not have seen the stores.
+    acc = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
     for _ in range(1, count):
         ptrs += tl.cast(stride, tl.int64)
         acc += tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
