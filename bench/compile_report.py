@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import adapter, dropout, launch, lora_linear, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 
@@ -98,7 +98,11 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant}{layout} gelu")
         for tile in tiling.linear_tiles(arch, "pointer", variant, epilogue=True):
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} residual")
-    yield from (Case("dropout", arch, dtype, dropout.STRIP, 0) for dtype in ("bf16", "fp16", "fp32"))
+    for dtype in ("bf16", "fp16", "fp32"):
+        yield Case("dropout", arch, dtype, dropout.STRIP, 0)
+        for width in (1024, 2048):
+            strip = (layer_norm.ELEMENTS // width, width, 4, 1)
+            yield Case("layer_norm_backward", arch, dtype, strip, 0)
     for rank in RANKS:
         for strip in tiling.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
@@ -168,6 +172,9 @@ def recorded(case: Case) -> launch.Launch:
             lora_linear.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)
+        elif case.kernel == "layer_norm_backward":
+            wide = rows(M, case.tile[1] * 3 // 4)
+            layer_norm.backward(wide, wide, wide[0], wide, 1e-5)
         elif case.kernel == "gradient":
             tall = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
             tickets = new_tickets(seed, 60)
@@ -391,7 +398,8 @@ def faults(line: dict[str, Any]) -> list[str]:
         found.append(f"spills {line['spill_loads']}/{line['spill_stores']}")
     if line["shared_bytes"] > line["shared_limit"] or line["tensor_memory"] > 512:
         found.append("over the limit")
-    if line["dtype"] != "fp32" and line["kernel"] != "dropout" and not line["mma"]:
+    multiplies = line["kernel"] not in ("dropout", "layer_norm_backward")
+    if line["dtype"] != "fp32" and multiplies and not line["mma"]:
         found.append("no tensor-core instruction")
     limit = 1.35 if "single" in line["config"] else 1.15
     if line["loop_ratio"] is not None and line["loop_ratio"] > limit:

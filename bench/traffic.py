@@ -36,7 +36,7 @@ from transformers.activations import NewGELUActivation
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import adapter, dropout, launch, lora_linear, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, tiling
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
@@ -117,6 +117,7 @@ def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
         "lora_linear": lora_linear.forward,
         "lora_linear_backward": lora_linear.backward,
         "dropped": dropout.dropped,
+        "layer_norm_backward": layer_norm.backward,
         "adapter": adapter.forward,
         "adapter_backward": adapter.backward,
     }
@@ -139,6 +140,8 @@ def on_an_h100() -> Iterator[None]:
     with (
         mock.patch.object(ops, "choose", return_value=ops.Route("triton", "counted")),
         mock.patch.object(ops, "_confirm", new=lambda route, *_: route),
+        mock.patch.object(launch, "unsupported", return_value=None),
+        mock.patch.object(layer_norm, "ready", return_value=None),
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it doesn't know meta tensors
         mock.patch.object(tiling, "architecture", return_value=H100),
     ):
@@ -245,17 +248,18 @@ def with_neighbours(
     c_attn: Callable[[Tensor], Tensor],
     c_proj: Callable[..., Tensor],
     mlp: Callable[..., Tensor],
-    norm: nn.Module,
+    norm: Callable[[Tensor], tuple[Tensor, Tensor]],
     x: Tensor,
     attended: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A block but for its attention, which makes `attended` of the first result; the second goes to the next block.
 
-    `c_proj` and `mlp` take a residual, and the dropout before it, as their second argument.
+    `norm` gives its result and its residual; `c_proj` and `mlp` take one, and the dropout before it.
     """
-    qkv = c_attn(norm(x))
-    x = c_proj(attended, ops.Residual(x, RESIDUAL_DROPOUT))
-    return qkv, mlp(norm(x), ops.Residual(x, RESIDUAL_DROPOUT))
+    h, x = norm(x)
+    qkv = c_attn(h)
+    h, x = norm(c_proj(attended, ops.Residual(x, RESIDUAL_DROPOUT)))
+    return qkv, mlp(h, ops.Residual(x, RESIDUAL_DROPOUT))
 
 
 def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Traffic]:
@@ -271,8 +275,8 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
     parameters = [p for module in (*every, norm) for p in module.parameters()]
     one_by_one = [partial(fused_lora, layer, dropout_p) for layer in every]
 
-    def run(c_attn: Any, c_proj: Any, mlp: Any) -> Traffic:
-        return traffic(partial(with_neighbours, c_attn, c_proj, mlp, norm), rows, parameters)
+    def run(*parts: Any) -> Traffic:
+        return traffic(partial(with_neighbours, *parts), rows, parameters)
 
     def alone(gelu: Callable[[Tensor], Tensor], layers: list[Any]) -> Traffic:
         """Every layer, and every neighbour, by itself."""
@@ -281,13 +285,15 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
             c_attn,
             lambda x, residual: ops.added(c_proj(x), residual),
             lambda x, residual: ops.added(mlp_c_proj(gelu(c_fc(x))), residual),
+            lambda x: (norm(x), x),
         )
 
+    model = (*one_by_one[:2], partial(fused_mlp, *every[2:], dropout_p))
     return {
         **neighbour_bounds(rows[0], every, norm),
         f"peft_{dtype}": alone(NewGELUActivation(), every),
         "fastpeft": alone(reference.gelu_new, one_by_one),
-        "fastpeft_model": run(*one_by_one[:2], partial(fused_mlp, *every[2:], dropout_p)),
+        "fastpeft_model": run(*model, partial(ops.layer_norm, norm=norm, backend="auto")),
     }
 
 

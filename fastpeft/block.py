@@ -39,6 +39,8 @@ class FusedMLP(GPT2MLP):
 class FusedBlock(GPT2Block):
     """GPT-2's block, which hands its residuals to the projections that they are added to."""
 
+    _fastpeft_backend: Any
+
     def forward(  # type: ignore[override]
         self,
         hidden_states: Any,
@@ -55,21 +57,29 @@ class FusedBlock(GPT2Block):
         if encoder_hidden_states is not None:
             given |= {"encoder_hidden_states": encoder_hidden_states}
             return super().forward(hidden_states, encoder_attention_mask=encoder_attention_mask, **given)
-        x = hidden_states
+        h, x = self._normed(self.ln_1, hidden_states)
         if kwargs.get("packed") is not None and is_plain(self.attn):
-            x, _ = self.attn(self.ln_1(x), residual=x, **given)
+            x, _ = self.attn(h, residual=x, **given)
         else:
-            x = self.attn(self.ln_1(x), **given)[0] + x
+            x = self.attn(h, **given)[0] + x
+        h, x = self._normed(self.ln_2, x)
         if type(self.mlp) is FusedMLP and is_plain(self.mlp):
-            return self.mlp(self.ln_2(x), residual=x)
-        return x + self.mlp(self.ln_2(x))
+            return self.mlp(h, residual=x)
+        return x + self.mlp(h)
+
+    def _normed(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The LayerNorm of x, and x to go on with as the residual."""
+        if type(norm) is nn.LayerNorm and is_plain(norm):
+            return ops.layer_norm(x, norm, self._fastpeft_backend)
+        return norm(x), x
 
 
-def install(transformer: Any) -> None:
+def install(transformer: Any, backend: str) -> None:
     """Swap the blocks of `transformer` and their MLPs in place."""
     for block in transformer.h:
         if type(block) is GPT2Block and "forward" not in block.__dict__:
             block.__class__ = FusedBlock
+            vars(block)["_fastpeft_backend"] = backend
         if type(block.mlp) is GPT2MLP and "forward" not in block.mlp.__dict__:
             block.mlp.__class__ = FusedMLP
 
@@ -79,6 +89,7 @@ def uninstall(transformer: Any) -> None:
     for block in transformer.h:
         if type(block) is FusedBlock:
             block.__class__ = GPT2Block  # type: ignore[assignment]
+            del block._fastpeft_backend
         if type(block.mlp) is FusedMLP:
             block.mlp.__class__ = GPT2MLP  # type: ignore[assignment]
 

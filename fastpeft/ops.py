@@ -225,6 +225,25 @@ def lora_mlp(
     return y if residual_rows is not None else added(y, residual), route
 
 
+def layer_norm(x: Tensor, norm: torch.nn.LayerNorm, backend: str) -> tuple[Tensor, Tensor]:
+    """The LayerNorm of x, and x to go on with as the residual; by Triton, their gradients meet in one kernel.
+
+    Where the norm trains, or Triton won't serve it, torch does.
+    """
+    frozen = all(t is not None and not t.requires_grad for t in (norm.weight, norm.bias))
+    if frozen and choose(backend, False, x.device).path == "triton":
+        from fastpeft.kernels import launch
+        from fastpeft.kernels import layer_norm as kernels
+
+        if (
+            x.shape[-1] <= kernels.MAX_WIDTH
+            and not launch.unsupported(x, 1)
+            and not kernels.ready(x, norm.weight)
+        ):
+            return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x), x
+
+
 def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | None, float]:
     """A residual as the kernels add it, and its dropout; None where there is none, or it is wider than `dtype`."""
     if residual is None or residual.x.dtype != dtype:

@@ -102,7 +102,7 @@ def patch(
         uninstall(transformer)
         block.uninstall(transformer)
     for name, transformer in packing:
-        block.install(transformer)
+        block.install(transformer, backend)
         heads = [m for m in model.modules() if m._modules.get("transformer") is transformer]
         generates = not heads or any(isinstance(head, GenerationMixin) for head in heads)
         pools = [type(head) for head in heads] == [GPT2ForSequenceClassification]

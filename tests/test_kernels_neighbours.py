@@ -15,7 +15,7 @@ from tolerances import assert_as_good_as
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import dropout, launch, lora_linear, lora_mlp, tiling
+from fastpeft.kernels import dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -162,6 +162,30 @@ def test_the_dropout_of_a_gradient_is_the_masks(device):
     torch.testing.assert_close(dropout.dropped(t, 0.3, seed), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("m", "k"), [(1, 36), (17, 100), (65, 768), (9, 1600), (0, 24)])
+def test_a_layer_norm_beside_its_residual_agrees_with_float64(m, k, dtype, device):
+    generator = torch.Generator().manual_seed(k)
+    weight, bias, scale, *draws = (
+        torch.randn(size, generator=generator).to(device, dtype) for size in (k, k, k, *[(m, k)] * 3)
+    )
+
+    def outcome_of(norm):
+        def call(x):
+            h, residual = norm(x, weight.to(x.dtype), bias.to(x.dtype))
+            return h * scale.to(x.dtype) + residual  # two gradients that differ
+
+        return call
+
+    def fused(x, weight, bias):
+        return layer_norm.layer_norm(x, weight, bias, 1e-5)
+
+    def formula(x, weight, bias):
+        return torch.nn.functional.layer_norm(x, (k,), weight, bias, 1e-5), x
+
+    compare(outcome_of(fused), outcome_of(formula), [{"x": 3 * x + 1} for x in draws], ())
+
+
 def patched(model, **options):
     return fastpeft.patch(model, **{"backend": "triton", "scope": "model", **options})
 
@@ -202,13 +226,32 @@ PADDED = batch([7, 3, 5], "left")
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter")
 class TestResiduals:
-    def test_both_projections_of_a_packed_block_add_theirs(self, residuals):
+    @pytest.fixture(autouse=True)
+    def norms(self, monkeypatch):
+        """How often a LayerNorm's backward took its residual's gradient in."""
+        seen, real = [], layer_norm.launch
+        monkeypatch.setattr(layer_norm, "launch", lambda *launched: (seen.append(launched), real(*launched)))
+        return seen
+
+    def test_both_projections_and_both_norms_of_a_packed_block_take_theirs(self, residuals, norms):
         model, stock, truth = twins(with_lora(gpt2()))
         patched(model)
         results = [outcome(each, PADDED) for each in (model, stock, truth)]
         for name in results[0]:
             assert_as_good_as(*(result[name] for result in results), name)
         assert residuals == [False] * 4  # two in each block
+        assert len(norms) == 3  # nothing before the first block trains
+
+    @pytest.mark.parametrize("part", ["weight", "bias"])
+    def test_a_norm_that_trains_is_stocks(self, part, norms):
+        model, stock, truth = twins(with_lora(gpt2()))
+        for each in (model, stock, truth):
+            each.base_model.model.transformer.h[1].ln_2.get_parameter(part).requires_grad_()
+        patched(model)
+        results = [outcome(each, PADDED) for each in (model, stock, truth)]
+        for name in results[0]:
+            assert_as_good_as(*(result[name] for result in results), name)
+        assert len(norms) == 2
 
     def test_their_dropout_is_the_blocks(self, residuals):
         model, stock, _ = twins(with_lora(gpt2(resid_pdrop=1.0)))
@@ -237,11 +280,17 @@ class TestResiduals:
         torch.testing.assert_close(seen_by(model), seen_by(stock))
         assert len(residuals) == 3
 
-    def test_a_wider_residual_is_added_outside(self, residuals):
-        model = patched(with_lora(gpt2()))
+    def test_a_wider_residual_is_added_outside(self, residuals, norms):
+        model, stock, _ = twins(with_lora(gpt2()))
+        patched(model)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            model.train()(**PADDED)
+            mine, expected = outcome(model, PADDED), outcome(stock, PADDED)
+        for name, value in mine.items():
+            torch.testing.assert_close(
+                value, expected[name], rtol=0.1, atol=0.05 * float(expected[name].abs().max())
+            )
         assert residuals == []
+        assert len(norms) == 3
 
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter")
