@@ -114,6 +114,7 @@ def cases(arch: int) -> Iterator[Case]:
             for kernel in ("adapter_forward", "adapter_backward"):
                 yield Case(kernel, arch, mixed, strip, rank, "gelu")
             yield Case("adapter_forward", arch, "fp16", strip, rank, "silu")
+            yield Case("adapter_forward", arch, mixed, strip, rank, "gelu residual")
         yield from (
             Case("adapter_gradient", arch, d, tiling.ADAPTER_GRADIENT[rank], rank) for d in ("bf16", "fp16")
         )
@@ -133,6 +134,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout")
             yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout gelu")
             yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
+            yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu residual")
             yield Case("adapter_backward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
             yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
 
@@ -183,9 +185,11 @@ def recorded(case: Case) -> launch.Launch:
             )
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)
-            adapter.forward(
-                rows(M, K), weights[0], factor(rank), weights[1], factor(K), case.variant, 1.0, strip
-            )
+            activation, *more = case.variant.split()
+            residual = rows(M, K) if more else None
+            biases = factor(rank), factor(K)
+            some = (rows(M, K), weights[0], biases[0], weights[1], biases[1], activation, 1.0, residual)
+            adapter.forward(*some, strip)
         else:
             strip = tiling.Strip(*case.tile)
             some = (rows(M, K), rows(M, K), *weights, rows(M, rank), case.variant, 1.0, torch.float32, True)

@@ -143,7 +143,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         adapter = Adapter(width, config.bottleneck, config.activation, config.scale)
         host.adapter = adapter.to(near.device, near.dtype).train(transformer.training)
         # First in line, so that hooks which record hidden states see the adapted output.
-        host.register_forward_hook(_adapt, prepend=True)
+        host.register_forward_hook(adapt_output, prepend=True)
     return model
 
 
@@ -255,7 +255,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is damaged: {error}") from error
 
 
-def _adapt(host: Any, args: Any, output: Any) -> Any:
+def adapt_output(host: Any, args: Any, output: Any) -> Any:
     """The forward hook of a host: adapts its output, the first of a tuple."""
     if isinstance(output, tuple):
         return (host.adapter(output[0]), *output[1:])

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from fastpeft import ops
+from fastpeft.adapters import adapt_output
 from fastpeft.modules import (
+    FusedAdapter,
     FusedGelu,
     FusedLoraLinear,
     is_plain,
@@ -58,14 +60,9 @@ class FusedBlock(GPT2Block):
             given |= {"encoder_hidden_states": encoder_hidden_states}
             return super().forward(hidden_states, encoder_attention_mask=encoder_attention_mask, **given)
         h, x = self._normed(self.ln_1, hidden_states)
-        if kwargs.get("packed") is not None and is_plain(self.attn):
-            x, _ = self.attn(h, residual=x, **given)
-        else:
-            x = self.attn(h, **given)[0] + x
+        x = _added(self.attn, x, h, kwargs.get("packed") is not None, **given)
         h, x = self._normed(self.ln_2, x)
-        if type(self.mlp) is FusedMLP and is_plain(self.mlp):
-            return self.mlp(h, residual=x)
-        return x + self.mlp(h)
+        return _added(self.mlp, x, h, type(self.mlp) is FusedMLP)
 
     def _normed(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         """The LayerNorm of x, and x to go on with as the residual."""
@@ -101,6 +98,23 @@ def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | Non
         return c_proj(x, residual=added)
     y = dropout(c_proj(x))
     return y if residual is None else residual + y
+
+
+def _added(branch: Any, x: Tensor, h: Tensor, takes_residual: bool, **given: Any) -> Tensor:
+    """`x + branch(h)` for a block's attention or MLP, in one operation with what the branch ends with."""
+    if takes_residual and is_plain(branch):
+        return _first(branch(h, residual=x, **given))
+    adapter = getattr(branch, "adapter", None)
+    adapted = list(branch._forward_hooks.values()) == [adapt_output] and is_plain(
+        branch, but_for=adapt_output
+    )
+    if adapted and isinstance(adapter, FusedAdapter) and is_plain(adapter):
+        return adapter(_first(branch.forward(h, **given)), residual=x)
+    return x + _first(branch(h, **given))
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | None:

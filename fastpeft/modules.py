@@ -139,13 +139,15 @@ class FusedAdapter(nn.Module):
     act: Any
     up: Any
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """x (..., width) → the same shape, added to a residual if the block gives one."""
         site = self._fastpeft
         reason = "called with extra arguments" if args or kwargs else why_not_adapter(self)
         reason = reason or why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
         if reason:
             site.record(ops.Route("stock", reason))
-            return super().forward(x, *args, **kwargs)
+            y = super().forward(x, *args, **kwargs)
+            return y if residual is None else residual + y
         try:
             y, route = ops.routed_adapter(
                 x,
@@ -158,6 +160,7 @@ class FusedAdapter(nn.Module):
                 site.backend,
                 site.exact,
                 site.strict,
+                residual,
             )
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
@@ -220,10 +223,10 @@ def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
     return stock
 
 
-def is_plain(module: nn.Module) -> bool:
-    """Whether calling `module` runs its class's forward and nothing else, so that fusing bypasses nothing."""
+def is_plain(module: nn.Module, but_for: Any = None) -> bool:
+    """Whether a call of `module` runs its class's forward, and perhaps `but_for` after it, and nothing else."""
     return not (
-        module._forward_hooks
+        any(hook is not but_for for hook in module._forward_hooks.values())
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -267,8 +267,10 @@ def routed_adapter(
     backend: str,
     exact: bool,
     strict: bool = False,
+    residual: Tensor | None = None,
 ) -> tuple[Tensor, Route]:
-    """`adapter` with the route it took, which modules record for the report."""
+    """`adapter`, added to a block's residual if there is one, with the route it took, which modules record."""
+    outer = None if residual is None else Residual(residual, 0.0)
     _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation)
     route = choose(backend, exact, x.device)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -277,36 +279,39 @@ def routed_adapter(
         from fastpeft.kernels import launch, tuning
 
         scale = float(scale)
+        residual_rows, _ = _rows_of(outer, x.dtype)
 
-        def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any) -> Tensor:
-            return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale)
+        def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, more: Any) -> Tensor:
+            return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale, more)
 
         def through_pytorch(*tensors: Any) -> Any:
-            return _Adapter.apply(*tensors, activation, scale)
+            y = _Adapter.apply(*tensors[:5], activation, scale)
+            return y if residual_rows is None else y + tensors[5]
 
-        given = (rows, down_weight, down_bias, up_weight, up_bias)
+        given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
         route = _confirm(
             route,
             backend,
             strict,
             launch.unsupported(rows, down_weight.shape[0], *given),
-            lambda: kernels.ready(*given, activation),
+            lambda: kernels.ready(*given[:5], activation, residual_rows),
             lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
         )
         if route.path == "triton":
-            return through_kernels(*given).view(x.shape), route
+            y = through_kernels(*given).view(x.shape)
+            return y if residual_rows is not None else added(y, outer), route
     wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
         down_bias = None if down_bias is None else down_bias.to(wide)
         up_bias = None if up_bias is None else up_bias.to(wide)
         y = reference.adapter(x.to(wide), down_weight, down_bias, up_weight, up_bias, activation, scale)
-        return y.to(x.dtype), route
+        return added(y.to(x.dtype), outer), route
     rows = rows.to(wide)
     # The residual keeps x's dtype, so x's dtype rules and autocast has no say.
     with torch.autocast(x.device.type, enabled=False):
         y = _Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, float(scale))
-    return y.to(x.dtype).view(x.shape), route
+    return added(y.to(x.dtype).view(x.shape), outer), route
 
 
 def choose(backend: str, exact: bool, device: torch.device) -> Route:

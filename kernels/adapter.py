@@ -5,7 +5,8 @@
                dD = dzᵀ x    dbd = Σ dz       dU = s · dyᵀ act(z)    dbu = s · Σ dy
 
 Shapes: x and y (M, K), D (R, K), bd (R,), U (K, R), bu (K,), z and dz (M, R). The forward is one kernel, and
-so is dx with dz: a program holds its rows' bottleneck between two passes over them, the second out of cache.
+so is dx with dz: a program holds its rows' bottleneck between two passes over them, the second out of cache. Where x is
+a block's branch, the forward adds the block's residual too, whose gradient is dy.
 All gradients of weights and biases are a third kernel's, one pass over x and dy.
 """
 
@@ -59,7 +60,7 @@ def rows_times(
 
 @triton.jit
 def residual_plus(
-    t_ptr, u, f_ptr, bias_ptr, out_ptr,
+    t_ptr, u, f_ptr, bias_ptr, residual_ptr, out_ptr,
     rows, mask_m, offs_r, mask_r,
     K,
     stride_tm, stride_tk, stride_fr, stride_fk,
@@ -68,11 +69,14 @@ def residual_plus(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Stores `out = t + scale · (u f + bias)` for BLOCK_M rows of t (M, K): u (BLOCK_M, RANK), f (R, K)."""
+    """Stores `out = t + scale · (u f + bias)` for BLOCK_M rows of t (M, K): u (BLOCK_M, RANK), f (R, K).
+
+    A residual (M, K), contiguous, is added unless `residual_ptr` is None.
+    """
     offs_k = tl.arange(0, BLOCK_K)
     t_ptrs = t_ptr + rows[:, None] * stride_tm + offs_k[None, :].to(tl.int64) * stride_tk
     f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_k[None, :].to(tl.int64) * stride_fk
-    out_ptrs = out_ptr + rows[:, None] * K + offs_k[None, :]
+    offsets = rows[:, None] * K + offs_k[None, :]
     for k in range(0, K, BLOCK_K):
         mask_k = offs_k < K - k
         mask = mask_m[:, None] & mask_k[None, :]
@@ -81,15 +85,17 @@ def residual_plus(
         if bias_ptr is not None:
             update += tl.load(bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         out = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32) + scale * update
-        tl.store(out_ptrs, rounded(out, out_ptr.dtype.element_ty), mask=mask)
+        if residual_ptr is not None:
+            out += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out_ptr + offsets, rounded(out, out_ptr.dtype.element_ty), mask=mask)
         t_ptrs += BLOCK_K * tl.cast(stride_tk, tl.int64)
         f_ptrs += BLOCK_K * tl.cast(stride_fk, tl.int64)
-        out_ptrs += BLOCK_K
+        offsets += BLOCK_K
 
 
 @triton.jit
 def adapter_forward_kernel(
-    x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, z_ptr, y_ptr,
+    x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, residual_ptr, z_ptr, y_ptr,
     M, K, R,
     stride_xm, stride_xk, stride_dr, stride_dk, stride_uk, stride_ur,
     scale,
@@ -99,7 +105,7 @@ def adapter_forward_kernel(
     BLOCK_K: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`z = x downᵀ + down_bias`, `y = x + scale · (act(z) upᵀ + up_bias)`; BLOCK_M rows a program."""
+    """`z = x downᵀ + down_bias`, `y = x + scale · (act(z) upᵀ + up_bias)`, plus a residual if there is one."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_r = tl.arange(0, RANK)
     mask_m, mask_r = rows < M, offs_r < R
@@ -116,7 +122,7 @@ def adapter_forward_kernel(
 
     h = rounded(activate(z.to(tl.float32), ACTIVATION), z.dtype)
     residual_plus(
-        x_ptr, h, up_ptr, up_bias_ptr, y_ptr, rows, mask_m, offs_r, mask_r, K,
+        x_ptr, h, up_ptr, up_bias_ptr, residual_ptr, y_ptr, rows, mask_m, offs_r, mask_r, K,
         stride_xm, stride_xk, stride_ur, stride_uk, scale, INPUT_PRECISION, BLOCK_M, BLOCK_K,
     )  # fmt: skip
 
@@ -153,7 +159,7 @@ def adapter_backward_kernel(
 
     if dx_ptr is not None:
         residual_plus(
-            dy_ptr, dz, down_ptr, None, dx_ptr, rows, mask_m, offs_r, mask_r, K,
+            dy_ptr, dz, down_ptr, None, None, dx_ptr, rows, mask_m, offs_r, mask_r, K,
             stride_ym, stride_yk, stride_dr, stride_dk, 1.0, INPUT_PRECISION, BLOCK_M, BLOCK_K,
         )  # fmt: skip
 
@@ -241,9 +247,10 @@ def forward(
     up_bias: Tensor | None,
     activation: str,
     scale: float,
+    residual: Tensor | None = None,
     strip: tiling.Strip | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y (M, K) and the pre-activation z (M, R), both in x's dtype."""
+    """y (M, K), to which a residual (M, K), contiguous, is added, and the pre-activation z (M, R), in x's dtype."""
     (m, k), rank = x.shape, down_weight.shape[0]
     y, z = x.new_empty(m, k), x.new_empty(m, rank)
     if m == 0 or k == 0:
@@ -252,13 +259,15 @@ def forward(
         strip = tuning.fastest(
             "adapter_forward",
             x,
-            (rank, activation),
+            (rank, activation, residual is not None),
             tiling.adapter(x, rank),
-            lambda each: forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale, each),
+            lambda each: forward(
+                x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual, each
+            ),
         )
     args = {
         "x_ptr": x, "down_ptr": down_weight, "down_bias_ptr": down_bias,
-        "up_ptr": up_weight, "up_bias_ptr": up_bias, "z_ptr": z, "y_ptr": y,
+        "up_ptr": up_weight, "up_bias_ptr": up_bias, "residual_ptr": residual, "z_ptr": z, "y_ptr": y,
         "stride_xm": x.stride(0), "stride_xk": x.stride(1),
         **_common(x, down_weight, up_weight, activation, scale, strip),
     }  # fmt: skip
@@ -358,13 +367,14 @@ def _forward(
     up_bias: Tensor | None,
     activation: str,
     scale: float,
+    residual: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     with on_device_of(x):
-        return forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+        return forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual)
 
 
 @_forward.register_fake
-def _(x, down_weight, down_bias, up_weight, up_bias, activation, scale):
+def _(x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual):
     return x.new_empty(x.shape), x.new_empty(x.shape[0], down_weight.shape[0])
 
 
@@ -396,7 +406,7 @@ def _(dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, need_p
 
 
 def _save(ctx, inputs, output):
-    x, down_weight, down_bias, up_weight, up_bias, activation, scale = inputs
+    x, down_weight, down_bias, up_weight, up_bias, activation, scale, _ = inputs
     _, z = output
     ctx.mark_non_differentiable(z)
     ctx.save_for_backward(x, down_weight, up_weight, z)
@@ -407,7 +417,7 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, _):
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     x, down_weight, up_weight, z = ctx.saved_tensors
     need_x, *need_each = ctx.needs_input_grad[:5]
     dtypes = {dtype for dtype in ctx.dtypes if dtype is not None}
@@ -419,7 +429,7 @@ def _gradients(ctx, dy, _):
     dx = next(fused) if need_x else None
     each = split_gradients(next(fused), *reversed(down_weight.shape)) if need_any else (None,) * 4
     each = (g.to(own) if need else None for g, own, need in zip(each, ctx.dtypes, need_each, strict=True))
-    return dx, *each, None, None
+    return dx, *each, None, None, dy if ctx.needs_input_grad[7] else None
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
@@ -434,6 +444,7 @@ def adapter(
     up_bias: Tensor | None,
     activation: str,
     scale: float,
+    residual: Tensor | None = None,
 ) -> Tensor:
     """`y = x + scale · up(activation(down(x)))` by the kernels; differentiable once, by every tensor.
 
@@ -442,11 +453,12 @@ def adapter(
         down_weight: (R, K) and up_weight: (K, R), in x's dtype or wider, R at most 256; rounded to x's
             dtype as they load. down_bias: (R,) or None; up_bias: (K,) or None.
         activation: relu, gelu, gelu_tanh or silu.
+        residual: (M, K) in x's dtype, contiguous, to add to y; or None.
 
     Returns:
         (M, K) in x's dtype.
     """
-    y, _ = _forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+    y, _ = _forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual)
     return y
 
 
@@ -457,6 +469,7 @@ def ready(
     up_weight: Tensor,
     up_bias: Tensor | None,
     activation: str,
+    residual: Tensor | None = None,
 ) -> str | None:
     """None where every kernel of `adapter` and of its backward is built for these tensors; else why not.
 
@@ -464,8 +477,13 @@ def ready(
     """
 
     def call() -> None:
-        y, z = forward(x, down_weight, down_bias, up_weight, up_bias, activation, 1.0)
+        y, z = forward(x, down_weight, down_bias, up_weight, up_bias, activation, 1.0, residual)
         backward(y, x, down_weight, up_weight, z, activation, 1.0, down_weight.dtype, True, True)
 
-    key = ("adapter", x.device, activation, *describe(x, down_weight, down_bias, up_weight, up_bias))
+    key = (
+        "adapter",
+        x.device,
+        activation,
+        *describe(x, down_weight, down_bias, up_weight, up_bias, residual),
+    )
     return build(key, x, call)

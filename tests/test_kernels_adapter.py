@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from kernel_checks import DTYPES, adapter_arguments, check_adapter, describe, draws_of, pairwise
+from kernel_checks import DTYPES, adapter_arguments, check_adapter, compare, describe, draws_of, pairwise
 
 from fastpeft import reference
 from fastpeft.kernels import adapter, launch, tiling
@@ -65,7 +65,7 @@ def test_every_strip_gives_what_the_chosen_one_gives(rank, device):
     y, z = adapter.forward(x, down, down_bias, up, up_bias, "silu", 0.5)
     dx, flat = adapter.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, True, True)
     for strip in tiling.ADAPTER[rank]:
-        y_strip, z_strip = adapter.forward(x, down, down_bias, up, up_bias, "silu", 0.5, strip)
+        y_strip, z_strip = adapter.forward(x, down, down_bias, up, up_bias, "silu", 0.5, None, strip)
         torch.testing.assert_close(y_strip, y)
         torch.testing.assert_close(z_strip, z)
         for splits in (1, 3):
@@ -73,6 +73,23 @@ def test_every_strip_gives_what_the_chosen_one_gives(rank, device):
             dx_strip, flat_strip = adapter.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, *some)
             torch.testing.assert_close(dx_strip, dx)
             torch.testing.assert_close(flat_strip, flat, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+@pytest.mark.parametrize("m", [0, 17, 65])
+def test_a_residual_is_added_and_gets_dy(m, dtypes, device):
+    draws = draws_of(adapter_arguments, m, 100, 8, dtypes, device)
+    for draw, arguments in enumerate(draws):
+        x, generator = arguments["x"], torch.Generator().manual_seed(draw)
+        arguments["residual"] = torch.randn(x.shape, generator=generator).to(device, x.dtype)
+
+    def formula(residual, **given):
+        return residual + reference.adapter(**given, activation="silu", scale=0.7)
+
+    def fused(**given):
+        return adapter.adapter(**given, activation="silu", scale=0.7)
+
+    compare(fused, formula, draws, ("down_weight", "up_weight"))
 
 
 @pytest.mark.parametrize(("m", "width"), [(0, 24), (5, 0)])
@@ -153,8 +170,8 @@ def test_opcheck_passes_with_and_without_biases(device):
         t.requires_grad_() for t in adapter_arguments(9, 24, 3, "fp32", device).values()
     )
     operator = torch.ops.fastpeft.adapter.default
-    torch.library.opcheck(operator, (x, down, down_bias, up, up_bias, "silu", 0.5))
-    torch.library.opcheck(operator, (x, down, None, up, None, "relu", 1.0))
+    torch.library.opcheck(operator, (x, down, down_bias, up, up_bias, "silu", 0.5, torch.ones_like(x)))
+    torch.library.opcheck(operator, (x, down, None, up, None, "relu", 1.0, None))
 
 
 def test_a_second_derivative_is_refused(device):

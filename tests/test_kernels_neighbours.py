@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from kernel_checks import DTYPES, compare, describe, draws_of, lora_arguments, pairwise
-from models import assert_fused, gpt2, step, twins, with_lora
+from models import assert_fused, gpt2, step, twins, with_adapters, with_lora
 from test_kernels_lora_linear import LINEAR_TILES
 from test_packing import batch, outcome
 from tolerances import assert_as_good_as
@@ -15,7 +15,7 @@ from tolerances import assert_as_good_as
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -279,6 +279,30 @@ class TestResiduals:
         patched(model)
         torch.testing.assert_close(seen_by(model), seen_by(stock))
         assert len(residuals) == 3
+
+    def test_adapters_add_their_blocks(self, norms, monkeypatch):
+        seen, real = [], adapter.launch
+        monkeypatch.setattr(
+            adapter, "launch", lambda kernel, *given: (seen.append(given[1]), real(kernel, *given))
+        )
+        model, stock, truth = twins(with_adapters(gpt2(), "post_attn", "post_mlp"))
+        patched(model)
+        results = [outcome(each, PADDED) for each in (model, stock, truth)]
+        for name in results[0]:
+            assert_as_good_as(*(result[name] for result in results), name)
+        forward = [args for args in seen if "residual_ptr" in args]
+        assert len(forward) == 4
+        assert all(args["residual_ptr"] is not None for args in forward)
+        assert len(norms) == 3
+
+    def test_an_adapter_that_something_listens_to_leaves_the_residual_out(self):
+        model, stock, _ = twins(with_adapters(gpt2(), "post_mlp"))
+        patched(model)
+        seen = []
+        for each in (model, stock):
+            each.transformer.h[1].mlp.adapter.register_forward_hook(lambda _, args, out: seen.append(out))
+            outcome(each, PADDED)
+        torch.testing.assert_close(seen[0][0], seen[1][PADDED["attention_mask"].bool()])
 
     def test_a_wider_residual_is_added_outside(self, residuals, norms):
         model, stock, _ = twins(with_lora(gpt2()))
