@@ -131,6 +131,9 @@ def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tens
         return None
     if not all(is_plain(each) and not each._fastpeft.exact for each in (fc, act, proj)):
         return None
+    site = fc._fastpeft
+    if ops.choose(site.backend, False, x.device).path != "triton":
+        return None
     weights = (each.base_layer.weight for each in (fc, proj))
     if why_not_lora(fc) or why_not_lora(proj) or why_not_tensors(x, *weights):
         return None
@@ -138,9 +141,9 @@ def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tens
     if added_to_first or added_to_second:
         return None
     try:
-        served = ops.lora_mlp(x, first, second, fc._fastpeft.backend, fc._fastpeft.strict, residual)
+        served = ops.lora_mlp(x, first, second, site.backend, site.strict, residual)
     except ValueError as error:
-        raise ValueError(f"{fc._fastpeft.name} and {proj._fastpeft.name}: {error}") from None
+        raise ValueError(f"{site.name} and {proj._fastpeft.name}: {error}") from None
     if served is None:
         return None
     y, route = served

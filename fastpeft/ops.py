@@ -184,10 +184,9 @@ def lora_mlp(
 ) -> tuple[Tensor, Route] | None:
     """`proj(gelu(fc(x)))`, the tanh GELU, added to a residual if there is one, and its route, by the kernels.
 
-    None where Triton won't serve it: outside the kernels there is nothing to gain over layer by layer.
+    For devices that `choose` gives to Triton; None where it won't serve this call after all. Outside the kernels
+    there is nothing to gain over layer by layer.
     """
-    if choose(backend, False, x.device).path != "triton":
-        return None
     _check_lora_linear(x, fc)
     (x, fc), (_, proj) = _as_autocast(x, fc), _as_autocast(x, proj)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
