@@ -155,8 +155,9 @@ def speedups(record: dict[str, Any]) -> Table:
             name = ""
     times = ["time over the frozen model's", "time over the layers scope's"]
     header = ["", "compared", "tokens/s", "speed-up (20-80 %)", *times]
-    data = " and ".join(dict.fromkeys(point["data"] for point in record["points"]))
-    return Table(f"Whole models, tokens of {data}", f"Medians of rounds. {provenance(record)}", header, rows)
+    data = dict.fromkeys(point["data"] for point in record["points"])
+    names = " and ".join("random tokens" if each == "random" else each for each in data)
+    return Table(f"Whole models on {names}", f"Medians of rounds. {provenance(record)}", header, rows)
 
 
 def micro(record: dict[str, Any]) -> Iterator[Table]:
