@@ -74,7 +74,7 @@ def test_tuning_changes_the_tiles_and_not_the_result(clock, monkeypatch):
     clock.times = [2.0, 2.0, 1.0]
     check_lora(lora_linear.lora_linear, draws_of(lora_arguments, 40, 24, 16, 3, "fp16", "cpu"), 0.0)
     x, weight, *_ = lora_arguments(40, 24, 16, 3, "fp16", "cpu").values()
-    candidates = tiling.linear(x, weight, 3, False, False)
+    candidates = tiling.linear(x, weight, 3, False, False, False)
     assert clock.calls >= len(candidates) > 3
 
 
