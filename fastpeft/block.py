@@ -1,4 +1,4 @@
-"""GPT-2's block with its neighbours inside its projections: the GELU, and the dropouts with their residuals.
+"""GPT-2's block with its neighbours in its kernels: GELU, dropouts, residuals, gradients that meet at a norm.
 
 Where no kernel serves them, or something listens in between, each part runs by itself, as in stock.
 """

@@ -27,6 +27,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a kernel test runs: in the interpreter on the CPU, or compiled on a GPU."""
+    from fastpeft.kernels import launch  # no sooner: tests of the package itself come without it
+
+    if request.param == "cpu" and not launch.INTERPRETED:
+        pytest.skip("kernels are compiled here: the same test runs on cuda")
+    return request.param
+
+
 @pytest.fixture
 def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill new memory with NaN, or 77 where it holds int32, so that an element nobody wrote shows."""

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from tolerances import assert_as_good_as
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.kernels import dropout
+from fastpeft.kernels import dropout, tiling
 
 #: x's dtype and the parameters': float32 parameters on a 16-bit base are peft's default.
 DTYPES = {
@@ -23,6 +24,31 @@ DTYPES = {
 
 
 Arguments = dict[str, Tensor | None]
+
+#: Every tile of the GEMM that some architecture takes, and every form and variant it comes in.
+LINEAR_TILES = sorted({t for table in tiling.LINEAR.values() for tiles in table.values() for t in tiles})
+LINEAR_VARIANTS = [
+    *itertools.product(["pointer", "descriptor"], ["split", "dropout"]),
+    *itertools.product(["pointer"], ["single", "single dropout"]),
+]
+
+
+def choose_tile(
+    monkeypatch: pytest.MonkeyPatch, device: str, tile: tiling.Tile, form: str, variant: str, epilogue: bool
+) -> None:
+    """Make the GEMM run with this tile; skip where this GPU's table has no such choice."""
+    if device == "cuda":
+        arch = tiling.architecture(torch.device("cuda")).name
+        if tile not in tiling.linear_tiles(arch, form, variant, epilogue) or (
+            form == "descriptor" and arch < 90
+        ):
+            pytest.skip(f"not in the table of sm_{arch}")
+
+    def chosen(x, weight, rank, inner, outer, epilogue):
+        single = variant.startswith("single") and not inner
+        return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
+
+    monkeypatch.setattr(tiling, "linear", chosen)
 
 
 def pairwise(**axes: list[Any]) -> Iterator[dict[str, Any]]:

@@ -29,13 +29,6 @@ SAMPLE = list(
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("kernels are compiled here: the same test runs on cuda")
-    return request.param
-
-
 @pytest.mark.parametrize("case", SAMPLE, ids=describe)
 def test_ragged_shapes_agree_with_float64(case, device):
     sizes = case["m"], case["width"], case["bottleneck"], case["dtypes"], device

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fastpeft.kernels import dropout, launch
+from fastpeft.kernels import dropout
 
 
 @triton.jit
@@ -17,13 +17,6 @@ def write_mask(
     keep = dropout.keep_tile(seed_ptr, start_m, start_k, drop_below, BLOCK_M, BLOCK_K)
     ptrs = out_ptr + tl.arange(0, BLOCK_M)[:, None] * stride + tl.arange(0, BLOCK_K)[None, :]
     tl.store(ptrs, keep.to(tl.int8))
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("kernels are compiled here: the same test runs on cuda")
-    return request.param
 
 
 @pytest.mark.parametrize("block", [(64, 64), (16, 128), (128, 8)], ids=str)

@@ -9,7 +9,17 @@ import sys
 
 import pytest
 import torch
-from kernel_checks import DTYPES, check_lora, describe, draws_of, lora_arguments, pairwise
+from kernel_checks import (
+    DTYPES,
+    LINEAR_TILES,
+    LINEAR_VARIANTS,
+    check_lora,
+    choose_tile,
+    describe,
+    draws_of,
+    lora_arguments,
+    pairwise,
+)
 
 from fastpeft.kernels import launch, lora_linear, tiling
 
@@ -37,13 +47,6 @@ SAMPLE = list(
 )
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("kernels are compiled here: the same test runs on cuda")
-    return request.param
 
 
 @pytest.mark.parametrize("case", SAMPLE, ids=describe)
@@ -78,28 +81,10 @@ def test_every_gpt2_layer_agrees_with_float64(layer, dtypes, device):
         check_lora(lora_linear.lora_linear, draws, p)
 
 
-LINEAR_TILES = sorted({t for table in tiling.LINEAR.values() for tiles in table.values() for t in tiles})
-
-
-@pytest.mark.parametrize(
-    ("form", "variant"),
-    [
-        *itertools.product(["pointer", "descriptor"], ["split", "dropout"]),
-        *itertools.product(["pointer"], ["single", "single dropout"]),
-    ],
-)
+@pytest.mark.parametrize(("form", "variant"), LINEAR_VARIANTS)
 @pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
 def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monkeypatch):
-    if device == "cuda":
-        arch = tiling.architecture(torch.device("cuda")).name
-        if tile not in tiling.LINEAR[arch][variant] or (form == "descriptor" and arch < 90):
-            pytest.skip(f"not in the table of sm_{arch}")
-
-    def chosen(x, weight, rank, inner, outer, epilogue):
-        single = variant.startswith("single") and not inner
-        return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
-
-    monkeypatch.setattr(tiling, "linear", chosen)
+    choose_tile(monkeypatch, device, tile, form, variant, epilogue=False)
     draws = draws_of(lora_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
     check_lora(lora_linear.lora_linear, draws, 0.3 if "dropout" in variant else 0.0)
 

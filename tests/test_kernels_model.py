@@ -13,13 +13,6 @@ from fastpeft import ops
 from fastpeft.kernels import launch, lora_linear
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("kernels are compiled here: the same test runs on cuda")
-    return request.param
-
-
 def losses(model, steps=4):
     torch.manual_seed(3)
     model.train()

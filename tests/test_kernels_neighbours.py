@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
-from kernel_checks import DTYPES, compare, describe, draws_of, lora_arguments, pairwise
+from kernel_checks import (
+    DTYPES,
+    LINEAR_TILES,
+    LINEAR_VARIANTS,
+    choose_tile,
+    compare,
+    describe,
+    draws_of,
+    lora_arguments,
+    pairwise,
+)
 from models import assert_fused, gpt2, step, twins, with_adapters, with_lora
-from test_kernels_lora_linear import LINEAR_TILES
 from test_packing import batch, outcome
 from tolerances import assert_as_good_as
 
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -24,13 +31,6 @@ pytestmark = [
 ]
 LAYER = ("weight", "bias", "lora_a", "lora_b")
 FUSED = "fused kernels, GELU included"
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cpu" and not launch.INTERPRETED:
-        pytest.skip("kernels are compiled here: the same test runs on cuda")
-    return request.param
 
 
 def mlp_arguments(m, k, hidden, rank, dtypes, device, *, residual=True, draw=0, **form):
@@ -105,27 +105,10 @@ def test_an_empty_dimension_gives_bias_and_zero_gradients(m, k, hidden, device):
     check_mlp(draws_of(mlp_arguments, m, k, hidden, 3, "fp32", device), 0.5, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("form", "variant"),
-    [
-        *itertools.product(["pointer", "descriptor"], ["split", "dropout"]),
-        *itertools.product(["pointer"], ["single", "single dropout"]),
-    ],
-)
+@pytest.mark.parametrize(("form", "variant"), LINEAR_VARIANTS)
 @pytest.mark.parametrize("tile", LINEAR_TILES, ids=str)
 def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monkeypatch):
-    if device == "cuda":
-        arch = tiling.architecture(torch.device("cuda")).name
-        if tile not in tiling.linear_tiles(arch, form, variant, epilogue=True) or (
-            form == "descriptor" and arch < 90
-        ):
-            pytest.skip(f"not in the table of sm_{arch}")
-
-    def chosen(x, weight, rank, inner, outer, epilogue):
-        single = variant.startswith("single") and not inner
-        return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
-
-    monkeypatch.setattr(tiling, "linear", chosen)
+    choose_tile(monkeypatch, device, tile, form, variant, epilogue=True)
     draws = draws_of(mlp_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
     p = 0.3 if "dropout" in variant else 0.0
     check_mlp(draws, p, p)
