@@ -1,79 +1,98 @@
-"""Dropout masks of the PyTorch path: drawn cheaply or as torch draws them, kept at one bit an element."""
+"""Dropout masks of the PyTorch path: on the CPU, the positions of what is dropped; elsewhere torch's own mask.
+
+Few elements are dropped, so a pass over the positions costs a fraction of one over a mask of every element.
+"""
 
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_LANES = 1 << 16
-_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1)
+_BITS = 12  # of 16 drawn for a gap: a table of 2¹² entries stays in the cache
+_FAR = 2.0**53  # beyond any tensor
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def draw(x: Tensor, dropout_p: float, *, exact: bool) -> tuple[Tensor, float]:
-    """One bit for each element of `x`, set where it stays, and the probability it was drawn with.
+def draw(x: Tensor, dropout_p: float, *, exact: bool) -> Tensor:
+    """A mask for `x`: ascending positions of what is dropped, or, off the CPU, bool, set where x stays.
 
     `exact` consumes torch's generator as `F.dropout(x, dropout_p)` would and gives the same mask. Otherwise,
-    on the CPU, each byte of the mask is looked up by 16 bits of torch's generator, where `bernoulli_` takes 64 for
-    each bit; the probability is then rounded to a multiple of 2⁻¹⁶.
+    on the CPU, torch's generator gives 16 bits for each position, where `bernoulli_` takes 64 for each element.
     """
-    if dropout_p >= 1.0:  # torch draws nothing here
-        return torch.zeros(-(-x.numel() // 8), dtype=torch.uint8, device=x.device), 1.0
     if x.is_cuda:  # the kernel behind F.dropout, whose numbers depend on x's dtype
-        return _pack(torch.native_dropout(x, dropout_p, True)[1]), dropout_p
-    if exact or x.device.type != "cpu":
-        return _pack(torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)), dropout_p
-    dropout_p = min(round(dropout_p * _LANES), _LANES - 1) / _LANES
-    table, rest = _byte_law(dropout_p)
-    size = -(-x.numel() // 8)
-    words = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None)
-    lanes = words.numpy().view(np.uint16)[:size]
-    bits = table.take(lanes, mode="clip")
-    undecided = np.flatnonzero(lanes >= len(table))
-    weights = torch.rand(len(undecided), dtype=torch.float64).numpy() * rest[-1]
-    bits[undecided] = rest[:-1].searchsorted(weights, side="right")
-    return torch.from_numpy(bits), dropout_p
-
-
-def unpack(bits: Tensor, x: Tensor) -> Tensor:
-    """The mask of `x` as ones and zeros in x's shape and dtype."""
-    return _ones(bits, x).to(x.dtype)
-
-
-def apply(bits: Tensor, x: Tensor) -> Tensor:
-    """A copy of `x` with zeros where the mask is zero."""
-    # Minus one is all bits set, and the bits of integers meet those of floats: a third of the time of a product.
-    mask = _ones(bits, x).view(torch.int8).neg_().to(_INTEGERS[x.element_size()])
-    return mask.bitwise_and_(x.view(mask.dtype)).view(x.dtype)
-
-
-def _ones(bits: Tensor, x: Tensor) -> Tensor:
-    """The mask of `x` as uint8 ones and zeros in x's shape, in new memory."""
-    if bits.device.type == "cpu":
-        ones = torch.from_numpy(np.unpackbits(bits.numpy(), count=x.numel()))
+        return torch.native_dropout(x, dropout_p, True)[1]
+    if x.device.type != "cpu":
+        return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
+    if dropout_p >= 1.0:  # torch draws nothing here
+        positions = np.arange(x.numel())
+    elif exact:
+        positions = np.flatnonzero(~torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p).numpy())
     else:
-        ones = (bits[:, None] >> torch.arange(7, -1, -1, device=bits.device) & 1).view(-1)[: x.numel()]
-    return ones.view(x.shape)
+        positions = _positions(x.numel(), dropout_p)
+    return torch.from_numpy(
+        positions.astype(np.min_scalar_type(-x.numel()))
+    )  # 32 bits hold any but huge ones
 
 
-def _pack(keep: Tensor) -> Tensor:
-    if keep.device.type == "cpu":
-        return torch.from_numpy(np.packbits(keep.numpy()))
-    flat = torch.nn.functional.pad(keep.flatten(), (0, -keep.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(7, -1, -1, device=keep.device)).sum(1, dtype=torch.uint8)
+def apply(mask: Tensor, x: Tensor) -> Tensor:
+    """A contiguous copy of `x` with zeros for what is dropped."""
+    return drop_(mask, x.clone(memory_format=torch.contiguous_format))
+
+
+def drop_(mask: Tensor, x: Tensor) -> Tensor:
+    """`x`, contiguous, with zeros put where it is dropped."""
+    if mask.dtype == torch.bool:
+        return x.masked_fill_(~mask, 0)
+    # numpy has no bfloat16, and is slower with indices that aren't int64.
+    flat = x.view(_INTEGERS[x.element_size()]).view(-1).numpy()
+    flat[mask.numpy().astype(np.int64)] = 0
+    return x
+
+
+def _positions(size: int, dropout_p: float) -> np.ndarray:
+    """The positions of what is dropped among `size` elements."""
+    gaps = _gaps(int(size * dropout_p + 2.0 * math.sqrt(size * dropout_p)) + 1, dropout_p)
+    positions = gaps.cumsum() - 1
+    while positions[-1] < size:  # once in forty times
+        gaps = _gaps(len(gaps), dropout_p)
+        positions = np.concatenate([positions, positions[-1] + gaps.cumsum()])
+    return positions[: positions.searchsorted(size)]
+
+
+def _gaps(count: int, dropout_p: float) -> np.ndarray:
+    """Distances from one dropped element to the next, geometric: k has probability p (1-p)ᵏ⁻¹."""
+    table, rest, total = _gap_law(dropout_p)
+    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    lanes = words.numpy().view(np.uint16)[:count] >> (16 - _BITS)
+    gaps = table.take(lanes, mode="clip")  # none is out of bounds, which "raise" would look for
+    undecided = np.flatnonzero(gaps == 0)
+    weights = torch.rand(len(undecided), dtype=torch.float64).numpy() * total
+    found = rest.searchsorted(weights, side="right")
+    # Beyond the weights the law begins again, by what is left of the same number.
+    left = np.maximum(total - weights, 1e-300) / (total - rest[-1])
+    again = np.log(left.clip(max=1.0)) / math.log1p(-dropout_p)
+    gaps[undecided] = found + 1 + np.minimum(again, _FAR).astype(np.int64)
+    return gaps
 
 
 @functools.lru_cache(maxsize=16)
-def _byte_law(dropout_p: float) -> tuple[np.ndarray, np.ndarray]:
-    """How 16 random bits become eight independent ones, each zero with `dropout_p`.
+def _gap_law(dropout_p: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """How twelve random bits become a gap.
 
-    A byte of probability P has ⌊2¹⁶ P⌋ entries in the table of lanes. What the floors leave is drawn, for the lanes
-    beyond the table, by the cumulative weights of the second result: together they give P.
+    A gap of probability P has ⌊2¹² P⌋ entries in the table, as long as that is one or more. Other entries are zero:
+    a number below their count, the third result, then finds its gap in the cumulative weights of the second, which
+    together with the entries give P.
     """
-    kept = _BITS.sum(1)
-    expected = _LANES * dropout_p ** (8 - kept) * (1.0 - dropout_p) ** kept
+    longest = 1
+    if 2**_BITS * dropout_p >= 1.0:
+        longest += int(-math.log(2**_BITS * dropout_p) / math.log1p(-dropout_p))
+    gaps = np.arange(1, longest + 1)
+    expected = 2**_BITS * dropout_p * (1.0 - dropout_p) ** (gaps - 1)
     entries = np.floor(expected).astype(np.int64)
-    return np.repeat(np.arange(256, dtype=np.uint8), entries), np.cumsum(expected - entries)
+    table = np.zeros(2**_BITS, dtype=np.int64)
+    table[: entries.sum()] = np.repeat(gaps, entries)
+    return table, np.cumsum(expected - entries), 2**_BITS - int(entries.sum())

@@ -375,7 +375,7 @@ def _confirm(
 
 
 class _LoraLinear(torch.autograd.Function):
-    """`reference.lora_linear` over rows, saving `xa`, one bit an element of dropout, and x or what dropout left.
+    """`reference.lora_linear` over rows, saving `xa`, dropout's mask, and x or what dropout left.
 
     s' is the scaling with dropout's 1/(1-p) folded in; d is `keep ⊙ x`:
         xa = d Aᵀ          dxa = s' dy B         dB = s' dyᵀ xa
@@ -399,10 +399,10 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
         a, b = lora_a.to(wide), lora_b.to(wide)
-        dropped, bits = x, None
+        dropped, mask = x, None
         if dropout_p > 0.0:
-            bits, dropout_p = masks.draw(x.to(wide), dropout_p, exact=exact)
-            dropped = masks.apply(bits, x)
+            mask = masks.draw(x.to(wide), dropout_p, exact=exact)
+            dropped = masks.apply(mask, x)
             scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
         xa_t = a @ dropped.to(wide).T
         y = x @ weight if bias is None else torch.addmm(bias, x, weight)
@@ -412,7 +412,7 @@ class _LoraLinear(torch.autograd.Function):
             else torch.addmm(y.to(wide), xa_t.T, b.T, alpha=scaling).to(y.dtype)
         )
         # A frozen weight never asks for x itself, so backward needn't drop again.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else dropped, weight, lora_a, lora_b, xa_t, bits)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else dropped, weight, lora_a, lora_b, xa_t, mask)
         ctx.scaling, ctx.wide = scaling, wide
         ctx.set_materialize_grads(False)
         return y
@@ -422,7 +422,7 @@ class _LoraLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if dy is None:
             return (None,) * 8
-        x, weight, lora_a, lora_b, xa_t, bits = ctx.saved_tensors
+        x, weight, lora_a, lora_b, xa_t, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         dx = d_weight = d_bias = d_lora_a = d_lora_b = None
         a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
@@ -432,12 +432,12 @@ class _LoraLinear(torch.autograd.Function):
         if need_x or need_a:
             dxa_t = (b.T @ dy_wide.T).mul_(ctx.scaling)
         if need_a:
-            dropped = x if bits is None or not need_weight else masks.apply(bits, x)
+            dropped = x if mask is None or not need_weight else masks.apply(mask, x)
             d_lora_a = (dxa_t @ dropped.to(ctx.wide)).to(lora_a.dtype)
         if need_x:
             dx = dy @ weight.T
-            if bits is not None:
-                dx.addcmul_(dxa_t.T @ a, masks.unpack(bits, dx))
+            if mask is not None:
+                dx += masks.drop_(mask, dxa_t.T @ a)
             elif ctx.wide == dx.dtype:
                 dx.addmm_(dxa_t.T, a)
             else:

@@ -63,15 +63,20 @@ def assert_outcomes(fused, pytorch, truth):
         assert_as_good_as(fused[name], pytorch[name].to(fused[name].dtype), truth[name], name)
 
 
+def kept(mask, x):
+    """A mask of the PyTorch path as bool, set where elements of x stay."""
+    return masks.apply(mask, torch.ones_like(x)).bool()
+
+
 @pytest.fixture
 def drawn_masks(monkeypatch):
-    """Every mask the PyTorch path draws, as (keep, its probability)."""
+    """Every mask the PyTorch path draws, as bool, set where elements stay."""
     drawn = []
 
     def draw(x, dropout_p, *, exact, real=masks.draw):
-        bits, p = real(x, dropout_p, exact=exact)
-        drawn.append((masks.unpack(bits, x).bool(), p))
-        return bits, p
+        mask = real(x, dropout_p, exact=exact)
+        drawn.append(kept(mask, x))
+        return mask
 
     monkeypatch.setattr(masks, "draw", draw)
     return drawn
@@ -85,10 +90,9 @@ def test_lora_linear_equals_the_formula(dtype, dropout_p, exact, frozen, drawn_m
     inputs = lora_inputs(dtype)
     inputs["weight"].requires_grad_(not frozen)
     fused = outcome(fastpeft.lora_linear, inputs, scaling=1.7, dropout_p=dropout_p, exact=exact)
-    (keep, p), *more = drawn_masks or [(None, 0.0)]
+    keep, *more = drawn_masks or [None]
     assert not more
-    assert abs(p - dropout_p) < 2**-16
-    options = {"scaling": 1.7, "dropout_p": p, "keep": keep}
+    options = {"scaling": 1.7, "dropout_p": dropout_p, "keep": keep}
     pytorch = outcome(reference.lora_linear, inputs, **options)
     truth = outcome(reference.lora_linear, inputs, cast=torch.float64, **options)
     assert_outcomes(fused, pytorch, truth)
@@ -104,7 +108,7 @@ def test_lora_linear_with_float32_factors_on_a_16_bit_x(exact, dropout_p, drawn_
     yardstick = (
         torch.float32 if exact else torch.bfloat16
     )  # the fast path rounds the factors, so its yardstick does
-    options = {"scaling": 0.5, "dropout_p": dropout_p, "keep": drawn_masks[0][0] if dropout_p else None}
+    options = {"scaling": 0.5, "dropout_p": dropout_p, "keep": drawn_masks[0] if dropout_p else None}
     pytorch = outcome(_peft_arithmetic, inputs, wide=yardstick, **options)
     truth = outcome(reference.lora_linear, inputs, cast=torch.float64, **options)
     for name in ("lora_a", "lora_b"):  # rounded factors give gradients with 16 bits' precision
@@ -184,7 +188,7 @@ def test_frozen_inputs_cost_no_gemm_in_backward():
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_nothing_full_size_is_saved_but_x_and_one_bit_an_element(dropout_p, frozen):
+def test_nothing_full_size_is_saved_but_x(dropout_p, frozen, drawn_masks):
     inputs = lora_inputs(lead=(64,))
     inputs["weight"].requires_grad_(not frozen)
     parameters = {t.data_ptr() for name, t in inputs.items() if name != "x"}
@@ -192,7 +196,8 @@ def test_nothing_full_size_is_saved_but_x_and_one_bit_an_element(dropout_p, froz
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         fastpeft.lora_linear(**inputs, scaling=1.0, dropout_p=dropout_p)
     extra = sum(t.nbytes for t in saved if t.data_ptr() not in parameters)
-    assert extra == 64 * K * 4 + 64 * R * 4 + (64 * K // 8 if dropout_p else 0)
+    positions = sum(2 * int((~keep).sum()) for keep in drawn_masks)  # int16 hold 64 K
+    assert extra == 64 * K * 4 + 64 * R * 4 + positions
 
 
 def test_an_adapter_saves_x_and_the_pre_activation():
@@ -235,61 +240,82 @@ def test_exact_dropout_is_the_mask_of_f_dropout_and_leaves_the_generator_where_i
     expected = F.dropout(x, 0.3) != 0
     state = torch.get_rng_state()
     torch.manual_seed(3)
-    bits, p = masks.draw(x, 0.3, exact=True)
-    assert torch.equal(masks.unpack(bits, x), expected.float())
-    assert p == 0.3
+    mask = masks.draw(x, 0.3, exact=True)
+    assert torch.equal(kept(mask, x), expected)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_fast_dropout_keeps_the_right_share_and_follows_the_seed():
     x = torch.empty(1000, 1001)
-    for p in (0.05, 0.5, 0.9):
+    for p in (1e-12, 1e-6, 1e-4, 0.05, 0.5, 0.9, 1 - 1e-6):
         torch.manual_seed(3)
-        bits, drawn_p = masks.draw(x, p, exact=False)
-        keep = masks.unpack(bits, x)
-        deviation = (p * (1 - p) / x.numel()) ** 0.5
-        assert abs(keep.double().mean().item() - (1 - p)) < 5 * deviation + 2**-16
-        assert abs(drawn_p - p) <= 2**-17
-        assert not torch.equal(masks.draw(x, p, exact=False)[0], bits)
+        mask = masks.draw(x, p, exact=False)
+        expected = x.numel() * p
+        assert abs(len(mask) - expected) < 5 * (expected * (1 - p)) ** 0.5 + 1
+        again = masks.draw(x, p, exact=False)
+        assert p < 1e-4 or p > 0.99 or not torch.equal(again, mask)
         torch.manual_seed(3)
-        assert torch.equal(masks.draw(x, p, exact=False)[0], bits)
+        assert torch.equal(masks.draw(x, p, exact=False), mask)
 
 
-@pytest.mark.parametrize("dropout_p", [0.3, 1 - 2**-15])
-def test_fast_dropout_draws_each_byte_of_a_mask_as_often_as_independent_elements_would(dropout_p):
-    x = torch.empty(2**25, dtype=torch.uint8)
+@pytest.mark.parametrize("dropout_p", [1e-5, 0.003, 0.05, 0.3, 0.9, 1 - 2**-15])
+def test_fast_dropout_drops_every_element_alike_and_none_with_another(dropout_p):
+    """Gaps of independent drops are geometric, and so are those between every second one, negative binomial."""
+    size = min(2**25, int(2**19 / dropout_p))
     torch.manual_seed(3)
-    bits, p = masks.draw(x, dropout_p, exact=False)
-    counts = torch.bincount(bits.int(), minlength=256).double()
-    kept = torch.tensor([byte.bit_count() for byte in range(256)]).double()
-    expected = len(bits) * p ** (8 - kept) * (1 - p) ** kept
-    common = expected >= 5
-    chi_square = ((counts - expected) ** 2 / expected)[common].sum()
-    assert abs(chi_square - common.sum()) < 4 * (2 * common.sum()) ** 0.5
-    assert counts[~common].sum() <= expected[~common].sum() + 5 * expected[~common].sum() ** 0.5
+    positions = masks.draw(torch.empty(size, dtype=torch.uint8), dropout_p, exact=False).long()
+    for order in (1, 2):
+        gaps = positions[order:] - positions[:-order]
+        k = torch.arange(order, 1 + int(gaps.max()), dtype=torch.float64)
+        law = dropout_p**order * (1 - dropout_p) ** (k - order) * (k - 1) ** (order - 1)
+        counts = torch.bincount(gaps, minlength=len(k) + order).double()[order:]
+        expected = law * len(gaps)
+        common = expected >= 5
+        chi_square = ((counts - expected) ** 2 / expected)[common].sum()
+        freedom = common.sum() * order  # overlapping pairs vary up to twice as much
+        assert abs(chi_square - common.sum()) < 5 * (2 * freedom) ** 0.5 + 5
+        rare = len(gaps) * (1 - law[common].sum()).clamp(min=0.0)
+        assert counts[~common].sum() <= rare + 5 * (order * rare) ** 0.5 + 5
+
+
+@pytest.mark.parametrize("dropout_p", [0.05, 0.5])
+def test_fast_dropout_of_few_elements_drops_each_alike(dropout_p):
+    torch.manual_seed(3)
+    x, rounds = torch.empty(3, 7), 20000
+    counts = torch.stack([kept(masks.draw(x, dropout_p, exact=False), x) for _ in range(rounds)]).sum(0)
+    deviation = (rounds * dropout_p * (1 - dropout_p)) ** 0.5
+    assert ((counts - rounds * (1 - dropout_p)).abs() < 5 * deviation).all()
+
+
+def test_fast_dropout_goes_on_where_more_is_dropped_than_it_drew_at_first():
+    torch.manual_seed(3)
+    drawn = [masks.draw(torch.empty(400), 0.5, exact=False) for _ in range(5000)]
+    assert max(len(mask) for mask in drawn) > 200 + 3 * 10
+    assert all((mask.diff() > 0).all() for mask in drawn)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_a_mask_is_applied_to_any_float_and_any_strides(dtype):
+@pytest.mark.parametrize("form", ["positions", "bool"])  # what the CPU and other devices draw
+def test_a_mask_is_applied_to_any_float_and_any_strides(dtype, form):
     x = torch.linspace(-1, 1, 33 * 5, dtype=torch.float64).view(33, 5).to(dtype).T
-    bits, _ = masks.draw(x, 0.5, exact=False)
-    keep = masks.unpack(bits, x)
-    assert keep.dtype == dtype
+    mask = masks.draw(x, 0.5, exact=False)
+    keep = kept(mask, x)
     assert 0 < keep.sum() < keep.numel()
+    if form == "bool":
+        mask = keep
     before = x.clone()
-    assert torch.equal(masks.apply(bits, x), x * keep)
+    dropped = masks.apply(mask, x)
+    assert torch.equal(dropped, x * keep)
+    assert dropped.dtype == dtype
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (3, 11)], ids=str)
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
-def test_a_mask_is_one_bit_an_element(shape, exact):
-    x = torch.empty(shape)
-    bits, _ = masks.draw(x, 0.5, exact=exact)
-    assert bits.nbytes == -(-x.numel() // 8)
-    mask = masks.unpack(bits, x)
-    assert mask.shape == x.shape
-    assert ((mask == 0) | (mask == 1)).all()
+def test_a_mask_is_the_positions_of_what_is_dropped(shape, exact):
+    x = torch.ones(shape)
+    mask = masks.draw(x, 0.5, exact=exact)
+    assert torch.equal(mask.long(), (~kept(mask, x)).flatten().nonzero().flatten())
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
