@@ -44,7 +44,7 @@ def patch(
     backend: str = "auto",
     strict: bool = False,
     exact: bool = False,
-    scope: str = "layers",
+    scope: str = "model",
 ) -> nn.Module:
     """Swap the LoRA layers, bottleneck adapters and `gelu_new` of `model` for fused ones, in place.
 
@@ -59,11 +59,11 @@ def patch(
             or `torch`.
         strict: raise where a site can't be fused, instead of leaving it stock.
         exact: on the CPU, peft's own random numbers and stock's arithmetic, to compare number by number.
-        scope: `layers` swaps layers one by one; `model` also runs GPT-2 on packed tokens, without the padding
-            that the attention mask hides and, under a sequence classifier, with the last block only at the
-            token it reads: the last hidden state is zero elsewhere, and with `use_cache` unset heads that
-            don't generate build no cache. Triton's kernels then take in the GELU, dropouts and residuals
-            beside the LoRA projections. `exact` implies `layers`.
+        scope: `model` also runs GPT-2 on packed tokens, without the padding that the attention mask hides and,
+            under a sequence classifier, with the last block only at the token it reads: the last hidden state
+            is zero elsewhere, and with `use_cache` unset heads that don't generate build no cache. Triton's
+            kernels then take in the GELU, dropouts, residuals and LayerNorms beside the LoRA projections.
+            `layers` swaps layers one by one and nothing else, as `exact` does.
 
     Returns:
         The model.

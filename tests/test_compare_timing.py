@@ -88,7 +88,9 @@ def test_a_patch_that_fuses_nothing_is_an_error_not_a_result(monkeypatch):
 
 def test_a_model_scope_that_is_the_layers_scope_is_an_error_not_a_result(monkeypatch):
     patch = fastpeft.patch
-    monkeypatch.setattr(fastpeft, "patch", lambda model, backend, scope: patch(model, backend))
+    monkeypatch.setattr(
+        fastpeft, "patch", lambda model, backend, scope: patch(model, backend, scope="layers")
+    )
     with pytest.raises(RuntimeError, match="fused calls in a model step"):
         timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
 

@@ -127,14 +127,15 @@ def test_the_report_reads_as_a_table():
     model = fastpeft.patch(with_lora(gpt2(n_layer=1), ["c_attn"]))
     rows = list(fastpeft.report(model))
     assert [tuple(row) for row in rows] == [
-        ("base_model.model.transformer.h.0.attn.c_attn", "lora", "torch", rows[0].reason, 0),
+        ("base_model.model.transformer", "packing", "torch", rows[0].reason, 0),
+        ("base_model.model.transformer.h.0.attn.c_attn", "lora", "torch", rows[1].reason, 0),
         ("base_model.model.transformer.h.0.mlp.act", "activation", "torch", "one pass", 0),
     ]
     step(model)
     text = str(fastpeft.report(model)).splitlines()
     assert text[0].split() == ["name", "kind", "path", "reason", "calls"]
-    assert text[1].endswith(" 1")
-    assert text[-1] == "2 sites: 2 torch"
+    assert text[2].endswith(" 1")
+    assert text[-1] == "3 sites: 1 stock, 2 torch"  # a full batch is left as it is
 
 
 def test_a_model_with_nothing_to_fuse_warns_and_under_strict_raises():
@@ -369,9 +370,10 @@ def test_copies_of_a_patched_model_are_patched(copy_of):
     twin = copy_of(model)
     assert classes(twin) == classes(model)
     calls = [row.calls for row in fastpeft.report(model)]
+    assert calls[0] == 0  # of packing, which leaves a full batch as it is
     result, expected = step(twin), step(model)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
-    assert [row.calls for row in fastpeft.report(twin)] == [count + 1 for count in calls]
+    assert [row.calls for row in fastpeft.report(twin)] == [0, *(count + 1 for count in calls[1:])]
     fastpeft.unpatch(twin)
     assert_stock(twin)
     assert_fused(model)
@@ -421,9 +423,9 @@ def test_a_wrong_width_names_the_layer_and_both_shapes():
     "a kernel that can't be built", "the PyTorch path, named in the report; under strict an error"
 )
 def test_a_kernel_that_cannot_be_built(monkeypatch):
-    from fastpeft.kernels import adapter, lora_linear
+    from fastpeft.kernels import adapter, lora_linear, lora_mlp
 
-    for kernels in (lora_linear, adapter):
+    for kernels in (lora_linear, lora_mlp, adapter):
         monkeypatch.setattr(kernels, "ready", lambda *arguments: "out of shared memory")
     model = with_adapters(with_lora(gpt2(n_layer=1)), "post_mlp")
     expected = step(copy.deepcopy(model))
