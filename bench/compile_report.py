@@ -83,6 +83,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
         for tile in tiling.linear_tiles(arch, form, "split", epilogue=True):
             yield from (Case("linear", arch, mixed, tile, 16, f"{form} split{l} gelu") for l in LAYOUTS)
+            yield Case("linear", arch, mixed, tile, 16, f"{form} split gelu alone")
             yield Case("linear", arch, mixed, tile, 16, f"{form} split residual")
         for tile in tiling.linear_tiles(arch, form, "dropout", epilogue=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} dropout transposed gelu")
@@ -95,6 +96,8 @@ def cases(arch: int) -> Iterator[Case]:
         for tile in tiling.linear_tiles(arch, "pointer", variant, epilogue=True):
             yield from (Case("linear", arch, "bf16", tile, 16, f"pointer {variant}{l} gelu") for l in layouts)
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} residual")
+            if variant == "single":  # without dropout: a forward's
+                yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} gelu alone")
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case("dropout", arch, dtype, dropout.STRIP, 0)
         for width in (1024, 2048):
@@ -125,6 +128,7 @@ def cases(arch: int) -> Iterator[Case]:
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
             for tile in tiling.linear_tiles_float32(epilogue=True):
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
+                yield Case("linear", arch, precision, tile, rank, "pointer split gelu alone")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout residual")
             yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
@@ -163,7 +167,7 @@ def recorded(case: Case) -> launch.Launch:
                 lora_linear.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
-                given["activates"] = gelu
+                given["stores"] = "h" if "alone" in case.variant else "yh" if gelu else "y"
                 given["residual"] = rows(M, N) if "residual" in case.variant else None
                 f = factor(N, rank).T
                 lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
