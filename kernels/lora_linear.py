@@ -523,19 +523,20 @@ def updated(
     pre: Tensor | None = None,
     residual: Tensor | None = None,
     stores: str = "y",
+    u: Tensor | None = None,
     how: tiling.Linear | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
     x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What `pre`, `residual` and
-    `stores` change, and h, are as in `linear`.
+    `stores` change, and h, are as in `linear`. A u that is given is not computed again.
     """
     (m, _), n, rank = x.shape, weight.shape[1], a.shape[0]
     if m == 0 or n == 0:
         if tickets is not None:
             tickets.zero_()
         y, h = (x.new_empty(m, n) if name in stores else None for name in "yh")
-        return y, x.new_zeros(m, rank), h
+        return y, x.new_zeros(m, rank) if u is None else u, h
     rest: dict[str, Any] = {"pre": pre, "residual": residual, "stores": stores}
     if how is None:
         drops = inner is not None, outer is not None
@@ -546,14 +547,26 @@ def updated(
             (n, rank, drops, weight.stride(1) == 1, a.dtype, epilogue),
             tiling.linear(x, weight, rank, *drops, epilogue != (False, False, "y")),
             lambda each: updated(
-                x, weight, bias, a, f, scaling, inner=inner, outer=outer, tickets=tickets, how=each, **rest
+                x,
+                weight,
+                bias,
+                a,
+                f,
+                scaling,
+                inner=inner,
+                outer=outer,
+                tickets=tickets,
+                how=each,
+                u=u,
+                **rest,
             ),
         )
     if how.single:  # the loop has no room to round a wider factor
         return linear(
             x, weight, bias, f, scaling, how, a=a.to(x.dtype), dropout=outer, tickets=tickets, **rest
         )
-    u = shrink(x, a.T, dropout=inner, tickets=tickets)
+    if u is None:
+        u = shrink(x, a.T, dropout=inner, tickets=tickets)
     return linear(x, weight, bias, f, scaling, how, u=u, dropout=outer, **rest)
 
 
@@ -617,17 +630,19 @@ def forward(
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
     residual_seed: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where `stores` lacks "y" or "h".
 
-    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`.
+    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. An `xa` that is given, contiguous,
+    is what x, `dropout_p` and `seed` make.
     """
     inner = None if seed is None else Dropout(dropout_p, seed)
     outer = None if residual_seed is None else Dropout(residual_dropout, residual_seed)
     scaling *= keep_scale(dropout_p)
     return updated(
         x, weight, bias, lora_a, lora_b.T, scaling,
-        inner=inner, outer=outer, residual=residual, stores=stores,
+        inner=inner, outer=outer, residual=residual, stores=stores, u=xa,
     )  # fmt: skip
 
 
@@ -693,20 +708,37 @@ def _forward(
     residual: Tensor | None,
     residual_dropout: float,
     residual_seed: Tensor | None,
+    xa: Tensor | None,
     pre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    added = (residual, residual_dropout, residual_seed)
+    added = (residual, residual_dropout, residual_seed, xa)
     with on_device_of(x):
         results = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *added)
-    y, xa, h = (x.new_empty(0) if each is None else each for each in results)
+    # An operator returns neither None nor what it was given.
+    y, xa, h = (x.new_empty(0) if each is None or each is xa else each for each in results)
     return y, xa, h
 
 
 @_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *others):
+def _(
+    x,
+    weight,
+    bias,
+    lora_a,
+    lora_b,
+    scaling,
+    dropout_p,
+    seed,
+    stores,
+    residual,
+    residual_p,
+    residual_seed,
+    xa,
+    pre,
+):
     m, n = x.shape[0], weight.shape[1]
     y, h = (x.new_empty((m, n) if name in stores else (0,)) for name in "yh")
-    return y, x.new_empty(m, lora_a.shape[0]), h
+    return y, x.new_empty((m, lora_a.shape[0]) if xa is None else (0,)), h
 
 
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
@@ -750,11 +782,11 @@ def _(t, dropout_p, seed):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _, _, residual_dropout, residual_seed, pre = (
-        inputs
-    )
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, *rest = inputs
+    _, _, residual_dropout, residual_seed, given_xa, pre = rest
     _, xa, h = output
     ctx.mark_non_differentiable(xa, h)
+    xa = xa if given_xa is None else given_xa
     # gelu(pre) is cheaper to compute again than to keep.
     ctx.save_for_backward(x if pre is None else pre, weight, lora_a, lora_b, xa, seed, residual_seed)
     ctx.scaling, ctx.dropout_p, ctx.residual_dropout = scaling, dropout_p, residual_dropout
@@ -764,9 +796,11 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     x, weight, lora_a, lora_b, xa, seed, residual_seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_a, need_b, *_, need_residual, _, _, need_pre = ctx.needs_input_grad
+    need_x, need_weight, need_bias, need_a, need_b, *_, need_residual, _, _, _, need_pre = (
+        ctx.needs_input_grad
+    )
     d_residual = dy if need_residual else None
     needs = need_pre if ctx.activated else need_x, need_a, need_b
     fused = iter(())
@@ -781,7 +815,7 @@ def _gradients(ctx, dy, *_):
     d_weight = x.T @ dy if need_weight else None
     d_bias = dy.sum(0) if need_bias else None
     dx, d_pre = (None, dx) if ctx.activated else (dx, None)
-    rest = (None, None, None, None, d_residual, None, None, d_pre)
+    rest = (None, None, None, None, d_residual, None, None, None, d_pre)
     return dx, d_weight, d_bias, d_lora_a, d_lora_b, *rest
 
 
@@ -800,6 +834,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     *,
+    xa: Tensor | None = None,
     pre: Tensor | None = None,
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
@@ -813,6 +848,8 @@ def lora_linear(
         lora_a: (R, K) and lora_b: (N, R), in x's dtype or wider, R at most 256; rounded to x's dtype.
         dropout_p: probability of dropping an element of x before lora_a.
         seed: int64 of one element on x's device, from which the mask is drawn; None where dropout_p is 0.
+        xa: (M, R): `dropout(x) Aᵀ`, unscaled, where it is known, of this `dropout_p` and `seed`, as
+            `layer_norm.layer_norm_shrink` gives it. No gradient goes to it: it goes to x and lora_a.
         pre: (M, K), contiguous: x is gelu(pre), the tanh GELU, as `lora_linear_gelu` gives both. The gradient
             then goes to pre, and none to x.
         residual: (M, N) in x's dtype, contiguous: the result is `residual + dropout(y)`, a dropout with
@@ -821,11 +858,8 @@ def lora_linear(
     Returns:
         (M, N) in x's dtype.
     """
-    added = (residual, residual_dropout, residual_seed)
-    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, "y", *added, pre)[0]
-
-
-_NOTHING = (None, 0.0, None, None)  # neither a residual nor a pre-activation
+    given = (residual, residual_dropout, residual_seed, xa, pre)
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, "y", *given)[0]
 
 
 def lora_linear_gelu(
@@ -837,13 +871,15 @@ def lora_linear_gelu(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """`lora_linear` and, stored by the same kernel, the tanh GELU of it, which carries no gradient.
 
     Where nothing here asks for a gradient, the first is None, and nothing is stored for it.
     """
     stores = stored(x, weight, bias, lora_a, lora_b)
-    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *_NOTHING)
+    given = (None, 0.0, None, xa, None)  # neither a residual nor a pre-activation
+    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *given)
     return (y if "y" in stores else None), h
 
 

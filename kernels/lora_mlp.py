@@ -31,12 +31,13 @@ def lora_mlp(
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
     residual_seed: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> Tensor:
     """`proj(gelu(fc(x)))` with the tanh GELU, x (M, K), each layer as `lora_linear.lora_linear` describes it.
 
-    Where a residual (M, N) is given, it is `residual + dropout(proj(gelu(fc(x))))`.
+    Where a residual (M, N) is given, it is `residual + dropout(proj(gelu(fc(x))))`. An `xa` is the first layer's.
     """
-    pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed)
+    pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed, xa)
     return lora_linear.lora_linear(
         h,
         *proj,

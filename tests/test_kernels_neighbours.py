@@ -190,11 +190,15 @@ def test_opcheck_passes_with_each_neighbour(device):
     pre, residual = x.clone().requires_grad_(), torch.zeros(9, 16, device=device).requires_grad_()
     h, seed = reference.gelu_new(x), torch.tensor([5], device=device)
     operator = torch.ops.fastpeft.lora_linear.default
-    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, "h", None, 0.0, None, None))
+    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, "h", None, 0.0, None, None, None))
     a.requires_grad_()
-    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, "yh", None, 0.0, None, None))
+    torch.library.opcheck(
+        operator, (x, weight, bias, a, b, 2.0, 0.0, None, "yh", None, 0.0, None, None, None)
+    )
     added = (residual, 0.5, seed)
-    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, "y", *added, pre))
+    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, "y", *added, None, pre))
+    xa = x @ a.detach().T
+    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.5, seed, "y", *added, xa, None))
 
 
 def test_the_dropout_of_a_gradient_is_the_masks(device):
