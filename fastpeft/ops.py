@@ -303,7 +303,7 @@ def _shrinks(x: Tensor, norm: torch.nn.LayerNorm, following: Projection, strict:
 
 def _shrunk(x: Tensor, projection: Projection) -> Shrunk | None:
     """What a LayerNorm left on x for this layer, which takes it off; None where it left nothing, or not for it."""
-    shrunk = vars(x).get("_fastpeft_shrunk")
+    shrunk = None if torch.compiler.is_compiling() else vars(x).get("_fastpeft_shrunk")
     if shrunk is None or shrunk.lora_a is not projection.lora_a or shrunk.dropout_p != projection.dropout_p:
         return None
     del vars(x)["_fastpeft_shrunk"]
