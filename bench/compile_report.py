@@ -83,6 +83,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
         for tile in tiling.linear_tiles(arch, form, "split", epilogue=True):
             yield from (Case("linear", arch, mixed, tile, 16, f"{form} split{l} gelu") for l in LAYOUTS)
+            yield Case("linear", arch, mixed, tile, 16, f"{form} split gelu alone")
             yield Case("linear", arch, mixed, tile, 16, f"{form} split residual")
         for tile in tiling.linear_tiles(arch, form, "dropout", epilogue=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} dropout transposed gelu")
@@ -95,11 +96,15 @@ def cases(arch: int) -> Iterator[Case]:
         for tile in tiling.linear_tiles(arch, "pointer", variant, epilogue=True):
             yield from (Case("linear", arch, "bf16", tile, 16, f"pointer {variant}{l} gelu") for l in layouts)
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} residual")
+            if variant == "single":  # without dropout: a forward's
+                yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} gelu alone")
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case("dropout", arch, dtype, dropout.STRIP, 0)
         for width in (1024, 2048):
             strip = (layer_norm.ELEMENTS // width, width, 4, 1)
             yield Case("layer_norm_backward", arch, dtype, strip, 0)
+    for rank, strip in tiling.LAYER_NORM_SHRINK.items():
+        yield from (Case("layer_norm_shrink", arch, d, strip, rank) for d in (mixed, "fp16"))
     for rank in RANKS:
         for strip in tiling.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
@@ -119,12 +124,15 @@ def cases(arch: int) -> Iterator[Case]:
         for activation in ("relu", "gelu_tanh", "silu"):
             yield Case(kernel, arch, "bf16", tiling.ADAPTER[64][0], 64, activation)
     for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
+        for rank in tiling.LAYER_NORM_SHRINK:
+            yield Case("layer_norm_shrink", arch, precision, tiling.LAYER_NORM_SHRINK_FLOAT32, rank)
         for rank in EXTREMES:
             for tile in tiling.LINEAR_FLOAT32:
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
             for tile in tiling.linear_tiles_float32(epilogue=True):
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
+                yield Case("linear", arch, precision, tile, rank, "pointer split gelu alone")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout residual")
             yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
@@ -163,7 +171,7 @@ def recorded(case: Case) -> launch.Launch:
                 lora_linear.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
-                given["activates"] = gelu
+                given["stores"] = "h" if "alone" in case.variant else "yh" if gelu else "y"
                 given["residual"] = rows(M, N) if "residual" in case.variant else None
                 f = factor(N, rank).T
                 lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
@@ -171,6 +179,9 @@ def recorded(case: Case) -> launch.Launch:
             lora_linear.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)
+        elif case.kernel == "layer_norm_shrink":
+            norm = rows(K), rows(K), 1e-5
+            layer_norm.shrink(rows(M, K), *norm, weights[0], 0.1, seed)
         elif case.kernel == "layer_norm_backward":
             wide = rows(M, case.tile[1] * 3 // 4)
             layer_norm.backward(wide, wide, wide[0], wide, 1e-5)

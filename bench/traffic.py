@@ -117,6 +117,7 @@ def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
         "lora_linear": lora_linear.forward,
         "lora_linear_backward": lora_linear.backward,
         "dropped": dropout.dropped,
+        "layer_norm_shrink": layer_norm.shrink,
         "layer_norm_backward": layer_norm.backward,
         "adapter": adapter.forward,
         "adapter_backward": adapter.backward,
@@ -142,6 +143,7 @@ def on_an_h100() -> Iterator[None]:
         mock.patch.object(ops, "_confirm", new=lambda route, *_: route),
         mock.patch.object(launch, "unsupported", return_value=None),
         mock.patch.object(layer_norm, "ready", return_value=None),
+        mock.patch.object(layer_norm, "ready_to_shrink", return_value=None),
         mock.patch.object(torch, "is_autocast_enabled", return_value=False),  # it doesn't know meta tensors
         mock.patch.object(tiling, "architecture", return_value=H100),
     ):
@@ -248,17 +250,17 @@ def with_neighbours(
     c_attn: Callable[[Tensor], Tensor],
     c_proj: Callable[..., Tensor],
     mlp: Callable[..., Tensor],
-    norm: Callable[[Tensor], tuple[Tensor, Tensor]],
+    norms: list[Callable[[Tensor], tuple[Tensor, Tensor]]],
     x: Tensor,
     attended: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A block but for its attention, which makes `attended` of the first result; the second goes to the next block.
 
-    `norm` gives its result and its residual; `c_proj` and `mlp` take one, and the dropout before it.
+    A norm gives its result and its residual; `c_proj` and `mlp` take one, and the dropout before it.
     """
-    h, x = norm(x)
+    h, x = norms[0](x)
     qkv = c_attn(h)
-    h, x = norm(c_proj(attended, ops.Residual(x, RESIDUAL_DROPOUT)))
+    h, x = norms[1](c_proj(attended, ops.Residual(x, RESIDUAL_DROPOUT)))
     return qkv, mlp(h, ops.Residual(x, RESIDUAL_DROPOUT))
 
 
@@ -285,15 +287,17 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
             c_attn,
             lambda x, residual: ops.added(c_proj(x), residual),
             lambda x, residual: ops.added(mlp_c_proj(gelu(c_fc(x))), residual),
-            lambda x: (norm(x), x),
+            [lambda x: (norm(x), x)] * 2,
         )
 
     model = (*one_by_one[:2], partial(fused_mlp, *every[2:], dropout_p))
+    following = (projection(layer, dropout_p) for layer in (every[0], every[2]))
+    norms = [partial(ops.layer_norm, norm=norm, backend="auto", following=layer) for layer in following]
     return {
         **neighbour_bounds(rows[0], every, norm),
         f"peft_{dtype}": alone(NewGELUActivation(), every),
         "fastpeft": alone(reference.gelu_new, one_by_one),
-        "fastpeft_model": run(*model, partial(ops.layer_norm, norm=norm, backend="auto")),
+        "fastpeft_model": run(*model, norms),
     }
 
 

@@ -59,16 +59,19 @@ class FusedBlock(GPT2Block):
         if encoder_hidden_states is not None:
             given |= {"encoder_hidden_states": encoder_hidden_states}
             return super().forward(hidden_states, encoder_attention_mask=encoder_attention_mask, **given)
-        h, x = self._normed(self.ln_1, hidden_states)
+        h, x = self._normed(self.ln_1, hidden_states, self.attn, "c_attn")
         x = _added(self.attn, x, h, kwargs.get("packed") is not None, **given)
-        h, x = self._normed(self.ln_2, x)
+        h, x = self._normed(self.ln_2, x, self.mlp, "c_fc")
         return _added(self.mlp, x, h, type(self.mlp) is FusedMLP)
 
-    def _normed(self, norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The LayerNorm of x, and x to go on with as the residual."""
-        if type(norm) is nn.LayerNorm and is_plain(norm):
-            return ops.layer_norm(x, norm, self._fastpeft_backend)
-        return norm(x), x
+    def _normed(self, norm: nn.Module, x: Tensor, branch: Any, first: str) -> tuple[Tensor, Tensor]:
+        """The LayerNorm of x for `branch`, whose first layer is named, and x to go on with as the residual."""
+        if type(norm) is not nn.LayerNorm or not is_plain(norm):
+            return norm(x), x
+        layer: Any = getattr(branch, first, None)
+        given = _takes_shrunk(branch, layer, x)
+        strict = given is not None and layer._fastpeft.strict
+        return ops.layer_norm(x, norm, self._fastpeft_backend, given, strict)
 
 
 def install(transformer: Any, backend: str) -> None:
@@ -111,6 +114,18 @@ def _added(branch: Any, x: Tensor, h: Tensor, takes_residual: bool, **given: Any
     if adapted and isinstance(adapter, FusedAdapter) and is_plain(adapter):
         return adapter(_first(branch.forward(h, **given)), residual=x)
     return x + _first(branch(h, **given))
+
+
+def _takes_shrunk(branch: Any, layer: Any, x: Tensor) -> ops.Projection | None:
+    """The first layer of a branch, where the LayerNorm before can do a part of its work; else None."""
+    if type(layer) is not FusedLoraLinear or not is_plain(layer) or layer._fastpeft.exact:
+        return None
+    if not is_plain(branch, but_for=adapt_output):
+        return None
+    if why_not_lora(layer) or why_not_tensors(x, layer.base_layer.weight):
+        return None
+    projection, rest = projection_of(layer)
+    return None if rest else projection
 
 
 def _first(output: Any) -> Tensor:

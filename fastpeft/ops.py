@@ -43,6 +43,16 @@ class Residual(NamedTuple):
     dropout_p: float
 
 
+class Shrunk(NamedTuple):
+    """`xa = dropout(x) Aᵀ` that the kernel of a LayerNorm left beside its x, on x itself, for the layer of this A."""
+
+    xa: Tensor
+    seeds: Tensor  # of this mask, and of two more that the layer's operation may draw
+    lora_a: Tensor
+    dropout_p: float
+    version: int  # of x, which nothing may have written to since
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -142,10 +152,17 @@ def routed_lora_linear(
         residual_rows, residual_p = _rows_of(residual, x.dtype)
 
         def through_kernels(
-            x: Any, weight: Any, bias: Any, lora_a: Any, lora_b: Any, rows_added: Any
+            x: Any,
+            weight: Any,
+            bias: Any,
+            lora_a: Any,
+            lora_b: Any,
+            rows_added: Any,
+            shrunk: Shrunk | None = None,
         ) -> Tensor:
-            seed, residual_seed = _new_seeds(rows, dropout_p, residual_p)
+            seed, residual_seed = _new_seeds(rows, dropout_p, residual_p, drawn=shrunk and shrunk.seeds)
             rest = {"residual": rows_added, "residual_dropout": residual_p, "residual_seed": residual_seed}
+            rest |= {"xa": shrunk and shrunk.xa}
             return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, **rest)
 
         def through_pytorch(*tensors: Any) -> Any:
@@ -163,7 +180,9 @@ def routed_lora_linear(
             lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
         )
         if route.path == "triton":
-            y = through_kernels(*given).view(*x.shape[:-1], weight.shape[1])
+            shrunk = _shrunk(x, projection)
+            y = through_kernels(*given, shrunk).view(*x.shape[:-1], weight.shape[1])
+            route = route._replace(reason="fused kernels, LayerNorm included") if shrunk else route
             return y if residual_rows is not None else added(y, residual), route
     if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
@@ -196,10 +215,11 @@ def lora_mlp(
 
     residual_rows, residual_p = _rows_of(residual, x.dtype)
 
-    def through_kernels(x: Any, *tensors: Any) -> Tensor:
-        first, second, last = _new_seeds(rows, fc.dropout_p, proj.dropout_p, residual_p)
+    def through_kernels(x: Any, *tensors: Any, shrunk: Shrunk | None = None) -> Tensor:
+        drops = (fc.dropout_p, proj.dropout_p, residual_p)
+        first, second, last = _new_seeds(rows, *drops, drawn=shrunk and shrunk.seeds)
         layers = (tensors[:4], *fc[4:], first, tensors[4:8], *proj[4:], second)
-        return kernels.lora_mlp(x, *layers, tensors[8], residual_p, last)
+        return kernels.lora_mlp(x, *layers, tensors[8], residual_p, last, shrunk and shrunk.xa)
 
     def through_pytorch(x: Any, *tensors: Any) -> Any:
         h = reference.gelu_new(_LoraLinear.apply(x, *tensors[:4], *fc[4:], False))
@@ -220,14 +240,23 @@ def lora_mlp(
     )
     if route.path != "triton":
         return None
-    y = through_kernels(*given).view(*x.shape[:-1], proj.weight.shape[1])
+    shrunk = _shrunk(x, fc)
+    y = through_kernels(*given, shrunk=shrunk).view(*x.shape[:-1], proj.weight.shape[1])
+    route = route._replace(reason="fused kernels, LayerNorm and GELU included") if shrunk else route
     return y if residual_rows is not None else added(y, residual), route
 
 
-def layer_norm(x: Tensor, norm: torch.nn.LayerNorm, backend: str) -> tuple[Tensor, Tensor]:
+def layer_norm(
+    x: Tensor,
+    norm: torch.nn.LayerNorm,
+    backend: str,
+    following: Projection | None = None,
+    strict: bool = False,
+) -> tuple[Tensor, Tensor]:
     """The LayerNorm of x, and x to go on with as the residual; by Triton, their gradients meet in one kernel.
 
-    Where the norm trains, or Triton won't serve it, torch does.
+    Where the norm trains, or Triton won't serve it, torch does. Where a layer that drops is known to come next, the
+    same kernel computes its `dropout(h) Aᵀ`, which that layer finds on h.
     """
     frozen = all(t is not None and not t.requires_grad for t in (norm.weight, norm.bias))
     if frozen and choose(backend, False, x.device).path == "triton":
@@ -239,8 +268,46 @@ def layer_norm(x: Tensor, norm: torch.nn.LayerNorm, backend: str) -> tuple[Tenso
             and not launch.unsupported(x, 1)
             and not kernels.ready(x, norm.weight)
         ):
-            return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+            given = (x, norm.weight, norm.bias, norm.eps)
+            if following is None or not _shrinks(x, norm, following, strict):
+                return kernels.layer_norm(*given)
+            _, _, lora_a, _, _, dropout_p = following
+            seeds = _drawn(x, 3)
+            h, x, xa = kernels.layer_norm_shrink(*given, lora_a, dropout_p, seeds[0, :1])
+            vars(h)["_fastpeft_shrunk"] = Shrunk(xa, seeds, lora_a, dropout_p, h._version)
+            return h, x
     return norm(x), x
+
+
+def _shrinks(x: Tensor, norm: torch.nn.LayerNorm, following: Projection, strict: bool) -> bool:
+    """Whether the LayerNorm's kernel can compute what `following` needs, which drops its result."""
+    from fastpeft.kernels import launch, tiling
+    from fastpeft.kernels import layer_norm as kernels
+
+    weight, _, lora_a, lora_b, _, dropout_p = following
+    given = (norm.weight, norm.bias, weight)
+    if dropout_p == 0.0 or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+        return False
+    if torch.is_autocast_enabled(x.device.type) or any(t.dtype != x.dtype for t in given):
+        return False
+    if x.numel() == 0 or not norm.weight.shape == lora_a.shape[1:] == x.shape[-1:]:
+        return False
+    rank = lora_a.shape[0]
+    if launch.unsupported(x, rank, lora_a, lora_b) or tiling.layer_norm_shrink(x, rank) is None:
+        return False
+    failure = kernels.ready_to_shrink(x, norm.weight, norm.bias, lora_a)
+    if failure and strict:
+        raise RuntimeError(failure)
+    return failure is None
+
+
+def _shrunk(x: Tensor, projection: Projection) -> Shrunk | None:
+    """What a LayerNorm left on x for this layer, which takes it off; None where it left nothing, or not for it."""
+    shrunk = None if torch.compiler.is_compiling() else vars(x).get("_fastpeft_shrunk")
+    if shrunk is None or shrunk.lora_a is not projection.lora_a or shrunk.dropout_p != projection.dropout_p:
+        return None
+    del vars(x)["_fastpeft_shrunk"]
+    return shrunk if x._version == shrunk.version else None
 
 
 def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | None, float]:
@@ -515,12 +582,17 @@ _ACTIVATION_GRADS = {
 }
 
 
-def _new_seeds(x: Tensor, *dropouts: float) -> list[Tensor | None]:
-    """A seed for each of these dropouts that drops, drawn at once from torch's generator on x's device."""
+def _new_seeds(x: Tensor, *dropouts: float, drawn: Tensor | None = None) -> list[Tensor | None]:
+    """A seed for each of these dropouts that drops, of those `drawn` already or drawn at once."""
     count = sum(p > 0.0 for p in dropouts)
+    seeds = iter(drawn if drawn is not None else _drawn(x, count) if count else ())
+    return [next(seeds)[:1] if p > 0.0 else None for p in dropouts]
+
+
+def _drawn(x: Tensor, count: int) -> Tensor:
+    """Seeds (count, 2) from torch's generator on x's device, of which the first column is used."""
     # 16 bytes apart: kernels are built for pointers so aligned.
-    drawn = iter(torch.randint(2**63 - 1, (count, 2), device=x.device) if count else ())
-    return [next(drawn)[:1] if p > 0.0 else None for p in dropouts]
+    return torch.randint(2**63 - 1, (count, 2), device=x.device)
 
 
 def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:

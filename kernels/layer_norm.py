@@ -1,10 +1,11 @@
 """A LayerNorm beside its residual: backward sums both gradients of x in one pass.
 
     forward    h = x̂ ⊙ w + b,  x̂ = (x - mean) · rstd         x goes on as the residual
+               xa = (keep ⊙ h) Aᵀ                            for the LoRA layer that h goes to, where it drops
     backward   dx = rstd · (g - mean(g) - x̂ · mean(g ⊙ x̂)) + d_residual,  g = dh ⊙ w
 
-Shapes: x, h and their gradients (M, K), w and b (K,), frozen; means are over a row. Mean and rstd are computed again
-from x, which backward reads anyway.
+Shapes: x, h and their gradients (M, K), w and b (K,), frozen, A (R, K), xa (M, R); means are over a row. Mean and rstd
+are computed again from x, which backward reads anyway. xa is `lora_linear.shrink`'s, its gradient that layer's affair.
 """
 
 from __future__ import annotations
@@ -17,11 +18,67 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import rounded
+from . import tiling
+from .blocks import dot, input_precision, rounded
+from .dropout import keep_tile, threshold
 from .launch import build, describe, differentiable_once, launch, on_device_of
 
 MAX_WIDTH = 2048  # a program holds whole rows; GPT-2 XL has 1600
 ELEMENTS = 4096  # of a program's tile: four float32 tiles of it fit the registers of its four warps
+
+
+@triton.jit
+def layer_norm_shrink_kernel(
+    x_ptr, weight_ptr, bias_ptr, a_ptr, h_ptr, xa_ptr, seed_ptr,
+    M, K, R,
+    stride_ar, stride_ak,
+    eps, drop_below,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr,
+):  # fmt: skip
+    """`h = x̂ ⊙ w + b` and `xa = (keep ⊙ h) aᵀ` for BLOCK_M rows; all but a contiguous.
+
+    Three sweeps over the rows: the last two find them in the cache.
+    """
+    start_m = tl.program_id(0) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_k = tl.arange(0, BLOCK_C)
+    offs_r = tl.arange(0, RANK)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    x_ptr += start_m.to(tl.int64) * K
+    h_ptr += start_m.to(tl.int64) * K
+    offsets = tl.where(mask_m, offs_m - start_m, 0)[:, None] * K + offs_k[None, :]
+
+    total = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for k in range(0, K, BLOCK_C):
+        total += tl.load(x_ptr + k + offsets, mask=(offs_k < K - k)[None, :], other=0.0).to(tl.float32)
+    mean = (tl.sum(total, axis=1) / K)[:, None]
+    squares = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    for k in range(0, K, BLOCK_C):
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptr + k + offsets, mask=mask_k[None, :], other=0.0).to(tl.float32)
+        centred = tl.where(mask_k[None, :], x - mean, 0.0)
+        squares += centred * centred
+    rstd = (1.0 / tl.sqrt(tl.sum(squares, axis=1) / K + eps))[:, None]
+
+    acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+    a_ptrs = a_ptr + offs_k[:, None].to(tl.int64) * stride_ak + offs_r[None, :].to(tl.int64) * stride_ar
+    for k in range(0, K, BLOCK_C):
+        mask_k = offs_k < K - k
+        x = tl.load(x_ptr + k + offsets, mask=mask_k[None, :], other=0.0).to(tl.float32)
+        a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
+        weight = tl.load(weight_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        h = rounded((x - mean) * rstd * weight[None, :] + bias[None, :], h_ptr.dtype.element_ty)
+        tl.store(h_ptr + k + offsets, h, mask=mask_m[:, None] & mask_k[None, :])
+        kept = tl.where(keep_tile(seed_ptr, start_m, k, drop_below, BLOCK_M, BLOCK_C), h, 0.0)
+        acc = dot(kept, rounded(a, h.dtype), acc, INPUT_PRECISION)
+        a_ptrs += BLOCK_C * tl.cast(stride_ak, tl.int64)
+
+    xa_ptrs = xa_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
+    tl.store(xa_ptrs, rounded(acc, xa_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
 @triton.jit
@@ -52,6 +109,35 @@ def layer_norm_backward_kernel(
     tl.store(dx_ptr + offsets, rounded(dx, dx_ptr.dtype.element_ty), mask=mask)
 
 
+def shrink(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    lora_a: Tensor,
+    dropout_p: float,
+    seed: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """h, the LayerNorm of x and of its shape, and xa (M, R), both in x's dtype."""
+    k, rank = x.shape[-1], lora_a.shape[0]
+    m, h = x.numel() // max(k, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
+    xa = x.new_empty(m, rank)
+    strip = tiling.layer_norm_shrink(x, rank)
+    args = {
+        "x_ptr": x.contiguous(), "weight_ptr": weight, "bias_ptr": bias, "a_ptr": lora_a, "h_ptr": h, "xa_ptr": xa,
+        "seed_ptr": seed,
+        "M": m, "K": k, "R": rank,
+        "stride_ar": lora_a.stride(0), "stride_ak": lora_a.stride(1),
+        "eps": eps, "drop_below": threshold(dropout_p), "INPUT_PRECISION": input_precision(x.dtype),
+        "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c,
+        "RANK": tiling.padded_rank(rank),
+    }  # fmt: skip
+    if m > 0:
+        grid = (triton.cdiv(m, strip.block_m),)
+        launch(layer_norm_shrink_kernel, grid, args, strip.num_warps, strip.num_stages)
+    return h, xa
+
+
 def backward(dh: Tensor, x: Tensor, weight: Tensor, d_residual: Tensor, eps: float) -> Tensor:
     """dx, of x's shape and dtype."""
     k = x.shape[-1]
@@ -66,6 +152,19 @@ def backward(dh: Tensor, x: Tensor, weight: Tensor, d_residual: Tensor, eps: flo
     if m > 0 and k > 0:
         launch(layer_norm_backward_kernel, (triton.cdiv(m, block_m),), args, 4, 1)
     return dx
+
+
+@torch.library.custom_op("fastpeft::layer_norm_shrink", mutates_args=())
+def _shrink(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, lora_a: Tensor, dropout_p: float, seed: Tensor
+) -> tuple[Tensor, Tensor]:
+    with on_device_of(x):
+        return shrink(x, weight, bias, eps, lora_a, dropout_p, seed)
+
+
+@_shrink.register_fake
+def _(x, weight, bias, eps, lora_a, dropout_p, seed):
+    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), lora_a.shape[0])
 
 
 @torch.library.custom_op("fastpeft::layer_norm_backward", mutates_args=())
@@ -84,15 +183,18 @@ differentiable_once(_backward)
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *mask: Any) -> tuple[Any, ...]:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return F.layer_norm(x, weight.shape, weight, bias, eps), x.view_as(x)
+        if not mask:
+            return F.layer_norm(x, weight.shape, weight, bias, eps), x.view_as(x)
+        h, xa = _shrink(x, weight, bias, eps, *mask)
+        return h, x.view_as(x), (xa,)  # which autograd doesn't look into, nor fill zeros in for
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor, d_residual: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dh: Tensor, d_residual: Tensor, *_: Any) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        return _backward(dh, x, weight, d_residual, ctx.eps), None, None, None
+        return _backward(dh, x, weight, d_residual, ctx.eps), *(None,) * 6
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -103,6 +205,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     return _LayerNorm.apply(x, weight, bias, eps)
 
 
+def layer_norm_shrink(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, lora_a: Tensor, dropout_p: float, seed: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `layer_norm` gives, h and x, and `xa = dropout(h) Aᵀ`, unscaled, for `lora_linear.lora_linear`.
+
+    lora_a (R, K), in x's dtype or wider, `dropout_p` and `seed` are that layer's; xa (M, R) carries no gradient.
+    """
+    h, x, (xa,) = _LayerNorm.apply(x, weight, bias, eps, lora_a.detach(), dropout_p, seed)
+    return h, x, xa
+
+
 def ready(x: Tensor, weight: Tensor) -> str | None:
     """None where the kernel of `layer_norm`'s backward is built for these tensors; else why not."""
     return build(("layer_norm", *describe(x, weight)), x, lambda: backward(x, x, weight, x, 1e-5))
+
+
+def ready_to_shrink(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor) -> str | None:
+    """None where the kernel of `layer_norm_shrink`'s forward is built for these tensors; else why not."""
+    seed = torch.empty(1, dtype=torch.int64, device=x.device)
+    key = ("layer_norm_shrink", *describe(x, weight, bias, lora_a))
+    return build(key, x, lambda: shrink(x, weight, bias, 1e-5, lora_a, 0.5, seed))

@@ -5,7 +5,8 @@
                dA = s dxaᵀ (keep ⊙ x)      dB = s dyᵀ xa
 
 with keep the dropout mask and s the scaling times dropout's 1 / (1 - p). A GELU beside the layer needs no pass of
-its own: `h = gelu(y)` is stored with y, and where x is `gelu(pre)`, dx is multiplied by gelu'(pre) before it is stored.
+its own: `h = gelu(y)` is stored with y, or instead of it where no backward follows, and where x is `gelu(pre)`, dx is
+multiplied by gelu'(pre) before it is stored.
 Nor does a dropout with its residual: y becomes `residual + dropout(y)`, and dy is dropped before all of the above.
 Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). Three kernels do it all:
 `linear_kernel` (a GEMM with a rank-r term: y and dx; where no mask falls on what it reads, it can compute the
@@ -167,8 +168,8 @@ def linear_kernel(
 ):  # fmt: skip
     """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program; SINGLE computes u = x aᵀ on the way.
 
-    With `pre_ptr`, y is multiplied by gelu'(pre); with `h_ptr`, `h = gelu(y)` is stored too. With `residual_ptr` the
-    mask falls on y instead, scaled by `drop_scale`, and the residual is added.
+    With `pre_ptr`, y is multiplied by gelu'(pre); with `h_ptr`, `h = gelu(y)` is stored too, or alone without `y_ptr`.
+    With `residual_ptr` the mask falls on y instead, scaled by `drop_scale`, and the residual is added.
     """
     MASKED_UPDATE: tl.constexpr = DROPOUT and residual_ptr is None
     clear_tickets(tickets_ptr, TICKETS)
@@ -223,8 +224,9 @@ def linear_kernel(
         acc, residual_ptr, seed_ptr, offsets, mask, drop_below, drop_scale, start_m, start_n,
         DROPOUT, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    y = rounded(acc, y_ptr.dtype.element_ty)
-    tl.store(y_ptr + offsets, y, mask=mask)
+    y = rounded(acc, x_ptr.dtype.element_ty)
+    if y_ptr is not None:
+        tl.store(y_ptr + offsets, y, mask=mask)
     if h_ptr is not None:
         tl.store(h_ptr + offsets, gelu(y), mask=mask)
 
@@ -273,8 +275,9 @@ def linear_descriptor_kernel(
             acc, residual_ptr, seed_ptr, offsets, mask, drop_below, drop_scale, start_m, start_n,
             DROPOUT, BLOCK_M, BLOCK_N,
         )  # fmt: skip
-        y = rounded(acc, y_desc.dtype)
-        y_desc.store([start_m, start_n], y)
+        y = rounded(acc, x_desc.dtype)
+        if y_desc is not None:
+            y_desc.store([start_m, start_n], y)
         if h_desc is not None:
             h_desc.store([start_m, start_n], gelu(y))
 
@@ -421,19 +424,19 @@ def linear(
     tickets: Tensor | None = None,
     pre: Tensor | None = None,
     residual: Tensor | None = None,
-    activates: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    stores: str = "y",
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`y = x weight + bias + keep ⊙ (u (scaling · f))`, u, which is `x aᵀ` where `a` (R, K) is given, and h.
 
     There is no bias with dropout: the mask falls on all that the accumulator starts from. Where `pre` (M, N),
-    contiguous, is given, y is multiplied by gelu'(pre). Where the layer `activates`, h is gelu(y). Where `residual`
-    (M, N), contiguous, is given, y becomes `residual + dropout(y)`, and the mask falls on nothing else.
+    contiguous, is given, y is multiplied by gelu'(pre). Where `residual` (M, N), contiguous, is given, y becomes
+    `residual + dropout(y)`, and the mask falls on nothing else. h is gelu(y); `stores` names what is stored of the two,
+    "y", "yh" or "h", and the other is None.
     """
     (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
-    y = x.new_empty(m, n)
+    y, h = (x.new_empty(m, n) if name in stores else None for name in "yh")
     if u is None:
         u = x.new_empty(m, rank)
-    h = torch.empty_like(y) if activates else None
     tile = how.tile
     args = {
         "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "pre_ptr": pre, "residual_ptr": residual,
@@ -454,7 +457,7 @@ def linear(
         args |= {
             "x_desc": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
             "w_desc": TensorDescriptor.from_tensor(stored, block),
-            "y_desc": TensorDescriptor.from_tensor(y, out),
+            "y_desc": None if y is None else TensorDescriptor.from_tensor(y, out),
             "h_desc": None if h is None else TensorDescriptor.from_tensor(h, out),
             "W_TRANSPOSED": transposed,
         }
@@ -519,37 +522,51 @@ def updated(
     tickets: Tensor | None = None,
     pre: Tensor | None = None,
     residual: Tensor | None = None,
-    activates: bool = False,
+    stores: str = "y",
+    u: Tensor | None = None,
     how: tiling.Linear | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
     x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What `pre`, `residual` and
-    `activates` change, and h, are as in `linear`.
+    `stores` change, and h, are as in `linear`. A u that is given is not computed again.
     """
     (m, _), n, rank = x.shape, weight.shape[1], a.shape[0]
     if m == 0 or n == 0:
         if tickets is not None:
             tickets.zero_()
-        return x.new_empty(m, n), x.new_zeros(m, rank), x.new_empty(m, n) if activates else None
-    rest: dict[str, Any] = {"pre": pre, "residual": residual, "activates": activates}
+        y, h = (x.new_empty(m, n) if name in stores else None for name in "yh")
+        return y, x.new_zeros(m, rank) if u is None else u, h
+    rest: dict[str, Any] = {"pre": pre, "residual": residual, "stores": stores}
     if how is None:
         drops = inner is not None, outer is not None
-        epilogue = pre is not None, residual is not None, activates
+        epilogue = pre is not None, residual is not None, stores
         how = tuning.fastest(
             "updated",
             x,
             (n, rank, drops, weight.stride(1) == 1, a.dtype, epilogue),
-            tiling.linear(x, weight, rank, *drops, any(epilogue)),
+            tiling.linear(x, weight, rank, *drops, epilogue != (False, False, "y")),
             lambda each: updated(
-                x, weight, bias, a, f, scaling, inner=inner, outer=outer, tickets=tickets, how=each, **rest
+                x,
+                weight,
+                bias,
+                a,
+                f,
+                scaling,
+                inner=inner,
+                outer=outer,
+                tickets=tickets,
+                how=each,
+                u=u,
+                **rest,
             ),
         )
     if how.single:  # the loop has no room to round a wider factor
         return linear(
             x, weight, bias, f, scaling, how, a=a.to(x.dtype), dropout=outer, tickets=tickets, **rest
         )
-    u = shrink(x, a.T, dropout=inner, tickets=tickets)
+    if u is None:
+        u = shrink(x, a.T, dropout=inner, tickets=tickets)
     return linear(x, weight, bias, f, scaling, how, u=u, dropout=outer, **rest)
 
 
@@ -609,21 +626,23 @@ def forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    activates: bool = False,
+    stores: str = "y",
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
     residual_seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """y (M, N), xa (M, R) and, where the layer `activates`, gelu(y), all in x's dtype.
+    xa: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where `stores` lacks "y" or "h".
 
-    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`.
+    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. An `xa` that is given, contiguous,
+    is what x, `dropout_p` and `seed` make.
     """
     inner = None if seed is None else Dropout(dropout_p, seed)
     outer = None if residual_seed is None else Dropout(residual_dropout, residual_seed)
     scaling *= keep_scale(dropout_p)
     return updated(
         x, weight, bias, lora_a, lora_b.T, scaling,
-        inner=inner, outer=outer, residual=residual, activates=activates,
+        inner=inner, outer=outer, residual=residual, stores=stores, u=xa,
     )  # fmt: skip
 
 
@@ -685,22 +704,41 @@ def _forward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
-    activates: bool,
+    stores: str,
     residual: Tensor | None,
     residual_dropout: float,
     residual_seed: Tensor | None,
+    xa: Tensor | None,
     pre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    added = (residual, residual_dropout, residual_seed)
+    added = (residual, residual_dropout, residual_seed, xa)
     with on_device_of(x):
-        y, xa, h = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates, *added)
-    return y, xa, x.new_empty(0) if h is None else h
+        results = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *added)
+    # An operator returns neither None nor what it was given.
+    y, xa, h = (x.new_empty(0) if each is None or each is xa else each for each in results)
+    return y, xa, h
 
 
 @_forward.register_fake
-def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, activates, *others):
-    y = x.new_empty(x.shape[0], weight.shape[1])
-    return y, x.new_empty(x.shape[0], lora_a.shape[0]), y.new_empty(y.shape if activates else (0,))
+def _(
+    x,
+    weight,
+    bias,
+    lora_a,
+    lora_b,
+    scaling,
+    dropout_p,
+    seed,
+    stores,
+    residual,
+    residual_p,
+    residual_seed,
+    xa,
+    pre,
+):
+    m, n = x.shape[0], weight.shape[1]
+    y, h = (x.new_empty((m, n) if name in stores else (0,)) for name in "yh")
+    return y, x.new_empty((m, lora_a.shape[0]) if xa is None else (0,)), h
 
 
 @torch.library.custom_op("fastpeft::lora_linear_backward", mutates_args=())
@@ -744,11 +782,11 @@ def _(t, dropout_p, seed):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, _, _, residual_dropout, residual_seed, pre = (
-        inputs
-    )
+    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, *rest = inputs
+    _, _, residual_dropout, residual_seed, given_xa, pre = rest
     _, xa, h = output
     ctx.mark_non_differentiable(xa, h)
+    xa = xa if given_xa is None else given_xa
     # gelu(pre) is cheaper to compute again than to keep.
     ctx.save_for_backward(x if pre is None else pre, weight, lora_a, lora_b, xa, seed, residual_seed)
     ctx.scaling, ctx.dropout_p, ctx.residual_dropout = scaling, dropout_p, residual_dropout
@@ -758,9 +796,11 @@ def _save(ctx, inputs, output):
 
 def _gradients(ctx, dy, *_):
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     x, weight, lora_a, lora_b, xa, seed, residual_seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_a, need_b, *_, need_residual, _, _, need_pre = ctx.needs_input_grad
+    need_x, need_weight, need_bias, need_a, need_b, *_, need_residual, _, _, _, need_pre = (
+        ctx.needs_input_grad
+    )
     d_residual = dy if need_residual else None
     needs = need_pre if ctx.activated else need_x, need_a, need_b
     fused = iter(())
@@ -775,7 +815,7 @@ def _gradients(ctx, dy, *_):
     d_weight = x.T @ dy if need_weight else None
     d_bias = dy.sum(0) if need_bias else None
     dx, d_pre = (None, dx) if ctx.activated else (dx, None)
-    rest = (None, None, None, None, d_residual, None, None, d_pre)
+    rest = (None, None, None, None, d_residual, None, None, None, d_pre)
     return dx, d_weight, d_bias, d_lora_a, d_lora_b, *rest
 
 
@@ -794,6 +834,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
     *,
+    xa: Tensor | None = None,
     pre: Tensor | None = None,
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
@@ -807,6 +848,8 @@ def lora_linear(
         lora_a: (R, K) and lora_b: (N, R), in x's dtype or wider, R at most 256; rounded to x's dtype.
         dropout_p: probability of dropping an element of x before lora_a.
         seed: int64 of one element on x's device, from which the mask is drawn; None where dropout_p is 0.
+        xa: (M, R): `dropout(x) Aᵀ`, unscaled, where it is known, of this `dropout_p` and `seed`, as
+            `layer_norm.layer_norm_shrink` gives it. No gradient goes to it: it goes to x and lora_a.
         pre: (M, K), contiguous: x is gelu(pre), the tanh GELU, as `lora_linear_gelu` gives both. The gradient
             then goes to pre, and none to x.
         residual: (M, N) in x's dtype, contiguous: the result is `residual + dropout(y)`, a dropout with
@@ -815,11 +858,8 @@ def lora_linear(
     Returns:
         (M, N) in x's dtype.
     """
-    added = (residual, residual_dropout, residual_seed)
-    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, False, *added, pre)[0]
-
-
-_NOTHING = (None, 0.0, None, None)  # neither a residual nor a pre-activation
+    given = (residual, residual_dropout, residual_seed, xa, pre)
+    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, "y", *given)[0]
 
 
 def lora_linear_gelu(
@@ -831,10 +871,22 @@ def lora_linear_gelu(
     scaling: float,
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`lora_linear` and, stored by the same kernel, the tanh GELU of it, which carries no gradient."""
-    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, True, *_NOTHING)
-    return y, h
+    xa: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """`lora_linear` and, stored by the same kernel, the tanh GELU of it, which carries no gradient.
+
+    Where nothing here asks for a gradient, the first is None, and nothing is stored for it.
+    """
+    stores = stored(x, weight, bias, lora_a, lora_b)
+    given = (None, 0.0, None, xa, None)  # neither a residual nor a pre-activation
+    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *given)
+    return (y if "y" in stores else None), h
+
+
+def stored(*layer: Tensor | None) -> str:
+    """What `lora_linear_gelu` stores for x and its layer: y only where backward will read it."""
+    asked = any(t is not None and t.requires_grad for t in layer)
+    return "yh" if asked and torch.is_grad_enabled() else "h"
 
 
 def exercise(
@@ -848,8 +900,8 @@ def exercise(
     pre: Tensor | None = None,
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
-    activates: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    stores: str = "y",
+) -> tuple[Tensor | None, Tensor | None]:
     """Launch every kernel that a layer can need, forward and backward; y and h. To be recorded, not run."""
 
     def seed_of(p: float) -> Tensor | None:
@@ -857,9 +909,11 @@ def exercise(
 
     seed, outer = seed_of(dropout_p), seed_of(residual_dropout)
     added = (residual, residual_dropout, outer)
-    y, xa, h = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed, activates, *added)
+    y, xa, h = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed, stores, *added)
     kept, activated = (x, False) if pre is None else (pre, True)
-    dy = y if outer is None else dropped(y, residual_dropout, outer)
+    dy = h if y is None else y
+    if outer is not None:
+        dy = dropped(dy, residual_dropout, outer)
     for need_x in (True, False):  # without dx another kernel leaves dxa
         needs = need_x, True, True
         backward(dy, kept, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, *needs, activated)

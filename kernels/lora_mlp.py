@@ -1,7 +1,8 @@
 """GPT-2's MLP of two LoRA linear layers, `proj(gelu(fc(x)))`: no GELU passes over memory of its own.
 
 The first layer's kernel stores the pre-activation and its GELU; the second's backward multiplies dx by gelu'(pre)
-before it stores it. Between forward and backward only the pre-activation is kept.
+before it stores it. Between forward and backward only the pre-activation is kept; where no backward follows, only the
+GELU is stored.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ def lora_mlp(
     residual: Tensor | None = None,
     residual_dropout: float = 0.0,
     residual_seed: Tensor | None = None,
+    xa: Tensor | None = None,
 ) -> Tensor:
     """`proj(gelu(fc(x)))` with the tanh GELU, x (M, K), each layer as `lora_linear.lora_linear` describes it.
 
-    Where a residual (M, N) is given, it is `residual + dropout(proj(gelu(fc(x))))`.
+    Where a residual (M, N) is given, it is `residual + dropout(proj(gelu(fc(x))))`. An `xa` is the first layer's.
     """
-    pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed)
+    pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed, xa)
     return lora_linear.lora_linear(
         h,
         *proj,
@@ -63,11 +65,13 @@ def ready(
     Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
     """
 
+    stores = lora_linear.stored(x, *fc)
+
     def call() -> None:
-        pre, h = lora_linear.exercise(x, *fc, fc_dropout, activates=True)
+        pre, h = lora_linear.exercise(x, *fc, fc_dropout, stores=stores)
         assert h is not None
         added: dict[str, Any] = {"residual": residual, "residual_dropout": residual_dropout}
         lora_linear.exercise(h, *proj, proj_dropout, pre=pre, **added)
 
     drops = (p > 0 for p in (fc_dropout, proj_dropout, residual_dropout))
-    return build(("lora_mlp", x.device, *drops, *describe(x, *fc, *proj, residual)), x, call)
+    return build(("lora_mlp", x.device, stores, *drops, *describe(x, *fc, *proj, residual)), x, call)

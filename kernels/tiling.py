@@ -147,6 +147,9 @@ SHRINK = {
     256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
 }
 SHRINK_FLOAT32 = Strip(64, 32, 8, 3)
+#: The same beside a LayerNorm: with its statistics a taller strip, or a larger rank, spills on some architecture.
+LAYER_NORM_SHRINK = {16: Strip(32, 128, 4, 3), 32: Strip(32, 128, 8, 3), 64: Strip(32, 64, 4, 4)}
+LAYER_NORM_SHRINK_FLOAT32 = Strip(16, 32, 8, 3)
 GRADIENT = {
     16: Strip(32, 128, 4, 3),
     32: Strip(32, 128, 8, 3),
@@ -270,6 +273,12 @@ def _describable(t: Tensor) -> bool:
 def shrink(t: Tensor, rank: int) -> list[Strip]:
     """The strips of a pass that leaves `rank` numbers a row, the one to take first."""
     return [SHRINK_FLOAT32] if t.dtype == torch.float32 else _tallest_first(SHRINK[padded_rank(rank)], t)
+
+
+def layer_norm_shrink(x: Tensor, rank: int) -> Strip | None:
+    """The strip of a LayerNorm that leaves `rank` numbers a row beside its result; None where it had better not."""
+    strip = LAYER_NORM_SHRINK.get(padded_rank(rank))
+    return strip and (LAYER_NORM_SHRINK_FLOAT32 if x.dtype == torch.float32 else strip)
 
 
 def gradient(t: Tensor, rank: int) -> Strip:

@@ -103,12 +103,19 @@ def test_the_model_scope_makes_no_pass_for_gelu_or_residuals(neighbours):
     residuals = 2 * (forward - BF16 * row + backward - BF16 * 2 * row) - seeds
     statistics = 2 * M * FP32  # a mean and a deviation, computed again instead
     norms = 2 * (BF16 * 2 * row + statistics + BF16 * 768)  # no sum of gradients after it, and no bias read
+    shrinks = 2 * (BF16 * row + statistics) - 32  # xa beside the LayerNorm; c_attn's three seeds, not one
     layers, model = neighbours["fastpeft"], neighbours["fastpeft_model"]
-    assert layers["bytes"] - model["bytes"] == gelu + residuals + norms
-    # Two kernels drop gradients; an MLP draws its seeds at once.
-    assert layers["launches"] - model["launches"] == 2 + 2 * 3 + 2 - 2 + 1
-    saved = BF16 * 4 * row + 2 * (MASK * row - 16) + 2 * statistics
+    assert layers["bytes"] - model["bytes"] == gelu + residuals + norms + shrinks
+    # Two kernels drop gradients; an MLP draws its seeds at once; two LayerNorms leave xa.
+    assert layers["launches"] - model["launches"] == 2 + 2 * 3 + 2 - 2 + 1 + 2
+    saved = BF16 * 4 * row + 2 * (MASK * row - 16) + 2 * statistics - 32
     assert layers["saved_bytes"] - model["saved_bytes"] == saved
+
+
+def test_each_layer_norm_leaves_what_the_layer_after_it_needs(neighbours):
+    names = [kernel["name"] for kernel in neighbours["fastpeft_model"]["forward"]]
+    assert names.count("layer_norm_shrink_kernel") == names.count("shrink_kernel") == 2
+    assert "aten.native_layer_norm.default" not in names
 
 
 def test_an_expanded_operand_costs_what_it_stores():

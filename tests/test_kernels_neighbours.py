@@ -22,7 +22,7 @@ from tolerances import assert_as_good_as
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -127,15 +127,78 @@ def test_no_neighbour_has_a_pass_of_its_own_and_backward_keeps_the_pre_activatio
     assert [t.shape for t in saved].count((40, 64)) == 1
 
 
+@pytest.mark.parametrize("trains", [None, "proj"])
+@pytest.mark.parametrize(
+    ("form", "variant"), [("pointer", "split"), ("descriptor", "split"), ("pointer", "single")]
+)
+def test_without_a_gradient_to_it_the_pre_activation_is_not_stored(
+    form, variant, trains, device, monkeypatch
+):
+    tile = tiling.linear_tiles(90, form, variant, epilogue=True)[-1]
+    choose_tile(monkeypatch, device, tile, form, variant, epilogue=True)
+    x, *tensors = mlp_arguments(70, 72, 264, 16, "bf16", device, layout="linear").values()
+    fc, proj, residual = tensors[:4], tensors[4:8], tensors[8]
+
+    def run():
+        return lora_mlp.lora_mlp(x, fc, 1.5, 0.0, None, proj, 0.5, 0.0, None, residual)
+
+    def wide_outputs():
+        with launch.record() as launches:
+            run()
+        outs = [one.args.get(name) for one in launches for name in ("y_ptr", "h_ptr", "y_desc", "h_desc")]
+        return sum(getattr(t, "base", t).shape == (70, 264) for t in outs if t is not None)
+
+    for t in proj[2:] if trains else ():
+        t.requires_grad_()
+    alone, outputs = run(), wide_outputs()
+    leaves = proj[2:] if trains else []
+    gradients = torch.autograd.grad(alone.square().sum(), leaves) if trains else ()
+    fc[2].requires_grad_()
+    both = run()
+    assert torch.equal(alone, both)
+    assert (outputs, wide_outputs()) == (1, 2)
+    for mine, expected in zip(
+        gradients, torch.autograd.grad(both.square().sum(), leaves) if trains else (), strict=True
+    ):
+        assert torch.equal(mine, expected)
+    with torch.no_grad():
+        assert wide_outputs() == 1
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_is_built_for_the_mlp_is_what_it_launches(grad, device, monkeypatch):
+    x, *tensors = mlp_arguments(40, 24, 64, 3, "fp32", device).values()
+    fc, proj, residual = tensors[:4], tensors[4:8], tensors[8]
+    fc[2].requires_grad_(grad)
+    built = []
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_failures", {})
+    monkeypatch.setattr(launch, "_why_not_built", lambda each: built.append(each))
+    assert lora_mlp.ready(x, fc, 0.0, proj, 0.0, residual) is None
+    assert launch._failures.keys()
+    with launch.record() as launches:
+        lora_mlp.lora_mlp(x, fc, 1.0, 0.0, None, proj, 1.0, 0.0, None, residual)
+
+    def outputs(each):
+        return [each.kernel, each.args.get("y_ptr") is None, each.args.get("h_ptr") is None]
+
+    assert all(outputs(each) in map(outputs, built) for each in launches)
+
+
 def test_opcheck_passes_with_each_neighbour(device):
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", device).values()
     pre, residual = x.clone().requires_grad_(), torch.zeros(9, 16, device=device).requires_grad_()
     h, seed = reference.gelu_new(x), torch.tensor([5], device=device)
-    a.requires_grad_()
     operator = torch.ops.fastpeft.lora_linear.default
-    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, True, None, 0.0, None, None))
+    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, "h", None, 0.0, None, None, None))
+    a.requires_grad_()
+    torch.library.opcheck(
+        operator, (x, weight, bias, a, b, 2.0, 0.0, None, "yh", None, 0.0, None, None, None)
+    )
     added = (residual, 0.5, seed)
-    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, False, *added, pre))
+    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, "y", *added, None, pre))
+    xa = x @ a.detach().T
+    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.5, seed, "y", *added, xa, None))
 
 
 def test_the_dropout_of_a_gradient_is_the_masks(device):

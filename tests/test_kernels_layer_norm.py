@@ -1,0 +1,413 @@
+"""A LayerNorm that leaves `dropout(h) Aᵀ` beside its h, and the LoRA layer that finds it there."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DTYPES, compare, describe, draws_of, lora_arguments, pairwise
+from models import assert_stock, gpt2, step, twins, with_lora
+from test_packing import batch, outcome
+from tolerances import assert_as_good_as
+from torch import nn
+from transformers import GPT2ForSequenceClassification
+
+import fastpeft
+from fastpeft import ops, reference
+from fastpeft.kernels import dropout, launch, layer_norm, lora_linear
+
+pytestmark = pytest.mark.usefixtures("nan_empty")
+interpreted = pytest.mark.skipif(
+    not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter"
+)
+INCLUDED = "fused kernels, LayerNorm included"
+P = 0.3
+
+
+def norm_of(k, device, dtype=torch.float32):
+    norm = nn.LayerNorm(k, device=device, dtype=dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(k)
+    for t in (norm.weight, norm.bias):
+        t.copy_(torch.randn(k, generator=generator))
+    return norm
+
+
+SAMPLE = pairwise(
+    m=[1, 17, 63, 257],
+    k=[36, 136, 768],
+    rank=[1, 8, 32, 64],
+    p=[0.1, 0.5, 1.0],
+    dtypes=list(DTYPES),
+    form=["dense", "transposed"],
+)
+
+
+@pytest.mark.parametrize("case", list(SAMPLE), ids=describe)
+def test_it_agrees_with_float64_with_the_layer_and_the_residual(case, device):
+    m, k, p = case["m"], case["k"], case["p"]
+    seed = torch.tensor([m + 5], device=device)
+    keep = dropout.keep_mask(seed, m, k, p)
+    norm = norm_of(k, device)
+
+    def fused(x, weight, bias, lora_a, lora_b):
+        h, residual, xa = layer_norm.layer_norm_shrink(
+            x, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps, lora_a, p, seed
+        )
+        layer = (weight, bias, lora_a, lora_b, 1.5, p, seed)
+        return lora_linear.lora_linear(h, *layer, xa=xa, residual=residual.contiguous())
+
+    def formula(x, weight, bias, lora_a, lora_b):
+        # Both norms have the numbers of x's dtype, as the model that holds them has.
+        w, b = (t.to(DTYPES[case["dtypes"]][0]).to(x.dtype) for t in (norm.weight, norm.bias))
+        h = nn.functional.layer_norm(x, (k,), w, b, norm.eps)
+        return x + reference.lora_linear(h, weight, bias, lora_a, lora_b, 1.5, p, keep)
+
+    draws = draws_of(lora_arguments, m, k, k, case["rank"], case["dtypes"], device, form=case["form"])
+    compare(fused, formula, [{**draw, "x": 3 * draw["x"] + 1} for draw in draws], ("lora_a", "lora_b"))
+
+
+def test_a_mean_far_above_the_deviation_costs_no_digits(device):
+    x = 1000 + torch.randn(9, 136, generator=torch.Generator().manual_seed(0)).to(device)
+    norm, a = norm_of(136, device), torch.zeros(4, 136, device=device)
+    h, _ = layer_norm.shrink(x, norm.weight, norm.bias, norm.eps, a, 0.5, torch.tensor([1], device=device))
+    assert_as_good_as(h, norm(x), norm.double()(x.double()), "h")
+
+
+def test_opcheck_passes(device):
+    x, a = torch.randn(2, 5, 24, device=device), torch.randn(3, 24, device=device)
+    given = (x, x[0, 0], x[0, 1], 1e-5, a, 0.5, torch.tensor([5], device=device))
+    torch.library.opcheck(torch.ops.fastpeft.layer_norm_shrink.default, given)
+
+
+def test_what_is_built_is_what_it_launches(device, monkeypatch):
+    norm, x, a = norm_of(24, device), torch.randn(2, 5, 24, device=device), torch.randn(3, 24, device=device)
+    built = []
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "_failures", {})
+    monkeypatch.setattr(launch, "_why_not_built", lambda each: built.append(each) or "too large")
+    with pytest.warns(UserWarning, match="uses PyTorch instead of Triton: too large"):
+        assert layer_norm.ready_to_shrink(x, norm.weight, norm.bias, a) == "too large"
+    with launch.record() as launches:
+        given = (norm.weight, norm.bias, norm.eps, a, 0.5, torch.tensor([1], device=device))
+        layer_norm.layer_norm_shrink(x, *given)
+    assert [each.kernel for each in built] == [each.kernel for each in launches]
+
+
+class TestTheHandingOver:
+    """From `ops.layer_norm` to the layer, on the tensor itself."""
+
+    @pytest.fixture(autouse=True)
+    def shrinks(self, monkeypatch):
+        """How often a layer computed xa for itself."""
+        seen, real = [], lora_linear.shrink
+        monkeypatch.setattr(lora_linear, "shrink", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
+        return seen
+
+    def layer(self, device, p=P):
+        x, *tensors = lora_arguments(9, 24, 16, 3, "fp32", device).values()
+        return x, ops.Projection(*tensors, 1.0, p)
+
+    def run(self, h, layer):
+        return ops.routed_lora_linear(h, layer, "triton", False)
+
+    def test_the_layer_takes_it_once(self, device, shrinks):
+        x, layer = self.layer(device)
+        h, _ = ops.layer_norm(x, norm_of(24, device), "triton", layer)
+        y, route = self.run(h, layer)
+        assert (route.reason, shrinks, vars(h)) == (INCLUDED, [], {})
+        again, route = self.run(h, layer)
+        assert (route.reason, shrinks) == ("fused kernels", [1])
+        assert not torch.equal(y, again)  # another mask
+
+    def test_another_layer_or_another_dropout_leaves_it(self, device, shrinks):
+        x, layer = self.layer(device)
+        h, _ = ops.layer_norm(x, norm_of(24, device), "triton", layer)
+        self.run(h, layer._replace(lora_a=layer.lora_a.clone()))
+        self.run(h, layer._replace(dropout_p=0.5))
+        assert shrinks == [1, 1]
+        self.run(h, layer)
+        assert shrinks == [1, 1]
+
+    def test_a_copy_and_what_was_written_to_since_have_none(self, device, shrinks):
+        x, layer = self.layer(device)
+        h, _ = ops.layer_norm(x, norm_of(24, device), "triton", layer)
+        self.run(h.clone(), layer)
+        self.run(h.mul_(2), layer)
+        assert shrinks == [1, 1]
+
+    def test_the_seeds_are_drawn_once(self, device, monkeypatch):
+        drawn, real = [], torch.randint
+        monkeypatch.setattr(torch, "randint", lambda *a, **k: (drawn.append(a[1]), real(*a, **k))[1])
+        x, fc = self.layer(device)
+        _, *tensors = lora_arguments(9, 16, 24, 3, "fp32", device).values()
+        h, x = ops.layer_norm(x, norm_of(24, device), "triton", fc)
+        proj = ops.Projection(*tensors, 1.0, P)
+        _, route = ops.lora_mlp(h, fc, proj, "triton", residual=ops.Residual(x, P))
+        assert (route.reason, drawn) == ("fused kernels, LayerNorm and GELU included", [(3, 2)])
+
+    def test_a_gradient_that_nobody_asked_for_is_not_computed(self, device):
+        x, layer = self.layer(device)
+        layer.lora_a.requires_grad_()
+        h, _ = ops.layer_norm(x, norm_of(24, device), "triton", layer)
+        assert not h.requires_grad
+        y, _ = self.run(h, layer)
+        assert y.requires_grad
+
+    @pytest.mark.parametrize(
+        "step_aside",
+        ["no dropout", "wide factor", "rank", "compiling", "inference mode", "autocast", "another width"],
+    )
+    def test_where_it_steps_aside(self, step_aside, device, monkeypatch):
+        x, layer = self.layer(device, 0.0 if step_aside == "no dropout" else P)
+        norm = norm_of(24, device)
+        if step_aside == "wide factor":
+            layer = layer._replace(lora_a=layer.lora_a.double())
+        elif step_aside == "rank":
+            layer = layer._replace(lora_a=layer.lora_a.repeat(22, 1))
+        elif step_aside == "compiling":
+            monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        elif step_aside == "another width":
+            layer = layer._replace(lora_a=layer.lora_a[:, :8])
+        with (
+            torch.inference_mode(step_aside == "inference mode"),
+            torch.autocast(device, torch.bfloat16, enabled=step_aside == "autocast"),
+        ):
+            h, _ = ops.layer_norm(x, norm, "triton", layer)
+        assert vars(h) == {}
+        torch.testing.assert_close(h, norm(x))
+
+
+class Masked(nn.Dropout):
+    """The kernels' dropout of one seed, over rows, in any dtype."""
+
+    def __init__(self, seed):
+        super().__init__(P)
+        self.seed = seed
+
+    def forward(self, x):
+        rows = x.flatten(0, -2)
+        keep = dropout.keep_mask(torch.tensor([self.seed]), *rows.shape, P) if self.training else None
+        return reference.dropout(rows, keep, P).view(x.shape) if self.training else x
+
+
+def seeds(x, count):
+    """Instead of drawn ones: 11, then 12 and 13 where several are drawn at once."""
+    return torch.arange(11, 11 + count)[:, None].expand(count, 2).contiguous()
+
+
+def masked_twins(model, mlp_at_once=True):
+    """Like `models.twins`, the stock ones with the masks that the kernels draw from `seeds`."""
+    model, stock, truth = twins(model)
+    assert_stock(stock)
+    for each in (stock, truth):
+        for name, module in each.named_modules():
+            for adapter in module.lora_dropout if hasattr(module, "lora_dropout") else ():
+                seed = 12 if name.endswith("mlp.c_proj") and mlp_at_once else 11
+                module.lora_dropout[adapter] = Masked(seed)
+    return model, stock, truth
+
+
+def patched(model, **options):
+    return fastpeft.patch(model, **{"backend": "triton", "scope": "model", **options})
+
+
+def listen(module, kind, seen):
+    """Note in `seen` each call of a module, by one of the ways to do it."""
+    if kind == "hook":
+        module.register_forward_hook(lambda module, args, out: seen.append(1))
+    elif kind == "pre-hook":
+        module.register_forward_pre_hook(lambda module, args: seen.append(1))
+    else:
+
+        def forward(*args, **kwargs):
+            seen.append(1)
+            return type(module).forward(module, *args, **kwargs)
+
+        module.forward = forward
+
+
+def layers(model, name):
+    return [module for path, module in model.named_modules() if path.endswith(name)]
+
+
+@interpreted
+class TestTheModel:
+    @pytest.fixture(autouse=True)
+    def seeded(self, monkeypatch):
+        monkeypatch.setattr(ops, "_drawn", seeds)
+
+    @pytest.fixture
+    def launches(self, monkeypatch):
+        """The names of the kernels, as they are launched, that drop something before a factor."""
+        seen, real = [], launch.launch
+
+        def spy(kernel, grid, args, *given):
+            if args.get("seed_ptr") is not None:
+                seen.append(kernel.__name__)
+            real(kernel, grid, args, *given)
+
+        for module in (layer_norm, lora_linear):
+            monkeypatch.setattr(module, "launch", spy)
+        return seen
+
+    def check(self, model, prepare=lambda model: None, **options):
+        """The patched model against its masked twins; returns it."""
+        mlp_at_once = options.pop("mlp_at_once", True)
+        model, stock, truth = masked_twins(model, mlp_at_once)
+        for each in (model, stock, truth):
+            prepare(each)
+        patched(model, **options)
+        results = [step(each) for each in (model, stock, truth)]
+        for name in results[0]:
+            assert_as_good_as(*(result[name] for result in results), name)
+        return model
+
+    def counts(self, launches):
+        return launches.count("layer_norm_shrink_kernel"), launches.count("shrink_kernel")
+
+    @pytest.mark.parametrize("kind", ["bf16", "fp32"])
+    def test_every_norm_leaves_xa_and_backward_draws_the_same_masks(self, kind, launches):
+        dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[kind]
+        model = self.check(with_lora(gpt2(), lora_dropout=P).to(dtype))
+        assert self.counts(launches) == (4, 4)  # two norms and two c_proj in each of two blocks
+        rows = {row.name.split("transformer.h.1.")[-1]: row.reason for row in fastpeft.report(model)}
+        assert rows["attn.c_attn"] == INCLUDED
+        assert rows["mlp.c_fc"] == "fused kernels, LayerNorm and GELU included"
+        assert rows["attn.c_proj"] == "fused kernels"
+
+    def test_without_dropout_there_is_nothing_to_leave(self, launches):
+        model, stock, truth = twins(with_lora(gpt2(), lora_dropout=0.0))
+        patched(model)
+        results = [step(each) for each in (model, stock, truth)]
+        for name in results[0]:
+            assert_as_good_as(*(result[name] for result in results), name)
+        assert self.counts(launches)[0] == 0
+        dropping = patched(with_lora(gpt2(), lora_dropout=P)).eval()
+        dropping(input_ids=torch.ones(1, 3, dtype=torch.long))
+        assert self.counts(launches)[0] == 0
+
+    def test_without_a_gradient_it_still_drops(self, launches):
+        model, stock, _ = masked_twins(with_lora(gpt2(), lora_dropout=P))
+        patched(model)
+        with torch.no_grad():
+            mine, expected = (each.train()(input_ids=torch.arange(2, 11)[None]) for each in (model, stock))
+        torch.testing.assert_close(mine.logits, expected.logits)
+        assert self.counts(launches)[0] == 4
+
+    @pytest.mark.parametrize("name", ["h.0.ln_1", "h.0.attn", "h.0.attn.c_attn", "h.0.ln_2"])
+    @pytest.mark.parametrize("kind", ["hook", "pre-hook", "forward"])
+    def test_what_listens_in_between_sees_what_it_saw(self, name, kind, launches):
+        seen = []
+
+        def prepare(model):
+            (module,) = layers(model, "transformer." + name)
+            listen(module, kind, seen)
+
+        self.check(with_lora(gpt2(), lora_dropout=P), prepare)
+        assert seen == [1] * 3
+        assert self.counts(launches)[0] == 3
+
+    @pytest.mark.parametrize("name", ["mlp", "mlp.c_fc"])
+    @pytest.mark.parametrize("kind", ["hook", "pre-hook"])
+    def test_what_listens_to_the_mlp_or_its_first_layer_sees_what_it_saw(self, name, kind, launches):
+        seen = []
+
+        def prepare(model):
+            for module in layers(model, "." + name):
+                listen(module, kind, seen)
+
+        self.check(with_lora(gpt2(), lora_dropout=P), prepare, mlp_at_once=name == "mlp")
+        assert seen == [1] * 6
+        assert self.counts(launches)[0] == 2
+
+    def test_layer_by_layer_the_first_of_the_mlp_takes_it_too(self, launches):
+        def prepare(model):
+            for module in layers(model, ".mlp.act"):
+                module.register_forward_hook(lambda module, args, out: None)
+
+        model = self.check(with_lora(gpt2(), lora_dropout=P), prepare, mlp_at_once=False)
+        assert self.counts(launches) == (4, 4)
+        assert {m._fastpeft.last.reason for m in layers(model, ".mlp.c_fc")} == {INCLUDED}
+
+    @pytest.mark.parametrize("part", ["weight", "bias"])
+    def test_a_norm_that_trains_is_stocks(self, part, launches):
+        def prepare(model):
+            layers(model, "h.1.ln_2")[0].get_parameter(part).requires_grad_()
+
+        self.check(with_lora(gpt2(), lora_dropout=P), prepare)
+        assert self.counts(launches)[0] == 3
+
+    def test_two_adapters_go_by_themselves(self, launches):
+        model = with_lora(gpt2(), lora_dropout=P)
+        model.add_adapter("second", model.peft_config["default"])
+        model.base_model.set_adapter(["default", "second"])
+        patched(model)
+        step(model)
+        assert self.counts(launches) == (0, 8)
+
+    def test_a_layer_without_lora_has_none(self, launches):
+        self.check(with_lora(gpt2(), ("c_fc", "c_proj"), lora_dropout=P))
+        assert self.counts(launches)[0] == 2
+
+    @pytest.mark.parametrize("options", [{"scope": "layers"}, {"backend": "torch"}], ids=str)
+    def test_outside_the_model_scope_or_triton_there_is_none(self, options, launches):
+        step(patched(with_lora(gpt2(), lora_dropout=P), **options))
+        assert self.counts(launches)[0] == 0
+
+    def test_a_kernel_that_cant_be_built_leaves_it_to_the_layers(self, launches, monkeypatch):
+        reason = "layer_norm_shrink_kernel can't be built here: too large"
+        monkeypatch.setattr(layer_norm, "ready_to_shrink", lambda *a: reason)
+        self.check(with_lora(gpt2(), lora_dropout=P))
+        assert self.counts(launches) == (0, 8)
+        with pytest.raises(RuntimeError, match=reason):
+            step(patched(with_lora(gpt2(), lora_dropout=P), strict=True))
+
+    @pytest.mark.parametrize("head", [None, GPT2ForSequenceClassification])
+    def test_packed_tokens_too_but_for_a_pooled_last_block(self, head, launches, monkeypatch):
+        options = {} if head is None else {"head": head}
+        model, other, _ = twins(with_lora(gpt2(**options), lora_dropout=P))
+        padded = batch([7, 3, 5], "right")
+        patched(model), patched(other)
+        mine = outcome(model, padded)
+        assert self.counts(launches)[0] == (4 if head is None else 2)
+        monkeypatch.setattr(ops, "_shrinks", lambda *a: False)
+        expected = outcome(other, padded)
+        for name, value in mine.items():
+            torch.testing.assert_close(value, expected[name])
+
+
+@interpreted
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_draws_the_same_masks_again(reentrant):
+    def gradients(checkpoints):
+        model = patched(with_lora(gpt2(), lora_dropout=P))
+        if checkpoints:
+            model.enable_input_require_grads()
+            name = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
+            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": reentrant})
+        return step(model)
+
+    mine, expected = gradients(True), gradients(False)
+    for name, value in mine.items():
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+
+
+@interpreted
+def test_two_forward_passes_before_a_backward():
+    model = patched(with_lora(gpt2(), lora_dropout=P)).train()
+    batches = [torch.arange(2, 11)[None], torch.arange(20, 29)[None]]
+
+    def gradients(together):
+        model.zero_grad()
+        torch.manual_seed(0)
+        losses = []
+        for ids in batches:
+            losses.append(model(input_ids=ids).logits.square().sum())
+            if not together:
+                losses.pop().backward()
+        if together:
+            for loss in losses:
+                loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    assert all(torch.equal(one, other) for one, other in zip(gradients(True), gradients(False), strict=True))
