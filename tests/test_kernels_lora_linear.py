@@ -217,7 +217,7 @@ def test_opcheck_passes_with_and_without_dropout_and_bias(device):
     b.requires_grad_()
     x.requires_grad_()
     operator = torch.ops.fastpeft.lora_linear.default
-    seed, alone = torch.tensor([5], device=device), (False, None, 0.0, None, None)
+    seed, alone = torch.tensor([5], device=device), ("y", None, 0.0, None, None, None)
     torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.5, seed, *alone))
     torch.library.opcheck(operator, (x, weight, None, a, b, 2.0, 0.0, None, *alone))
 
