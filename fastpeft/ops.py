@@ -259,7 +259,8 @@ def layer_norm(
     same kernel computes its `dropout(h) Aᵀ`, which that layer finds on h.
     """
     frozen = all(t is not None and not t.requires_grad for t in (norm.weight, norm.bias))
-    if frozen and choose(backend, False, x.device).path == "triton":
+    # The compiler fuses the plain formula by itself.
+    if frozen and not torch.compiler.is_compiling() and choose(backend, False, x.device).path == "triton":
         from fastpeft.kernels import launch
         from fastpeft.kernels import layer_norm as kernels
 
@@ -286,7 +287,7 @@ def _shrinks(x: Tensor, norm: torch.nn.LayerNorm, following: Projection, strict:
 
     weight, _, lora_a, lora_b, _, dropout_p = following
     given = (norm.weight, norm.bias, weight)
-    if dropout_p == 0.0 or torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
+    if dropout_p == 0.0 or torch.is_inference_mode_enabled():
         return False
     if torch.is_autocast_enabled(x.device.type) or any(t.dtype != x.dtype for t in given):
         return False

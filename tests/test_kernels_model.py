@@ -118,6 +118,21 @@ def test_torch_compile_traces_through_an_mlp_without_a_break(device):
     assert_compiled_is_the_same(f, [t.requires_grad_() for t in (x, *fc, *proj)])
 
 
+def test_torch_compile_traces_through_a_layer_norm_without_a_break(device):
+    norm = torch.nn.LayerNorm(24, device=device).requires_grad_(False)
+    x = torch.randn(12, 24, device=device, requires_grad=True)
+
+    def f(x, normed=lambda x: ops.layer_norm(x, norm, "triton")):
+        h, residual = normed(x)
+        return h.sin().sum() + residual.square().sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    expected = torch.autograd.grad(f(x, normed=lambda x: (norm(x), x)), x)
+    for each in (f, compiled):
+        torch.testing.assert_close(torch.autograd.grad(each(x), x), expected)
+
+
 def test_the_kernels_bytes_are_what_they_must_be():
     """Of x and y, forward with dropout moves x twice and y once; nothing else is as large."""
     m, k, n = 64, 48, 80
