@@ -118,9 +118,15 @@ def _added(branch: Any, x: Tensor, h: Tensor, takes_residual: bool, **given: Any
 
 def _takes_shrunk(branch: Any, layer: Any, x: Tensor) -> ops.Projection | None:
     """The first layer of a branch, where the LayerNorm before can do a part of its work; else None."""
-    if type(layer) is not FusedLoraLinear or not is_plain(layer) or layer._fastpeft.exact:
+    return _for_kernels(layer, x) if is_plain(branch, but_for=adapt_output) else None
+
+
+def _for_kernels(layer: Any, x: Tensor) -> ops.Projection | None:
+    """What a call of this LoRA layer computes, where kernels may do it beside other work; else None."""
+    if type(layer) is not FusedLoraLinear or not is_plain(layer):
         return None
-    if not is_plain(branch, but_for=adapt_output):
+    site = layer._fastpeft
+    if ops.choose(site.backend, site.exact, x.device).path != "triton":
         return None
     if why_not_lora(layer) or why_not_tensors(x, layer.base_layer.weight):
         return None
@@ -142,19 +148,12 @@ def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | Non
 def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tensor | None:
     """`c_proj(act(c_fc(x)))`, added to a residual if there is one; None where its layers had better go one by one."""
     fc, act, proj = mlp.c_fc, mlp.act, mlp.c_proj
-    if [type(each) for each in (fc, act, proj)] != [FusedLoraLinear, FusedGelu, FusedLoraLinear]:
+    if type(act) is not FusedGelu or not is_plain(act) or act._fastpeft.exact:
         return None
-    if not all(is_plain(each) and not each._fastpeft.exact for each in (fc, act, proj)):
+    first, second = _for_kernels(fc, x), _for_kernels(proj, x)
+    if first is None or second is None:
         return None
     site = fc._fastpeft
-    if ops.choose(site.backend, False, x.device).path != "triton":
-        return None
-    weights = (each.base_layer.weight for each in (fc, proj))
-    if why_not_lora(fc) or why_not_lora(proj) or why_not_tensors(x, *weights):
-        return None
-    (first, added_to_first), (second, added_to_second) = projection_of(fc), projection_of(proj)
-    if added_to_first or added_to_second:
-        return None
     try:
         served = ops.lora_mlp(x, first, second, site.backend, site.strict, residual)
     except ValueError as error:
