@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastpeft import masks, reference
+from fastpeft.gemm import mm
 
 BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -472,8 +473,8 @@ class _LoraLinear(torch.autograd.Function):
             mask = masks.draw(x.to(wide), dropout_p, exact=exact)
             dropped = masks.apply(mask, x)
             scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
-        xa_t = a @ dropped.to(wide).T
-        y = x @ weight if bias is None else torch.addmm(bias, x, weight)
+        xa_t = mm(a, dropped.to(wide).T)
+        y = mm(x, weight, bias)
         y = (
             y.addmm_(xa_t.T, b.T, alpha=scaling)
             if wide == y.dtype
@@ -496,22 +497,22 @@ class _LoraLinear(torch.autograd.Function):
         a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
         dy_wide = dy.to(ctx.wide)
         if need_b:
-            d_lora_b = (xa_t @ dy_wide).mul_(ctx.scaling).T.to(lora_b.dtype)
+            d_lora_b = mm(xa_t, dy_wide).mul_(ctx.scaling).T.to(lora_b.dtype)
         if need_x or need_a:
-            dxa_t = (b.T @ dy_wide.T).mul_(ctx.scaling)
+            dxa_t = mm(b.T, dy_wide.T).mul_(ctx.scaling)
         if need_a:
             dropped = x if mask is None or not need_weight else masks.apply(mask, x)
-            d_lora_a = (dxa_t @ dropped.to(ctx.wide)).to(lora_a.dtype)
+            d_lora_a = mm(dxa_t, dropped.to(ctx.wide)).to(lora_a.dtype)
         if need_x:
-            dx = dy @ weight.T
+            dx = mm(dy, weight.T)
             if mask is not None:
-                dx += masks.drop_(mask, dxa_t.T @ a)
+                dx += masks.drop_(mask, mm(dxa_t.T, a))
             elif ctx.wide == dx.dtype:
                 dx.addmm_(dxa_t.T, a)
             else:
                 dx += dxa_t.T @ a
         if need_weight:
-            d_weight = x.T @ dy
+            d_weight = mm(x.T, dy)
         if need_bias:
             d_bias = dy.sum(0)
         return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
@@ -538,7 +539,9 @@ class _Adapter(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
-        z_t = down @ x.T if down_bias is None else torch.addmm(down_bias.to(x.dtype)[:, None], down, x.T)
+        z_t = mm(down, x.T)
+        if down_bias is not None:
+            z_t += down_bias.to(x.dtype)[:, None]
         h_t = reference.ACTIVATIONS[activation](z_t)
         ctx.save_for_backward(x, z_t, down_weight, down_bias, up_weight, up_bias)
         ctx.activation, ctx.scale = activation, scale
@@ -557,17 +560,17 @@ class _Adapter(torch.autograd.Function):
         need_x, need_down, need_down_bias, need_up, need_up_bias, *_ = ctx.needs_input_grad
         dx = d_down = d_down_bias = d_up = d_up_bias = None
         if need_x or need_down or need_down_bias:
-            dh_t = (up_weight.to(dy.dtype).T @ dy.T).mul_(ctx.scale)
+            dh_t = mm(up_weight.to(dy.dtype).T, dy.T).mul_(ctx.scale)
             dz_t = _ACTIVATION_GRADS[ctx.activation](dh_t, z_t)
         if need_x:
             dx = torch.addmm(dy, dz_t.T, down_weight.to(dy.dtype))
         if need_down:
-            d_down = (dz_t @ x).to(down_weight.dtype)
+            d_down = mm(dz_t, x).to(down_weight.dtype)
         if need_down_bias:
             d_down_bias = dz_t.sum(1).to(down_bias.dtype)
         if need_up:
             h_t = reference.ACTIVATIONS[ctx.activation](z_t)
-            d_up = (dy.T @ h_t.T).mul_(ctx.scale).to(up_weight.dtype)
+            d_up = mm(h_t, dy).mul_(ctx.scale).T.to(up_weight.dtype)
         if need_up_bias:
             d_up_bias = dy.sum(0).mul_(ctx.scale).to(up_bias.dtype)
         return dx, d_down, d_down_bias, d_up, d_up_bias, None, None

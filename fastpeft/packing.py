@@ -26,6 +26,8 @@ from fastpeft.modules import Site
 
 #: Above this share of real tokens packing gains less than its gathers and scatters cost, unless a head pools.
 FULL = 0.9
+#: Up to this length the CPU's 16-bit attention takes longer than float32's, up to five times in backward.
+_SHORT = 256
 _ARGUMENTS = (
     "input_ids",
     "past_key_values",
@@ -74,6 +76,10 @@ class PackedAttention(GPT2Attention):
             part.view(batch, longest, self.num_heads, self.head_dim).transpose(1, 2)
             for part in qkv.view(batch, longest, -1).split(self.split_size, dim=2)
         )
+        if qkv.device.type == "cpu" and longest <= _SHORT:
+            query, key, value = (
+                part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value)
+            )
         # Rows are flush left, so the causal mask alone keeps every token from the padding.
         mask = packed.mask
         if pool and packed.pooled is not None:  # one query a sequence
@@ -81,14 +87,14 @@ class PackedAttention(GPT2Attention):
             place = packed.slots[packed.pooled] % longest
             query = query[sequences, :, place][:, :, None]
             later = torch.arange(longest, device=qkv.device) > place[:, None]
-            mask = torch.zeros_like(later, dtype=qkv.dtype).masked_fill(later, torch.finfo(qkv.dtype).min)
+            mask = torch.zeros_like(later, dtype=query.dtype).masked_fill(later, torch.finfo(query.dtype).min)
             mask = mask[:, None, None]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
         dropout = self.attn_dropout.p if self.training else 0.0
         output, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
-        output = output.reshape(-1, self.embed_dim)
+        output = output.to(qkv.dtype).reshape(-1, self.embed_dim)
         if len(output) > len(packed.slots):
             output = output.index_select(0, packed.slots)
         return projected(self.c_proj, self.resid_dropout, output[None], residual), None

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import assert_fused, gpt2, with_adapters, with_lora
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 import fastpeft
+from fastpeft import packing
 from fastpeft.packing import PackedAttention
 
 PAD = 0
@@ -73,6 +75,23 @@ def test_every_side_of_padding(side, dtype, attention):
         with_lora(gpt2(GPT2ForSequenceClassification, attn_implementation=attention)), "post_attn"
     )
     assert_packed_equals_stock(model, batch([12, 5, 3, 1], side), dtype)
+
+
+@pytest.mark.parametrize(("short", "attended"), [(12, torch.float32), (11, torch.bfloat16)])
+def test_short_rows_attend_in_float32_on_the_cpu(short, attended, monkeypatch):
+    monkeypatch.setattr(packing, "_SHORT", short)
+    dtypes = []
+
+    def attention(query, *args, real=F.scaled_dot_product_attention, **kwargs):
+        dtypes.append(query.dtype)
+        return real(query, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    model = with_lora(gpt2(GPT2ForSequenceClassification)).bfloat16()
+    fastpeft.patch(model, scope="model")
+    results = outcome(model, batch([12, 5, 3, 1]))
+    assert set(dtypes) == {attended}
+    assert all(result.dtype == torch.bfloat16 for result in results.values())
 
 
 @pytest.mark.parametrize(

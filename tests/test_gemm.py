@@ -1,0 +1,109 @@
+"""`gemm.mm` against float64, by torch and by oneDNN, and the rule that chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tolerances import assert_as_good_as
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastpeft import gemm
+from fastpeft.gemm import mm
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN here"
+)
+
+
+class Products(TorchDispatchMode):
+    """Counts the products that go to oneDNN."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.mkldnn._linear_pointwise.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(params=["torch", pytest.param("onednn", marks=needs_onednn)])
+def library(request, monkeypatch):
+    """The library that float32 products of any size go to."""
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(gemm, "_SMALL", 1)
+    return request.param
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+M, K, N = 37, 48, 20
+OPERANDS = {
+    "contiguous": (normal(M, K), normal(K, N), normal(N)),
+    "transposed": (normal(K, M).T, normal(N, K).T, normal(N)),
+    "every second": (normal(M, 2 * K)[:, ::2], normal(2 * K, 2 * N)[::2, ::2], normal(2 * N)[::2]),
+    "expanded": (normal(1, K).expand(M, K), normal(K, 1).expand(K, N), normal(1).expand(N)),
+    "with every second of a bias": (normal(M, K), normal(K, N), normal(2 * N)[::2]),
+    "with one bias for all": (normal(M, K), normal(K, N), normal(1).expand(N)),
+    "a number expanded": (normal(1, 1).expand(M, K), normal(1, 1).expand(K, N), None),
+    "of one row": (normal(1, K), normal(K, N), normal(N)),
+    "of one column": (normal(M, K), normal(K, 1), None),
+    "outer": (normal(M, 1), normal(1, N), normal(N)),
+    "of no rows": (normal(0, K), normal(K, N), normal(N)),
+    "over nothing": (normal(M, 0), normal(0, N), normal(N)),
+    "to nothing": (normal(M, K), normal(K, 0), None),
+}
+
+
+@pytest.mark.parametrize("operands", OPERANDS)
+def test_a_product_equals_float64(operands, library):
+    x, w, bias = OPERANDS[operands]
+    expected, exact = (
+        torch.einsum("mk,kn->mn", x.to(dtype), w.to(dtype)) + (0 if bias is None else bias.to(dtype))
+        for dtype in (x.dtype, torch.float64)
+    )
+    with Products() as onednn:
+        y = mm(x, w, bias)
+    assert_as_good_as(y, expected, exact)
+    multiplied = x.numel() * w.numel() > 0
+    assert onednn.count == (library == "onednn" and multiplied)
+
+
+@needs_onednn
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_stay_with_torch(dtype, monkeypatch):
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: True)
+    x, w = normal(128, 64).to(dtype), normal(64, 64).to(dtype)
+    with Products() as onednn:
+        y = mm(x, w)
+    assert onednn.count == 0
+    torch.testing.assert_close(y, x @ w, rtol=0, atol=0)
+
+
+@needs_onednn
+def test_size_and_torchs_switch_decide(monkeypatch):
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: True)
+    x, w = normal(64, 64), normal(64, 64)
+    with Products() as onednn:
+        mm(x, w)
+        assert onednn.count == 1
+        mm(x[:63], w)
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+        mm(x, w)
+    assert onednn.count == 1
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("capabilities", "faster"),
+    [
+        ({"avx2": True, "avx512_f": True, "sse4a": True}, True),
+        ({"avx2": True, "avx512_f": True, "sse4a": False}, False),
+        ({"avx2": True, "avx512_f": False, "sse4a": True}, False),
+        ({"neon": True}, False),
+    ],
+    ids=["amd", "intel", "amd without avx-512", "arm"],
+)
+def test_onednn_is_for_cpus_that_mkl_has_no_kernels_for(capabilities, faster, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert gemm._onednn_is_faster.__wrapped__() is faster
