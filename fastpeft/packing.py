@@ -177,10 +177,12 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
         return "compiled: the number of tokens depends on the data"
     if ids is None or ids.dim() != 2:
         return "input_ids (batch, length) are needed to see the padding"
+    if arguments.get("past_key_values") is not None:
+        return "past keys and values, of a cache or a prefix"
+    if arguments.get("use_cache"):
+        return "a cache"
     if mask is None or mask.shape != ids.shape:
         return "no attention_mask of the shape of input_ids"
-    if arguments.get("past_key_values") is not None or arguments.get("use_cache"):
-        return "a cache"
     if (
         arguments.get("use_cache") is None
         and config.use_cache

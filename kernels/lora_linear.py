@@ -720,22 +720,8 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    x,
-    weight,
-    bias,
-    lora_a,
-    lora_b,
-    scaling,
-    dropout_p,
-    seed,
-    stores,
-    residual,
-    residual_p,
-    residual_seed,
-    xa,
-    pre,
-):
+def _(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *rest):
+    *_, xa, _ = rest
     m, n = x.shape[0], weight.shape[1]
     y, h = (x.new_empty((m, n) if name in stores else (0,)) for name in "yh")
     return y, x.new_empty((m, lora_a.shape[0]) if xa is None else (0,)), h

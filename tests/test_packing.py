@@ -208,7 +208,7 @@ def test_it_steps_aside_for_cross_attention():
 def test_it_steps_aside_for_prefix_tuning():
     model = get_peft_model(gpt2(), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
-    assert packing_row(model).path == "stock"
+    assert packing_row(model)[2:4] == ("stock", "past keys and values, of a cache or a prefix")
 
 
 def test_a_generating_head_still_builds_its_cache():
