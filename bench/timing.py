@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, WARM_UP = (100, 10) if DEVICE == "cuda" else (15, 2)
+SECONDS = 0 if DEVICE == "cuda" else 2  # at least: a core that others share has slow moments
 PHASES = ("forward", "forward+backward")
 #: How kernels are launched, and what L2 holds: on CUDA one by one or by a graph, after a use or a flush.
 STATES = [(run, l2) for run in ("eager", "graph") for l2 in ("warm", "cold")]
@@ -69,4 +70,8 @@ def measure(
     timed = graphed(step) if run == "graph" else step
     setup = flush_l2 if l2 == "cold" else None
     benchmark.extra_info.update(**about, phase=phase, device=DEVICE, run=run, l2=l2)
-    benchmark.pedantic(timed, setup=setup, rounds=ROUNDS, warmup_rounds=WARM_UP)
+    timed()
+    began = time.perf_counter()
+    timed()
+    rounds = max(ROUNDS, round(SECONDS / (time.perf_counter() - began)))
+    benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=WARM_UP)

@@ -14,7 +14,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import ops, reference
 from fastpeft.adapters import Adapter, activation_name
-from fastpeft.gelu import gelu_new
 
 
 @dataclass
@@ -202,7 +201,7 @@ def why_not_adapter(module: Any) -> str | None:
 
 
 class FusedGelu(NewGELUActivation):
-    """GPT-2's `gelu_new` in fewer passes: the tanh GELU, which is the same function."""
+    """GPT-2's `gelu_new` in one pass: the tanh GELU, which is the same function."""
 
     _fastpeft: Site
 
@@ -210,8 +209,8 @@ class FusedGelu(NewGELUActivation):
         if self._fastpeft.exact:
             self._fastpeft.record(ops.Route("stock", "exact=True keeps stock's arithmetic"))
             return super().forward(input)
-        self._fastpeft.record(ops.Route("torch", "fewer passes"))
-        return gelu_new(input)
+        self._fastpeft.record(ops.Route("torch", "one pass"))
+        return reference.gelu_new(input)
 
 
 def stock_class(fused: type[nn.Module]) -> type[nn.Module]:

@@ -64,5 +64,5 @@ def adapter(
 
 
 def gelu_new(x: Tensor) -> Tensor:
-    """The tanh approximation of GELU (Hendrycks & Gimpel, 2016), GPT-2's activation, in one operation."""
+    """The tanh approximation of GELU (Hendrycks & Gimpel, 2016), GPT-2's activation, in one pass."""
     return F.gelu(x, approximate="tanh")

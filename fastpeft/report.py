@@ -52,8 +52,6 @@ def _row(name: str, module: nn.Module, kind: str, fused: type[nn.Module] | None,
     if reason:
         return Row(name, kind, "stock", reason, site.calls)
     if kind in ("activation", "packing"):
-        return Row(
-            name, kind, "torch", "fewer passes" if kind == "activation" else "not called yet", site.calls
-        )
+        return Row(name, kind, "torch", "one pass" if kind == "activation" else "not called yet", site.calls)
     path, why = ops.choose(site.backend, site.exact, next(module.parameters()).device)
     return Row(name, kind, path, why, site.calls)

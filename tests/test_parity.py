@@ -114,7 +114,7 @@ def test_adapters_and_lora_together():
     )
 
 
-def test_gelu_in_fewer_passes_equals_gelu_new():
+def test_gelu_in_one_pass_equals_gelu_new():
     model = gpt2(GPT2ForSequenceClassification)
     model.transformer.requires_grad_(False)
     assert_parity(model, kinds=("activation",))

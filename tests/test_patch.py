@@ -129,7 +129,7 @@ def test_the_report_reads_as_a_table():
     assert [tuple(row) for row in rows] == [
         ("base_model.model.transformer", "packing", "torch", rows[0].reason, 0),
         ("base_model.model.transformer.h.0.attn.c_attn", "lora", "torch", rows[1].reason, 0),
-        ("base_model.model.transformer.h.0.mlp.act", "activation", "torch", "fewer passes", 0),
+        ("base_model.model.transformer.h.0.mlp.act", "activation", "torch", "one pass", 0),
     ]
     step(model)
     text = str(fastpeft.report(model)).splitlines()
