@@ -12,8 +12,8 @@ import torch
 from cases import DTYPES, LoraCase, lora_cases
 
 pytestmark = pytest.mark.benchmark(timer=timing.CLOCK)
-#: Both phases, one after the other, share what was built and compiled.
-built = functools.lru_cache(maxsize=1)(layers.lora_variant)
+#: Both phases, one after the other, share what was built and compiled; all variants share peft's.
+built = functools.lru_cache(maxsize=2)(layers.lora_variant)
 
 
 @pytest.mark.parametrize("phase", timing.PHASES)
@@ -23,9 +23,9 @@ built = functools.lru_cache(maxsize=1)(layers.lora_variant)
 def test_lora(benchmark: Any, case: LoraCase, variant: str, phase: str, state: tuple[str, str]) -> None:
     if variant == "peft_fp32" and case.dtype == "fp32":
         pytest.skip("factors are float32 already: this is the variant peft")
-    layer = built(case, variant, timing.DEVICE)
+    baseline, layer = (built(case, name, timing.DEVICE) for name in ("peft", variant))
     x = torch.randn(1, case.tokens, case.projection.k, dtype=DTYPES[case.dtype], device=timing.DEVICE)
     benchmark.group = f"{case} {phase} {'-'.join(state)}"
     name, k, n = case.projection
     shape = {**case._asdict(), "projection": name, "k": k, "n": n}
-    timing.measure(benchmark, layer, x, phase, state, operation="lora", variant=variant, **shape)
+    timing.measure(benchmark, layer, baseline, x, phase, state, operation="lora", variant=variant, **shape)

@@ -148,14 +148,13 @@ def _relative_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
         groups.setdefault(f"{name}, {row['dtype']}{lora}", []).append(row)
     place, ticks = 0.0, []
     for group in groups.values():
-        baseline = next(r for r in group if r["variant"] in ("peft", "eager"))["seconds"]["median"]
         ticks.append(place + (len(group) - 1) / 2)
         for row in group:
-            seconds = {name: value / baseline for name, value in row["seconds"].items()}
-            whiskers = [[seconds["median"] - seconds["q20"]], [seconds["q80"] - seconds["median"]]]
+            median, most, least = (1 / row["speedup"][name] for name in ("median", "q20", "q80"))
+            whiskers = [[median - least], [most - median]]
             axes.barh(
                 place,
-                seconds["median"],
+                median,
                 0.85,
                 color=COLOURS[row["variant"]],
                 xerr=whiskers,

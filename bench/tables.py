@@ -161,7 +161,7 @@ def speedups(record: dict[str, Any]) -> Table:
 
 
 def micro(record: dict[str, Any]) -> Iterator[Table]:
-    """Median times of one layer, a column a variant."""
+    """Median times of one layer and how they compare with the baseline's, a column a variant."""
     by_operation: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
         by_operation.setdefault(row["operation"], []).append(row)
@@ -169,10 +169,13 @@ def micro(record: dict[str, Any]) -> Iterator[Table]:
         variants = list(dict.fromkeys(row["variant"] for row in rows))
         lines: dict[str, dict[str, str]] = {}
         for row in rows:
-            lines.setdefault(shape(row), {})[row["variant"]] = f"{row['seconds']['median'] * 1e3:.3f}"
+            cell = f"{row['seconds']['median'] * 1e3:.3f} ({row['speedup']['median']:.2f})"
+            lines.setdefault(shape(row), {})[row["variant"]] = cell
         cells = [[name, *(line.get(v, "") for v in variants)] for name, line in lines.items()]
-        header = ["ms", *(LABELS[v] for v in variants)]
-        yield Table(f"One {operation} layer", f"Medians. {provenance(record)}", header, cells)
+        header = ["ms (speed-up)", *(LABELS[v] for v in variants)]
+        over = "peft" if operation == "lora" else "the eager module"
+        note = f"Medians; the speed-up is over {over}, in turn with each. {provenance(record)}"
+        yield Table(f"One {operation} layer", note, header, cells)
 
 
 def shape(row: dict[str, Any]) -> str:

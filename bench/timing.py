@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import record
 import torch
 from torch import Tensor, nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, WARM_UP = (100, 10) if DEVICE == "cuda" else (15, 2)
-SECONDS = 0 if DEVICE == "cuda" else 2  # at least: a core that others share has slow moments
+SECONDS = 0 if DEVICE == "cuda" else 1  # at least
 PHASES = ("forward", "forward+backward")
 #: How kernels are launched, and what L2 holds: on CUDA one by one or by a graph, after a use or a flush.
 STATES = [(run, l2) for run in ("eager", "graph") for l2 in ("warm", "cold")]
@@ -54,11 +55,42 @@ def flush_l2() -> None:
 
 
 def measure(
-    benchmark: Any, layer: nn.Module, x: Tensor, phase: str, state: tuple[str, str], **about: Any
+    benchmark: Any,
+    layer: nn.Module,
+    baseline: nn.Module,
+    x: Tensor,
+    phase: str,
+    state: tuple[str, str],
+    **about: Any,
 ) -> None:
-    """Have pytest-benchmark time `layer` on x in a phase and a state; `about` goes into the record."""
+    """Have pytest-benchmark time `layer` on x in a phase and a state; `about` goes into the record.
+
+    Before each round the baseline has its turn, so that a slow moment meets both: `speedup` is taken round by round.
+    """
     run, l2 = state
     x.requires_grad_()
+    timed, other = (_step(each, x, phase, run) for each in (layer, baseline))
+    cool = flush_l2 if l2 == "cold" else lambda: None
+    theirs: list[float] = []
+
+    def setup() -> None:
+        cool()
+        began = CLOCK()
+        other()
+        theirs.append(CLOCK() - began)
+        cool()
+
+    timed()
+    began = time.perf_counter()
+    timed()
+    rounds = max(ROUNDS, round(SECONDS / (time.perf_counter() - began)))
+    benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=WARM_UP)
+    ours = benchmark.stats.stats.data
+    speedup = record.spread([a / b for a, b in zip(theirs[-rounds:], ours, strict=True)])
+    benchmark.extra_info.update(**about, phase=phase, device=DEVICE, run=run, l2=l2, speedup=speedup)
+
+
+def _step(layer: nn.Module, x: Tensor, phase: str, run: str) -> Callable[[], Any]:
     inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
     dy = torch.randn_like(layer(x))
 
@@ -67,11 +99,4 @@ def measure(
         if phase == "forward+backward":
             torch.autograd.grad(y, inputs, dy)
 
-    timed = graphed(step) if run == "graph" else step
-    setup = flush_l2 if l2 == "cold" else None
-    benchmark.extra_info.update(**about, phase=phase, device=DEVICE, run=run, l2=l2)
-    timed()
-    began = time.perf_counter()
-    timed()
-    rounds = max(ROUNDS, round(SECONDS / (time.perf_counter() - began)))
-    benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=WARM_UP)
+    return graphed(step) if run == "graph" else step
