@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, WARM_UP = (100, 10) if DEVICE == "cuda" else (15, 2)
-SECONDS = 0 if DEVICE == "cuda" else 1  # at least
+SECONDS = 0 if DEVICE == "cuda" else 1  # that the rounds of one benchmark last, at least
 PHASES = ("forward", "forward+backward")
 #: How kernels are launched, and what L2 holds: on CUDA one by one or by a graph, after a use or a flush.
 STATES = [(run, l2) for run in ("eager", "graph") for l2 in ("warm", "cold")]

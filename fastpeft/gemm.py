@@ -26,7 +26,7 @@ def mm(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def _onednn_is_faster() -> bool:
-    """Whether oneDNN has float32 kernels for this CPU and MKL, which torch would take, none made for it."""
+    """Whether this is a CPU where oneDNN's float32 kernels beat MKL's, which torch would take: AMD's with AVX-512."""
     has = torch.cpu.get_capabilities()
     # SSE4a is AMD's alone.
     return torch.backends.mkldnn.is_available() and bool(has.get("avx512_f") and has.get("sse4a"))
