@@ -32,7 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, low_rank, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 
@@ -168,15 +168,15 @@ def recorded(case: Case) -> launch.Launch:
             if "transposed" in case.variant:  # dx
                 given |= {"a": rows(N, rank).T} if how.single else {"u": rows(M, rank)}
                 given["pre"] = rows(M, K) if gelu else None
-                lora_linear.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
+                low_rank.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
                 given["stores"] = "h" if "alone" in case.variant else "yh" if gelu else "y"
                 given["residual"] = rows(M, N) if "residual" in case.variant else None
                 f = factor(N, rank).T
-                lora_linear.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
+                low_rank.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
         elif case.kernel == "shrink":
-            lora_linear.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
+            low_rank.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)
         elif case.kernel == "layer_norm_shrink":
@@ -188,7 +188,7 @@ def recorded(case: Case) -> launch.Launch:
         elif case.kernel == "gradient":
             tall = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
             tickets = new_tickets(seed, 60)
-            lora_linear.gradients(
+            low_rank.gradients(
                 *tall, factor(N, rank), factor(rank, K), 2.0, tickets, dropout=mask, activated=gelu, splits=16
             )
         elif case.kernel == "adapter_forward":

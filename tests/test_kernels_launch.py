@@ -15,7 +15,7 @@ from triton.runtime.errors import OutOfResources
 
 import fastpeft
 from fastpeft import ops
-from fastpeft.kernels import launch, lora_linear, tiling
+from fastpeft.kernels import launch, lora_linear, low_rank, tiling
 
 
 class FakeKernel:
@@ -206,8 +206,8 @@ class TestTheChoiceOfATile:
         d_b, d_a, u = (dy.new_empty(shape) for shape in ((2304, 16), (16, 768), (8192, 16)))
         tickets = dy.new_empty(64, dtype=torch.int32)
         with launch.record() as launches:
-            lora_linear.shrink(x, d_a.T)
-            lora_linear.gradients(dy, u, x, u, d_b, d_a, 1.0, tickets)
+            low_rank.shrink(x, d_a.T)
+            low_rank.gradients(dy, u, x, u, d_b, d_a, 1.0, tickets)
         programs = {each.kernel.__name__: math.prod(each.grid) for each in launches}
         assert len(programs) == 2
         assert all(100 <= count <= 264 for count in programs.values()), programs

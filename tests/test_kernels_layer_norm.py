@@ -13,7 +13,7 @@ from transformers import GPT2ForSequenceClassification
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import dropout, launch, layer_norm, lora_linear
+from fastpeft.kernels import dropout, launch, layer_norm, lora_linear, low_rank
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -102,8 +102,8 @@ class TestTheHandingOver:
     @pytest.fixture(autouse=True)
     def shrinks(self, monkeypatch):
         """How often a layer computed xa for itself."""
-        seen, real = [], lora_linear.shrink
-        monkeypatch.setattr(lora_linear, "shrink", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
+        seen, real = [], low_rank.shrink
+        monkeypatch.setattr(low_rank, "shrink", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
         return seen
 
     def layer(self, device, p=P):
@@ -249,7 +249,7 @@ class TestTheModel:
                 seen.append(kernel.__name__)
             real(kernel, grid, args, *given)
 
-        for module in (layer_norm, lora_linear):
+        for module in (layer_norm, low_rank):
             monkeypatch.setattr(module, "launch", spy)
         return seen
 

@@ -21,7 +21,7 @@ from kernel_checks import (
     pairwise,
 )
 
-from fastpeft.kernels import launch, lora_linear, tiling
+from fastpeft.kernels import launch, lora_linear, low_rank, tiling
 
 GPT2_LAYERS = {
     "attn.c_attn": (768, 2304),
@@ -95,14 +95,14 @@ def test_every_strip_of_the_rank_r_passes(rank, device):
     x, lora_a, lora_b = arguments["x"], arguments["lora_a"], arguments["lora_b"]
     truth = x.double() @ lora_a.double().T
     for strip in tiling.SHRINK[rank]:
-        xa = lora_linear.shrink(x, lora_a.T, strip=strip)
+        xa = low_rank.shrink(x, lora_a.T, strip=strip)
         assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
     generator = torch.Generator().manual_seed(0)
     dy, dxa = (torch.randn(300, c, generator=generator).to(device, x.dtype) for c in (40, rank))
     for splits in (1, 3):
         d_a, d_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
         tickets = torch.zeros(64, dtype=torch.int32, device=device)
-        lora_linear.gradients(dy, xa, x, dxa, d_b, d_a, 0.5, tickets, splits=splits)
+        low_rank.gradients(dy, xa, x, dxa, d_b, d_a, 0.5, tickets, splits=splits)
         for found, of, by in ((d_b, dy, xa), (d_a.T, x, dxa)):
             truth = 0.5 * of.double().T @ by.double()
             assert (found.double() - truth).abs().max() <= 2**-8 * truth.abs().max()

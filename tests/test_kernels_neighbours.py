@@ -22,7 +22,7 @@ from tolerances import assert_as_good_as
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp, low_rank, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -263,7 +263,7 @@ def residuals(monkeypatch):
             seen.append(args["DROPOUT"])
         real(kernel, grid, args, *options)
 
-    monkeypatch.setattr(lora_linear, "launch", spy)
+    monkeypatch.setattr(low_rank, "launch", spy)
     return seen
 
 
