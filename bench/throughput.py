@@ -257,6 +257,10 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--json", type=Path, help="write the record here")
     args = parser.parse_args(arguments)
+    for method in args.method:
+        stock = variants.BASELINES[method]["fastpeft"]
+        if args.variants and stock not in args.variants:
+            parser.error(f"--variants of {method} are held against {stock}: name it too")
     sentences_too = ROTTEN_TOMATOES in args.data
     if sentences_too and args.head == "lm":
         parser.error(f"--data {ROTTEN_TOMATOES} is labelled for a classifier: leave --head out")

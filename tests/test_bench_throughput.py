@@ -200,6 +200,13 @@ def test_sentences_under_a_language_model_head_are_refused(capsys):
     assert "rotten-tomatoes is labelled for a classifier: leave --head out" in capsys.readouterr().err
 
 
+def test_variants_without_what_they_are_held_against_are_refused(capsys):
+    with pytest.raises(SystemExit):
+        throughput.parsed(["--method", "lora", "adapter", "--variants", "peft", "fastpeft"])
+    assert "adapter are held against eager" in capsys.readouterr().err
+    throughput.parsed(["--method", "lora", "adapter", "--variants", "peft", "fastpeft", "eager"])
+
+
 def test_quantiles_are_those_of_the_values():
     assert record.spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"median": 3.5, "q20": 2.0, "q80": 5.0}
     assert record.spread([2.0]) == {"median": 2.0, "q20": 2.0, "q80": 2.0}
