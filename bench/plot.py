@@ -110,13 +110,8 @@ def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
     axes.set_yticks(range(len(point["variants"])), [tables.LABELS[v] for v in point["variants"]])
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s")
-    lora = (
-        f", dropout {point['dropout']:g}" if point["method"] == "lora" and point["mode"] == "training" else ""
-    )
-    axes.set_title(
-        f"{point['mode']}: {point['model']}, {point['method']}{lora}, {point['dtype']}\n{tables.size(point)}",
-        fontsize=8,
-    )
+    what = ", ".join((point["model"], point["method"], *tables.dropouts(point), point["dtype"]))
+    axes.set_title(f"{point['mode']}: {what}\n{tables.size(point)}", fontsize=8)
 
 
 def micro(record: dict[str, Any]) -> Figure:

@@ -193,11 +193,17 @@ def shape(row: dict[str, Any]) -> str:
 def describe(point: dict[str, Any]) -> str:
     """A grid point of the throughput in words."""
     lora = f" r={point['rank']}" if point["method"] == "lora" else ""
-    if lora and point["mode"] == "training":
-        lora += f" dropout {point['dropout']:g}"
     where = "GPU" if point["device"] == "cuda" else "CPU"
-    model = f"GPT-2 {point['model']} ({point['head']})"
-    return f"{point['mode']}, {model}, {point['method']}{lora}, {point['dtype']}, {size(point)}, {where}"
+    what = f"{point['mode']}, GPT-2 {point['model']} ({point['head']}), {point['method']}{lora}"
+    return ", ".join((what, *dropouts(point), point["dtype"], size(point), where))
+
+
+def dropouts(point: dict[str, Any]) -> list[str]:
+    """What drops at a grid point of the throughput, in words."""
+    if point["mode"] != "training":
+        return []
+    lora = [f"dropout {point['dropout']:g}"] if point["method"] == "lora" else []
+    return lora + [f"GPT-2's own {point['model_dropout']:g}"] * (point["model_dropout"] > 0)
 
 
 def size(point: dict[str, Any]) -> str:

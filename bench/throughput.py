@@ -133,7 +133,7 @@ def point(
     packed = {name: variants.packed_calls(model) for name, model in models.items()}
     taken = seconds(steps, batches, setting.device)
     packed = {name: variants.packed_calls(model) - packed[name] for name, model in models.items()}
-    to_pack = sum(setting.head == "classifier" or fill([batch]) <= FULL for batch in batches)
+    to_pack = sum(setting.head == "classifier" or not FULL < fill([batch]) < 1.0 for batch in batches)
     tokens = [int(batch["attention_mask"].sum()) for batch in batches[WARM_UP:]]
     found = {}
     for name, times in taken.items():
@@ -195,7 +195,8 @@ def settings(args: argparse.Namespace) -> list[variants.Setting]:
     """What to build, each once: LoRA's dropout is nothing to adapters."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     product = itertools.product(args.model, args.method, args.dtype, args.dropout)
-    wanted = [variants.Setting(*each, args.rank, args.head, device) for each in product]
+    rest = (args.rank, args.head, device, args.model_dropout)
+    wanted = [variants.Setting(*each, *rest) for each in product]
     return list(dict.fromkeys(s if s.method == "lora" else s._replace(dropout=0.0) for s in wanted))
 
 
@@ -246,6 +247,9 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head", choices=variants.HEADS, help="default: lm; classifier for sentences")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.1], help="of LoRA")
+    parser.add_argument(
+        "--model-dropout", type=float, default=0.0, help="GPT-2's own three; it is published with 0.1"
+    )
     parser.add_argument("--rank", type=int, default=8, help="of LoRA")
     parser.add_argument("--batch", nargs="+", type=int, default=[8])
     parser.add_argument("--seq", nargs="+", type=int, default=[128], help="of random tokens")

@@ -48,10 +48,11 @@ class Setting(NamedTuple):
     model: str  # a name in cases.MODELS
     method: str  # lora or adapter
     dtype: str
-    dropout: float  # LoRA's; GPT-2's own dropouts are off, for all variants
+    dropout: float  # LoRA's
     rank: int
     head: str
     device: str
+    model_dropout: float = 0.0  # GPT-2's own, for all variants
 
 
 def variants_of(setting: Setting) -> dict[str, str]:
@@ -68,8 +69,8 @@ def build(setting: Setting, names: list[str]) -> dict[str, nn.Module]:
     """The models of the named variants, in training mode."""
     torch.manual_seed(0)
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(**MODELS[setting.model], **off, **tokens, use_cache=False)
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), setting.model_dropout)
+    config = GPT2Config(**MODELS[setting.model], **drops, **tokens, use_cache=False)
     base = HEADS[setting.head](config).to(setting.device, DTYPES[setting.dtype])
     base.requires_grad_(False)
     stock = with_lora(base, setting) if setting.method == "lora" else with_adapters(base)

@@ -41,7 +41,7 @@ class LoraLinear(torch.autograd.Function):
         if dropout_p > 0.0:
             mask = masks.draw(x.to(wide), dropout_p, exact=exact)
             dropped = masks.apply(mask, x)
-            scaling = scaling / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
+            scaling *= reference.keep_scale(dropout_p)
         xa_t = mm(a, dropped.to(wide).T)
         y = mm(x, weight, bias)
         y = (
@@ -143,6 +143,23 @@ class Adapter(torch.autograd.Function):
         if need_up_bias:
             d_up_bias = dy.sum(0).mul_(ctx.scale).to(up_bias.dtype)
         return dx, d_down, d_down_bias, d_up, d_up_bias, None, None
+
+
+class Dropout(torch.autograd.Function):
+    """`F.dropout` with a mask of `masks`, which is all that it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dropout_p: float) -> Tensor:  # type: ignore[override]
+        mask = masks.draw(x, dropout_p, exact=False)
+        ctx.save_for_backward(mask)
+        ctx.scale = reference.keep_scale(dropout_p)
+        return masks.drop_(mask, (x * ctx.scale).contiguous())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        return masks.drop_(mask, (dy * ctx.scale).contiguous()), None
 
 
 _aten = torch.ops.aten

@@ -99,7 +99,7 @@ def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | Non
     added = _residual(residual, dropout)
     if added is not None and type(c_proj) is FusedLoraLinear and is_plain(c_proj):
         return c_proj(x, residual=added)
-    y = dropout(c_proj(x))
+    y = _dropped(c_proj(x), dropout)
     return y if residual is None else residual + y
 
 
@@ -143,6 +143,12 @@ def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | Non
     if residual is None or type(dropout) is not nn.Dropout or not is_plain(dropout):
         return None
     return ops.Residual(residual, dropout.p if dropout.training else 0.0)
+
+
+def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
+    if type(dropout) is not nn.Dropout or not is_plain(dropout):
+        return dropout(x)
+    return ops.dropped(x, dropout.p if dropout.training else 0.0)
 
 
 def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tensor | None:

@@ -319,7 +319,14 @@ def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | No
 
 def added(y: Tensor, residual: Residual | None) -> Tensor:
     """y, added to a residual if there is one."""
-    return y if residual is None else residual.x + F.dropout(y, residual.dropout_p)
+    return y if residual is None else residual.x + dropped(y, residual.dropout_p)
+
+
+def dropped(x: Tensor, dropout_p: float) -> Tensor:
+    """`F.dropout(x, dropout_p)`, on the CPU with fewer random numbers."""
+    if dropout_p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return F.dropout(x, dropout_p)
+    return autograd.Dropout.apply(x, dropout_p)
 
 
 def routed_adapter(

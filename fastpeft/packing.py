@@ -2,6 +2,7 @@
 
 Between, everything runs on (1, tokens, width): stock's own forward, blocks, adapters and user code. Only
 attention has to know which token belongs to which sequence; it alone sees a padded view, its rows flush left.
+A full batch keeps its grid: there attention alone changes, and the block takes its projection's residual.
 Under a sequence classifier, the last block goes on from its keys and values only at the tokens that the head pools,
 which pays for full batches too.
 """
@@ -20,11 +21,12 @@ from transformers.models.gpt2.modeling_gpt2 import (
     eager_attention_forward,
 )
 
-from fastpeft import ops
+from fastpeft import attention, ops
 from fastpeft.block import FusedBlock, projected
 from fastpeft.modules import Site
 
-#: Above this share of real tokens packing gains less than its gathers and scatters cost, unless a head pools.
+#: Above this share of real tokens, and below 1, packing gains less than its gathers and scatters cost, unless a head
+#: pools. A full batch has nothing to gather.
 FULL = 0.9
 #: Up to this length the CPU's 16-bit attention takes longer than float32's, up to five times in backward.
 _SHORT = 256
@@ -48,6 +50,11 @@ class Packed(NamedTuple):
     mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
     pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
 
+    @property
+    def whole(self) -> bool:
+        """Whether nothing leaves, so that the caller's grid can stay as it is."""
+        return self.pooled is None and len(self.tokens) == self.grid[0] * self.grid[1]
+
 
 class PackedAttention(GPT2Attention):
     """GPT-2's self-attention over packed tokens; without `packed`, stock's own forward."""
@@ -61,14 +68,14 @@ class PackedAttention(GPT2Attention):
         residual: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """hidden_states (1, T, width) → the output at every token, or at the pooled ones, and no weights.
+        """hidden_states (1, T, width), or the whole grid → the output at every token, or at the pooled ones, and None.
 
         The output is added to a residual of its shape if there is one.
         """
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         batch, longest = packed.view
-        qkv = self.c_attn(hidden_states)[0]
+        qkv = self.c_attn(hidden_states).flatten(0, 1)
         if len(qkv) < batch * longest:  # else the packed rows are the view
             qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy_(0, packed.slots, qkv)
         # Split before the heads are: the gradient is then joined without another copy.
@@ -89,15 +96,19 @@ class PackedAttention(GPT2Attention):
             later = torch.arange(longest, device=qkv.device) > place[:, None]
             mask = torch.zeros_like(later, dtype=query.dtype).masked_fill(later, torch.finfo(query.dtype).min)
             mask = mask[:, None, None]
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
         dropout = self.attn_dropout.p if self.training else 0.0
-        output, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        if qkv.device.type == "cpu" and dropout > 0.0:
+            output = attention.dropping(query, key, value, mask, dropout, self.scaling)
+        else:
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation, eager_attention_forward
+            )
+            output, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
         output = output.to(qkv.dtype).reshape(-1, self.embed_dim)
         if len(output) > len(packed.slots):
             output = output.index_select(0, packed.slots)
-        return projected(self.c_proj, self.resid_dropout, output[None], residual), None
+        output = output.unflatten(0, (len(hidden_states), -1))
+        return projected(self.c_proj, self.resid_dropout, output, residual), None
 
 
 class PackedLastBlock(FusedBlock):
@@ -181,8 +192,10 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
         return "past keys and values, of a cache or a prefix"
     if arguments.get("use_cache"):
         return "a cache"
-    if mask is None or mask.shape != ids.shape:
-        return "no attention_mask of the shape of input_ids"
+    if mask is None and arguments.get("position_ids") is not None:
+        return "position_ids without an attention_mask"  # where they begin again, stock sees another sequence
+    if mask is not None and mask.shape != ids.shape:
+        return "an attention_mask that hasn't the shape of input_ids"
     if (
         arguments.get("use_cache") is None
         and config.use_cache
@@ -210,42 +223,56 @@ def _pack(
     if isinstance(packed, str):
         module._fastpeft.record(ops.Route("stock", packed))
         return None
-    ids, positions, types = (
-        arguments["input_ids"],
-        arguments.get("position_ids"),
-        arguments.get("token_type_ids"),
-    )
+    chosen = {
+        # Anything with four dimensions is taken for a finished mask, so none is built.
+        "attention_mask": torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device),
+        "use_cache": False,
+        "packed": packed,
+    }
+    if not packed.whole:
+        chosen |= _packed_rows(packed, arguments)
+    module._fastpeft.record(ops.Route("torch", "packed: no padding between the embeddings and the head"))
+    return (), {**arguments, **chosen}
+
+
+def _packed_rows(packed: Packed, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
+    """What the embeddings look up, (1, T) each."""
+    ids: Tensor = arguments["input_ids"]
+    positions, types = arguments.get("position_ids"), arguments.get("token_type_ids")
     if positions is None:  # stock counts columns, padding or not
         positions = torch.arange(ids.shape[1], device=ids.device)
-    chosen = {
+    return {
         "input_ids": ids.flatten()[packed.tokens][None],
         "position_ids": positions.expand_as(ids).flatten()[packed.tokens][None],
         "token_type_ids": None if types is None else types.flatten()[packed.tokens][None],
-        # Anything with four dimensions is taken for a finished mask, so none is built.
-        "attention_mask": torch.empty(1, 1, 1, 1, device=ids.device),
-        "use_cache": False,
     }
-    module._fastpeft.record(ops.Route("torch", "packed: no padding between the embeddings and the head"))
-    return (), {**arguments, **chosen, "packed": packed}
 
 
 def _layout(module: Any, arguments: dict[str, Any]) -> Packed | str:
     """The layout of a batch, or why its padding can't leave, or needn't."""
-    ids, mask = arguments["input_ids"], arguments["attention_mask"].bool()
-    batch, length = mask.shape
+    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    batch, length = ids.shape
     rows = torch.arange(batch, device=ids.device)
     read = _pooled_columns(ids, module.config.pad_token_id) if module._fastpeft.pools else None
-    visible = mask[rows, read].all() if read is not None else mask.any()
-    tokens_in_all, all_visible = torch.stack((mask.sum(), visible)).tolist()  # the one wait for the device
     wanted = None if _watched(module) else read
-    if tokens_in_all > FULL * mask.numel() and wanted is None:
-        return "the batch is full"
-    if not all_visible:
-        return "the mask hides a token that the head pools, or all of them"
-    tokens = mask.flatten().nonzero()[:, 0]
-    order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
-    places = (mask.cumsum(1) - 1).flatten()[tokens]
-    longest = int(places.max()) + 1
+    if mask is not None:
+        mask = mask.bool()
+        visible = mask[rows, read].all() if read is not None else mask.any()
+        # The one wait for the device.
+        count, all_visible = torch.stack((mask.sum(), visible)).tolist()
+        if FULL * ids.numel() < count < ids.numel() and wanted is None:
+            return "the batch is nearly full"
+        if not all_visible:
+            return "the mask hides a token that the head pools, or all of them"
+        mask = None if count == ids.numel() else mask
+    if mask is None:
+        tokens = order = torch.arange(ids.numel(), device=ids.device)
+        places, longest = tokens % length, length
+    else:
+        tokens = mask.flatten().nonzero()[:, 0]
+        order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
+        places = (mask.cumsum(1) - 1).flatten()[tokens]
+        longest = int(places.max()) + 1
     causal = None
     if module.config._attn_implementation == "eager":
         dtype = module.wpe.weight.dtype
@@ -275,12 +302,13 @@ def _watched(module: Any) -> bool:
 
 def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
     packed = kwargs.get("packed")
-    if packed is None:
+    if packed is None or packed.whole:
         return None
     hidden = output[0][0]
     batch, length = packed.grid
-    full = hidden.new_zeros(batch * length, hidden.shape[1]).index_copy(0, packed.tokens, hidden)
-    full = full.view(batch, length, -1)
+    if len(hidden) < batch * length:
+        hidden = hidden.new_zeros(batch * length, hidden.shape[1]).index_copy(0, packed.tokens, hidden)
+    full = hidden.view(batch, length, -1)
     if isinstance(output, tuple):
         return (full, *output[1:])
     output.last_hidden_state = full

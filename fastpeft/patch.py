@@ -62,8 +62,9 @@ def patch(
         scope: `model` also runs GPT-2 on packed tokens, without the padding that the attention mask hides and,
             under a sequence classifier, with the last block only at the token it reads: the last hidden state
             is zero elsewhere, and with `use_cache` unset heads that don't generate build no cache. Triton's
-            kernels then take in the GELU, dropouts, residuals and LayerNorms beside the LoRA projections.
-            `layers` swaps layers one by one and nothing else, as `exact` does.
+            kernels then take in the GELU, dropouts, residuals and LayerNorms beside the LoRA projections; on
+            the CPU GPT-2's own dropouts draw fewer numbers. `layers` swaps layers one by one and nothing else,
+            as `exact` does.
 
     Returns:
         The model.

@@ -23,7 +23,12 @@ def dropout(x: Tensor, keep: Tensor | None, dropout_p: float) -> Tensor:
     """Inverted dropout of `x` by a given boolean mask `keep` (shape of x); `None` keeps everything."""
     if keep is None:
         return x
-    return x * keep * (1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0)
+    return x * keep * keep_scale(dropout_p)
+
+
+def keep_scale(dropout_p: float) -> float:
+    """What dropout multiplies the elements by that it keeps: 1 / (1 - p), or 0 where it keeps none."""
+    return 1.0 / (1.0 - dropout_p) if dropout_p < 1.0 else 0.0
 
 
 def lora_linear(

@@ -44,11 +44,13 @@ ROW = {
 }
 POINT = {
     "mode": "training", "model": "small", "method": "lora", "dtype": "fp32", "dropout": 0.05, "rank": 8,
-    "head": "lm", "device": "cpu", "data": "random", "batch": 8, "seq": 128, "fill": 1.0, "rounds": 5,
+    "model_dropout": 0.0, "head": "lm", "device": "cpu", "data": "random", "batch": 8, "seq": 128, "fill": 1.0,
+    "rounds": 5,
     "variants": {"frozen": ROW, "peft": ROW, "fastpeft": ROW},
 }  # fmt: skip
 SENTENCES = {
-    **POINT, "head": "classifier", "data": "rotten-tomatoes", "batch": 32, "seq": None, "fill": 0.508,
+    **POINT, "head": "classifier", "model_dropout": 0.1, "data": "rotten-tomatoes", "batch": 32, "seq": None,
+    "fill": 0.508,
     "variants": {**POINT["variants"], "fastpeft_model": {**ROW, "over_layers": {**SPREAD, "median": 0.44}}},
 }  # fmt: skip
 THROUGHPUT = {"kind": "throughput", "points": [POINT], **HEADER}
@@ -95,7 +97,10 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
     assert text.endswith(f"{tables.END}\nafter\n")
     assert "old" not in text
     assert "fastpeft : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07" in text
-    assert "fp32, batch 32 of rotten-tomatoes, 49% padding, CPU | fastpeft : peft |" in text
+    assert (
+        "dropout 0.05, GPT-2's own 0.1, fp32, batch 32 of rotten-tomatoes, 49% padding, CPU | fastpeft : peft |"
+        in text
+    )
     assert "\n|  | fastpeft, model scope : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
     page = (results / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4

@@ -45,6 +45,14 @@ def test_adapters_pass_the_check_under_a_classifier():
     variants.check(variants.build(ADAPTER, ["frozen", "eager", "fastpeft", "fastpeft_model"]), ADAPTER)
 
 
+def test_gpt2s_own_dropouts_are_every_variants():
+    models = variants.build(LORA._replace(model_dropout=0.25), UNCOMPILED)
+    variants.check(models, LORA)
+    for model in models.values():
+        drops = {m.p for n, m in model.named_modules() if type(m) is nn.Dropout and "lora" not in n}
+        assert drops == {0.25}
+
+
 def test_a_variant_that_computes_something_else_is_refused():
     models = variants.build(LORA, ["peft", "fastpeft"])
     with torch.no_grad():

@@ -71,12 +71,14 @@ def test_the_median_is_taken_side_by_side(monkeypatch):
 
 
 def test_why_no_step_was_packed_is_said():
-    unmasked = [{name: batch[name] for name in ("input_ids", "labels")} for batch in BATCHES]
+    unmasked = [{**batch, "position_ids": torch.zeros_like(batch["input_ids"])} for batch in BATCHES]
+    for batch in unmasked:
+        del batch["attention_mask"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers' own, on padding without a mask
         seconds = timing.step_seconds(_model(), unmasked, "torch", contextlib.nullcontext)
         mixed = timing.step_seconds(_model(), [*unmasked, *BATCHES], "torch", contextlib.nullcontext)
-    assert seconds.unpacked == "no attention_mask of the shape of input_ids"
+    assert seconds.unpacked == "position_ids without an attention_mask"
     assert mixed.unpacked is None
 
 

@@ -1,4 +1,4 @@
-"""`lora_linear` and `adapter` by themselves, against the formula in float64 with the same dropout mask."""
+"""The operations by themselves, against the formula in float64 with the same dropout mask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tolerances import assert_as_good_as
 
 import fastpeft
-from fastpeft import masks, reference
+from fastpeft import attention, masks, ops, reference
 
 M, K, N, R = 37, 24, 40, 5
 
@@ -232,6 +232,49 @@ def test_strided_inputs():
     row = inputs["x"][:1, :1].expand(4, 3, K)
     expanded = fastpeft.lora_linear(**{**inputs, "x": row}, scaling=1.0, dropout_p=0.0)
     torch.testing.assert_close(expanded, expected[:1, :1].expand(4, 3, N))
+
+
+def plain_attention(query, key, value, mask, dropout_p, scaling, keep):
+    scores = scaling * query @ key.mT
+    scores += torch.full_like(scores, float("-inf")).triu(1) if mask is None else mask
+    weights = torch.softmax(scores, -1)
+    return (reference.dropout(weights, keep.view(weights.shape), dropout_p) @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.3, 1.0])
+@pytest.mark.parametrize("pooled", [False, True], ids=["causal", "one row, masked"])
+def test_dropping_attention_equals_the_formula(dtype, dropout_p, pooled, drawn_masks):
+    batch, heads, length, width = 3, 2, 7, 4
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(batch, length, 3, heads, width, generator=generator).to(dtype)
+    query, key, value = (part.transpose(1, 2).requires_grad_() for part in qkv.unbind(2))
+    mask = None
+    if pooled:
+        query = query.detach()[:, :, :1].requires_grad_()
+        mask = torch.zeros(batch, 1, 1, length, dtype=dtype)
+        mask[1, ..., 4:] = torch.finfo(dtype).min
+    inputs = {"query": query, "key": key, "value": value, "mask": mask}
+    fused = outcome(attention.dropping, inputs, dropout_p=dropout_p, scaling=0.7)
+    options = {"dropout_p": dropout_p, "scaling": 0.7, "keep": drawn_masks[0]}
+    pytorch = outcome(plain_attention, inputs, **options)
+    truth = outcome(plain_attention, inputs, cast=torch.float64, **options)
+    assert len(drawn_masks) == 1
+    assert_outcomes(fused, pytorch, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.3, 1.0])
+@pytest.mark.parametrize("strided", [False, True])
+def test_dropped_equals_the_formula(dtype, dropout_p, strided, drawn_masks):
+    x = lora_inputs(dtype)["weight"]
+    inputs = {"x": x.detach().T.requires_grad_() if strided else x}
+    fused = outcome(ops.dropped, inputs, dropout_p=dropout_p)
+    options = {"keep": drawn_masks[0], "dropout_p": dropout_p}
+    pytorch = outcome(reference.dropout, inputs, **options)
+    truth = outcome(reference.dropout, inputs, cast=torch.float64, **options)
+    assert_outcomes(fused, pytorch, truth)
+    assert ops.dropped(x, 0.0) is x
 
 
 def test_exact_dropout_is_the_mask_of_f_dropout_and_leaves_the_generator_where_it_would():

@@ -14,6 +14,7 @@ from models import assert_fused, gpt2, with_adapters, with_lora
 from peft import PrefixTuningConfig, get_peft_model
 from test_parity import by_role
 from tolerances import assert_as_good_as
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
@@ -120,12 +121,28 @@ def test_equal_lengths_under_other_heads():
     assert_packed_equals_stock(with_lora(gpt2()), batch([7] * 6, "mixed"))
 
 
-def test_full_batches_stay_stock_where_every_token_is_read():
+@pytest.mark.parametrize("given", [("input_ids", "attention_mask"), ("input_ids",)], ids="+".join)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_full_batches_where_every_token_is_read(given, attention):
+    inputs = batch([12] * 6)
+    model = with_lora(gpt2(attn_implementation=attention))
+    patched, stock = fastpeft.patch(copy.deepcopy(model)), model
+    seen = []
+    block = patched.base_model.model.transformer.h[0]
+    block.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    results = [m.train()(**{name: inputs[name] for name in given}).logits for m in (patched, stock)]
+    torch.testing.assert_close(*results)
+    assert seen == [(6, 12, 48)]
+    assert packing_row(patched).calls == 1
+    assert_packed_equals_stock(model, inputs)
+
+
+def test_nearly_full_batches_stay_stock_where_every_token_is_read():
     for model in gpt2(GPT2ForTokenClassification), gpt2(GPT2ForSequenceClassification):
         fastpeft.patch(model, scope="model")
         model.transformer.ln_f.register_forward_hook(lambda module, args, output: None)
         model.train()(**batch([12, 12, 10]))
-        assert packing_row(model)[2:] == ("stock", "the batch is full", 0)
+        assert packing_row(model)[2:] == ("stock", "the batch is nearly full", 0)
 
 
 def test_position_ids_and_token_type_ids():
@@ -174,7 +191,12 @@ def test_nothing_leaks_between_sequences():
 
 
 ASIDE = {
-    "no attention_mask of the shape of input_ids": lambda i: {"input_ids": i["input_ids"]},
+    "position_ids without an attention_mask": lambda i: {
+        "input_ids": i["input_ids"], "position_ids": torch.arange(12).expand(3, 12) % 7
+    },
+    "an attention_mask that hasn't the shape of input_ids": lambda i: {
+        **i, "attention_mask": torch.zeros(3, 1, 12, 12)
+    },
     "a cache": lambda i: {**i, "use_cache": True},
     "output_hidden_states": lambda i: {**i, "output_hidden_states": True},
     "the mask hides a token that the head pools, or all of them": lambda i: {
@@ -271,6 +293,30 @@ def test_dropout_has_stocks_distribution():
     deviation = draws[1].std(0)
     assert ((draws[0].mean(0) - draws[1].mean(0)).abs() < 5 * deviation * (2 / 400) ** 0.5).all()
     assert ((draws[0].std(0) / deviation - 1).abs() < 5 * (1 / 400) ** 0.5).all()
+
+
+@pytest.mark.parametrize("adapted", [with_lora, lambda model: with_adapters(model, "post_attn", "post_mlp")])
+def test_training_draws_no_number_for_each_element(adapted):
+    """GPT-2's own dropouts, attention's included, on full batches and on packed ones."""
+    drawn = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            drawn.extend([func] if "bernoulli" in str(func) or "dropout" in str(func) else [])
+            return func(*args, **(kwargs or {}))
+
+    def draws_of(model, lengths):
+        drawn.clear()
+        with Draws():
+            model.train()(**batch(lengths))
+        return len(drawn)
+
+    stock = adapted(gpt2(attn_pdrop=0.2, resid_pdrop=0.2))
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    for lengths in ([12, 12], [12, 3]):
+        assert draws_of(patched, lengths) == 0
+        assert draws_of(stock, lengths) == 6
+    assert packing_row(patched).calls == 2
 
 
 def test_users_hooks_see_the_callers_shapes_on_the_model_and_packed_rows_inside():
