@@ -87,6 +87,21 @@ class LoraLinear(torch.autograd.Function):
         return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
 
 
+class Linear(torch.autograd.Function):
+    """`x W + b` over rows, of a weight and a bias that don't train: the weight is all that it saves."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(weight)
+        return mm(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (weight,) = ctx.saved_tensors
+        return mm(dy, weight.T), None, None
+
+
 class Adapter(torch.autograd.Function):
     """`reference.adapter` over rows, saving x and the pre-activation z; h is `act(z)`.
 

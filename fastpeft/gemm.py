@@ -7,21 +7,25 @@ import functools
 import torch
 from torch import Tensor
 
-_SMALL = 2**18  # multiplications, below which oneDNN's 20 µs a call cost more than they save
+SMALL = 2**18  # multiplications, below which oneDNN's 20 µs a call cost more than they save
 
 
 def mm(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """`x w + bias`, of x (M, K), w (K, N), bias (N,) or None, in one dtype, any strides; returns (M, N)."""
-    if (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.shape[0] * w.numel() >= _SMALL
-        and torch.backends.mkldnn.enabled  # torch's own switch
-        and _onednn_is_faster()
-    ):
+    if x.shape[0] * w.numel() >= SMALL and by_onednn(w):
         bias = None if bias is None else bias.contiguous()  # it is read without regard to strides
         return torch.ops.mkldnn._linear_pointwise(x, w.T, bias, "none", [], "")
     return x @ w if bias is None else torch.addmm(bias, x, w)
+
+
+def by_onednn(w: Tensor) -> bool:
+    """Whether products with w, if they aren't small, go to oneDNN where torch would go elsewhere."""
+    return (
+        w.device.type == "cpu"
+        and w.dtype == torch.float32
+        and bool(torch.backends.mkldnn.enabled)  # torch's own switch
+        and _onednn_is_faster()
+    )
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import ops, reference
+from fastpeft import gemm, ops, reference
 from fastpeft.adapters import Adapter, activation_name
 
 
@@ -70,7 +70,7 @@ class FusedLoraLinear(LoraLinear):
 def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
     """What a call of this LoRA layer fuses, as its state is now, and the adapters that it has to add one by one."""
     base = module.base_layer
-    weight = base.weight if type(base) is Conv1D else base.weight.t()
+    weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
     bias = base.bias
     names, rest = _active(module), []
     dropouts = [_dropout_p(module.lora_dropout[name]) for name in names]
@@ -104,7 +104,7 @@ def _active(module: Any) -> list[str]:
 def why_not_lora(module: Any) -> str | None:
     """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same."""
     base = module.base_layer
-    if type(base) not in (Conv1D, nn.Linear):
+    if type(base) not in (Conv1D, nn.Linear, FusedConv1D, FusedLinear):
         return f"base layer is {type(base).__name__}, not Conv1D or nn.Linear"
     if module.disable_adapters:
         return "adapters are disabled"
@@ -213,9 +213,52 @@ class FusedGelu(NewGELUActivation):
         return reference.gelu_new(input)
 
 
+class FusedConv1D(Conv1D):
+    """A frozen `Conv1D` whose products run through oneDNN."""
+
+    _fastpeft: Site
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _frozen_product(self, x, self.weight)
+        return super().forward(x) if y is None else y
+
+
+class FusedLinear(nn.Linear):
+    """A frozen `nn.Linear` whose products run through oneDNN."""
+
+    _fastpeft: Site
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = _frozen_product(self, input, self.weight.t())
+        return super().forward(input) if y is None else y
+
+
+def _frozen_product(module: Any, x: Tensor, weight: Tensor) -> Tensor | None:
+    """`x weight + bias` of a fused frozen layer; None where stock's forward is right."""
+    # The compiler has ways of its own, and an error is stock's to raise.
+    if torch.compiler.is_compiling() or x.shape[-1:] != weight.shape[:1]:
+        return None
+    given = [t for t in (module.weight, module.bias) if t is not None]
+    reason = "exact=True keeps stock's arithmetic" if module._fastpeft.exact else why_not_frozen(module)
+    reason = reason or why_not_tensors(x, *given)
+    reason = reason or ("autocast" if torch.is_autocast_enabled(x.device.type) else None)
+    module._fastpeft.record(ops.Route("stock", reason) if reason else ops.Route("torch", "oneDNN"))
+    return None if reason else ops.frozen_linear(x, weight, module.bias)
+
+
+def why_not_frozen(module: Any) -> str | None:
+    """Why the products of a `Conv1D` or `nn.Linear` had better stay stock's, which is so on most machines."""
+    weight, bias = module.weight, module.bias
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "it trains"
+    if not gemm.by_onednn(weight):
+        return f"oneDNN is no faster for {weight.dtype} on this {weight.device.type}"
+    return "it is small" if weight.numel() < gemm.SMALL else None
+
+
 def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
     """The class a fused class stands for; ValueError where it is none of ours."""
-    if fused in (FusedLoraLinear, FusedGelu):
+    if fused in (FusedLoraLinear, FusedGelu, FusedConv1D, FusedLinear):
         return fused.__mro__[1]
     stock = fused.__mro__[2]
     if fused.__mro__[1] is not FusedAdapter:

@@ -11,17 +11,21 @@ from torch import nn
 from transformers import GenerationMixin
 from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2Model
+from transformers.pytorch_utils import Conv1D
 
 from fastpeft import block, ops, probe
 from fastpeft.adapters import Adapter
 from fastpeft.modules import (
     FusedAdapter,
+    FusedConv1D,
     FusedGelu,
+    FusedLinear,
     FusedLoraLinear,
     Site,
     fused_adapter,
     stock_class,
     why_not_adapter,
+    why_not_frozen,
     why_not_lora,
 )
 from fastpeft.packing import PackingSite, install, uninstall, why_not_model
@@ -48,6 +52,7 @@ def patch(
 ) -> nn.Module:
     """Swap the LoRA layers, bottleneck adapters and `gelu_new` of `model` for fused ones, in place.
 
+    So are its other frozen linear layers, where oneDNN multiplies faster than torch would (`gemm.by_onednn`).
     Parameters, state-dict keys, hooks and gradients stay what they were; `unpatch` undoes it. What can't be
     fused stays stock, with the reason in `report`. A second call takes up what was added since, and its
     arguments replace the first call's.
@@ -83,7 +88,7 @@ def patch(
     transformers = [(name, m) for name, m in model.named_modules() if type(m) is GPT2Model]
     packing = transformers if scope == "model" and not exact else []
     if strict:
-        stock = [f"{c.name}: {c.reason}" for c in plan if c.reason]
+        stock = [f"{c.name}: {c.reason}" for c in plan if c.reason and c.kind != "frozen"]
         stock += [f"{name}: {reason}" for name, m in packing if (reason := why_not_model(m))]
         if stock or not plan:
             raise ValueError("can't fuse " + ("; ".join(stock) or f"anything in {type(model).__name__}"))
@@ -134,9 +139,14 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def candidates(model: nn.Module) -> list[Candidate]:
     """Every module of `model` that fastpeft could fuse, fused already or not, in the model's order."""
-    found = []
+    found: list[Candidate] = []
+    parts: set[int] = set()  # of LoRA layers and adapters
     for name, module in model.named_modules():
         decision = _decide(module)
+        if decision is None and id(module) not in parts:
+            decision = _decide_frozen(module)
+        elif decision is not None and decision[0] in ("lora", "adapter"):
+            parts.update(id(part) for part in module.modules())
         if decision is not None:
             found.append(Candidate(name or type(model).__name__, module, *decision))
     return found
@@ -171,3 +181,13 @@ def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | Non
     if kind is GPT2Model and "_fastpeft" in module.__dict__:
         return "packing", None, why_not_model(module)
     return None
+
+
+def _decide_frozen(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | None:
+    """`_decide` for a linear layer that is no part of a LoRA layer or adapter; None where its products stay stock's."""
+    kind: Any = type(module)
+    if kind in (FusedConv1D, FusedLinear):
+        return "frozen", kind, why_not_frozen(module)
+    if kind not in (Conv1D, nn.Linear) or why_not_frozen(module):
+        return None
+    return "frozen", FusedConv1D if kind is Conv1D else FusedLinear, None

@@ -10,12 +10,15 @@ from torch import nn
 from fastpeft import ops
 from fastpeft.patch import candidates
 
+#: Of the kinds that torch always serves.
+_FIRST_REASON = {"activation": "one pass", "frozen": "oneDNN", "packing": "not called yet"}
+
 
 class Row(NamedTuple):
     """One site of a model."""
 
     name: str  # of its module
-    kind: str  # lora, adapter, activation or packing
+    kind: str  # lora, adapter, activation, frozen or packing
     path: str  # triton, torch or stock
     reason: str  # why this path
     calls: int  # fused calls so far
@@ -36,7 +39,8 @@ class Report(tuple[Row, ...]):
 
 
 def report(model: nn.Module) -> Report:
-    """A row for each LoRA layer, bottleneck adapter and `gelu_new` activation of `model`.
+    """A row for each LoRA layer, bottleneck adapter and `gelu_new` activation of `model`, and for each frozen layer
+    whose products run through oneDNN.
 
     A site's path and reason are those of its last call; before the first, those its next call would take.
     """
@@ -51,7 +55,7 @@ def _row(name: str, module: nn.Module, kind: str, fused: type[nn.Module] | None,
         return Row(name, kind, site.last.path, site.last.reason, site.calls)
     if reason:
         return Row(name, kind, "stock", reason, site.calls)
-    if kind in ("activation", "packing"):
-        return Row(name, kind, "torch", "one pass" if kind == "activation" else "not called yet", site.calls)
+    if kind in _FIRST_REASON:
+        return Row(name, kind, "torch", _FIRST_REASON[kind], site.calls)
     path, why = ops.choose(site.backend, site.exact, next(module.parameters()).device)
     return Row(name, kind, path, why, site.calls)

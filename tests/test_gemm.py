@@ -29,7 +29,7 @@ class Products(TorchDispatchMode):
 def library(request, monkeypatch):
     """The library that float32 products of any size go to."""
     monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: request.param == "onednn")
-    monkeypatch.setattr(gemm, "_SMALL", 1)
+    monkeypatch.setattr(gemm, "SMALL", 1)
     return request.param
 
 
