@@ -30,8 +30,10 @@ def dropping(
     if mask is None:
         length = query.shape[2]
         mask = torch.full((length, length), float("-inf"), dtype=wide, device=query.device).triu_(1)
-    parts = (part.to(wide) for part in (query, key, value))
-    return _Dropping.apply(*parts, mask.to(wide), dropout_p, scaling).to(query.dtype).transpose(1, 2)
+    parts = [part.to(wide) for part in (query, key, value)]
+    with torch.autocast(query.device.type, enabled=False):  # which would round what backward reads
+        output = _Dropping.apply(*parts, mask.to(wide), dropout_p, scaling)
+    return output.to(query.dtype).transpose(1, 2)
 
 
 class _Dropping(torch.autograd.Function):
@@ -44,6 +46,7 @@ class _Dropping(torch.autograd.Function):
     """
 
     @staticmethod
+    @torch.amp.custom_fwd(device_type="cpu")
     def forward(  # type: ignore[override]
         ctx: Any,
         query: Tensor,
@@ -63,6 +66,7 @@ class _Dropping(torch.autograd.Function):
         return torch.bmm(masks.apply(dropped, weights), v).mul_(ctx.keep_scale).view(query.shape)
 
     @staticmethod
+    @torch.amp.custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         q, k, v, weights, dropped = ctx.saved_tensors

@@ -88,7 +88,10 @@ class LoraLinear(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """`x W + b` over rows, of a weight and a bias that don't train: the weight is all that it saves."""
+    """`x W + b` over rows, of a weight and a bias that don't train: the weight is all that it saves.
+
+    Its backward is such a product again, so that it can be differentiated any number of times.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
@@ -96,10 +99,9 @@ class Linear(torch.autograd.Function):
         return mm(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
-        return mm(dy, weight.T), None, None
+        return Linear.apply(dy, weight.T, None), None, None
 
 
 class Adapter(torch.autograd.Function):

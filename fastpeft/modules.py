@@ -219,8 +219,8 @@ class FusedConv1D(Conv1D):
     _fastpeft: Site
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _frozen_product(self, x, self.weight)
-        return super().forward(x) if y is None else y
+        """x (..., in_features) → (..., out_features)."""
+        return ops.frozen_linear(x, self.weight, self.bias) if _is_served(self, x) else super().forward(x)
 
 
 class FusedLinear(nn.Linear):
@@ -229,21 +229,28 @@ class FusedLinear(nn.Linear):
     _fastpeft: Site
 
     def forward(self, input: Tensor) -> Tensor:
-        y = _frozen_product(self, input, self.weight.t())
-        return super().forward(input) if y is None else y
+        """input (..., in_features) → (..., out_features)."""
+        if _is_served(self, input):
+            return ops.frozen_linear(input, self.weight.t(), self.bias)
+        return super().forward(input)
 
 
-def _frozen_product(module: Any, x: Tensor, weight: Tensor) -> Tensor | None:
-    """`x weight + bias` of a fused frozen layer; None where stock's forward is right."""
-    # The compiler has ways of its own, and an error is stock's to raise.
-    if torch.compiler.is_compiling() or x.shape[-1:] != weight.shape[:1]:
-        return None
-    given = [t for t in (module.weight, module.bias) if t is not None]
-    reason = "exact=True keeps stock's arithmetic" if module._fastpeft.exact else why_not_frozen(module)
-    reason = reason or why_not_tensors(x, *given)
-    reason = reason or ("autocast" if torch.is_autocast_enabled(x.device.type) else None)
+def _is_served(module: Any, x: Tensor) -> bool:
+    """Whether this call of a fused frozen layer goes to oneDNN, noted in its site."""
+    reason = _why_not_frozen_call(module, x) or why_not_frozen(module)
     module._fastpeft.record(ops.Route("stock", reason) if reason else ops.Route("torch", "oneDNN"))
-    return None if reason else ops.frozen_linear(x, weight, module.bias)
+    return reason is None
+
+
+def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+        return "traced"  # whatever traces or transforms knows stock's product
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast"
+    width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+    if x.shape[-1:] != (width,):
+        return "an error"  # for stock to raise
+    return why_not_tensors(x, *(t for t in (module.weight, module.bias) if t is not None))
 
 
 def why_not_frozen(module: Any) -> str | None:
@@ -252,7 +259,7 @@ def why_not_frozen(module: Any) -> str | None:
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "it trains"
     if not gemm.by_onednn(weight):
-        return f"oneDNN is no faster for {weight.dtype} on this {weight.device.type}"
+        return f"oneDNN is off, or no faster for {weight.dtype} on this {weight.device.type}"
     return "it is small" if weight.numel() < gemm.SMALL else None
 
 

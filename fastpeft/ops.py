@@ -193,7 +193,7 @@ def routed_lora_linear(
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`x W + b`, x (..., K) and weight (K, N) as `Conv1D` has it, by `gemm.mm`; differentiable once, and by x alone."""
+    """`x W + b`, x (..., K) and weight (K, N) as `Conv1D` has it, by `gemm.mm`; differentiable by x alone."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return autograd.Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
 

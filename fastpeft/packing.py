@@ -97,7 +97,7 @@ class PackedAttention(GPT2Attention):
             mask = torch.zeros_like(later, dtype=query.dtype).masked_fill(later, torch.finfo(query.dtype).min)
             mask = mask[:, None, None]
         dropout = self.attn_dropout.p if self.training else 0.0
-        if qkv.device.type == "cpu" and dropout > 0.0:
+        if qkv.device.type == "cpu" and dropout > 0.0 and not torch.compiler.is_compiling():
             output = attention.dropping(query, key, value, mask, dropout, self.scaling)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
@@ -223,6 +223,10 @@ def _pack(
     if isinstance(packed, str):
         module._fastpeft.record(ops.Route("stock", packed))
         return None
+    if arguments.get("attention_mask") is None:
+        module.warn_if_padding_and_no_attention_mask(
+            arguments["input_ids"], None
+        )  # stock's, which sees a mask now
     chosen = {
         # Anything with four dimensions is taken for a finished mask, so none is built.
         "attention_mask": torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device),

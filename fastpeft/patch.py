@@ -31,6 +31,7 @@ from fastpeft.modules import (
 from fastpeft.packing import PackingSite, install, uninstall, why_not_model
 
 SCOPES = ("layers", "model")
+FROZEN = (FusedConv1D, FusedLinear)
 
 
 class Candidate(NamedTuple):
@@ -66,10 +67,10 @@ def patch(
         exact: on the CPU, peft's own random numbers and stock's arithmetic, to compare number by number.
         scope: `model` also runs GPT-2 on packed tokens, without the padding that the attention mask hides and,
             under a sequence classifier, with the last block only at the token it reads: the last hidden state
-            is zero elsewhere, and with `use_cache` unset heads that don't generate build no cache. Triton's
-            kernels then take in the GELU, dropouts, residuals and LayerNorms beside the LoRA projections; on
-            the CPU GPT-2's own dropouts draw fewer numbers. `layers` swaps layers one by one and nothing else,
-            as `exact` does.
+            is zero elsewhere, and with `use_cache` unset no cache is built in training, nor under heads that
+            don't generate. Triton's kernels then take in the GELU, dropouts, residuals and LayerNorms beside
+            the LoRA projections; on the CPU the dropouts of attention and residuals draw fewer numbers.
+            `layers` swaps layers one by one and nothing else, as `exact` does.
 
     Returns:
         The model.
@@ -80,7 +81,9 @@ def patch(
     """
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
-    plan = candidates(model)
+    found = candidates(model)
+    # Nobody asked for frozen layers, so they decide nothing.
+    plan = [candidate for candidate in found if candidate.kind != "frozen"]
     for candidate in plan:
         device = next((p.device for p in candidate.module.parameters()), None)
         if device is not None and candidate.fused is not None:
@@ -88,7 +91,7 @@ def patch(
     transformers = [(name, m) for name, m in model.named_modules() if type(m) is GPT2Model]
     packing = transformers if scope == "model" and not exact else []
     if strict:
-        stock = [f"{c.name}: {c.reason}" for c in plan if c.reason and c.kind != "frozen"]
+        stock = [f"{c.name}: {c.reason}" for c in plan if c.reason]
         stock += [f"{name}: {reason}" for name, m in packing if (reason := why_not_model(m))]
         if stock or not plan:
             raise ValueError("can't fuse " + ("; ".join(stock) or f"anything in {type(model).__name__}"))
@@ -98,12 +101,14 @@ def patch(
             "adapter or gelu_new activation",
             stacklevel=2,
         )
-    for candidate in plan:
-        if candidate.fused is not None:
-            before = candidate.module.__dict__.get("_fastpeft")
-            candidate.module.__class__ = candidate.fused
-            calls = before.calls if before else 0
-            candidate.module._fastpeft = Site(candidate.name, backend, exact, strict, calls=calls)
+    swaps = [c for c in (plan if exact else found) if c.fused is not None]
+    for module in {m for m in model.modules() if type(m) in FROZEN} - {c.module for c in swaps}:
+        _restore(module)  # it isn't served any more, or LoRA has been put around it
+    for candidate in swaps:
+        before = candidate.module.__dict__.get("_fastpeft")
+        candidate.module.__class__ = candidate.fused
+        calls = before.calls if before else 0
+        candidate.module._fastpeft = Site(candidate.name, backend, exact, strict, calls=calls)
     for _, transformer in transformers:
         uninstall(transformer)
         block.uninstall(transformer)
@@ -126,15 +131,20 @@ def unpatch(model: nn.Module) -> nn.Module:
         ValueError: another library (FSDP) has swapped a fused class since; nothing is changed then.
     """
     swapped = [m for m in model.modules() if "_fastpeft" in m.__dict__ and type(m) is not GPT2Model]
-    classes = [stock_class(type(module)) for module in swapped]
-    for module, stock in zip(swapped, classes, strict=True):
-        module.__class__ = stock
-        del module._fastpeft
+    for module in swapped:
+        stock_class(type(module))
+    for module in swapped:
+        _restore(module)
     for module in model.modules():
         if type(module) is GPT2Model:
             uninstall(module)
             block.uninstall(module)
     return model
+
+
+def _restore(module: Any) -> None:
+    module.__class__ = stock_class(type(module))
+    del module._fastpeft
 
 
 def candidates(model: nn.Module) -> list[Candidate]:
@@ -186,8 +196,9 @@ def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | Non
 def _decide_frozen(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | None:
     """`_decide` for a linear layer that is no part of a LoRA layer or adapter; None where its products stay stock's."""
     kind: Any = type(module)
-    if kind in (FusedConv1D, FusedLinear):
-        return "frozen", kind, why_not_frozen(module)
-    if kind not in (Conv1D, nn.Linear) or why_not_frozen(module):
+    if kind not in FROZEN and kind not in (Conv1D, nn.Linear):
         return None
-    return "frozen", FusedConv1D if kind is Conv1D else FusedLinear, None
+    reason = why_not_frozen(module)
+    if reason:
+        return ("frozen", None, reason) if kind in FROZEN else None
+    return "frozen", FusedConv1D if isinstance(module, Conv1D) else FusedLinear, None

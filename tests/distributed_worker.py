@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 
 import torch
@@ -94,6 +95,7 @@ def main(output: str) -> None:
     if dist.get_rank() == 0:
         torch.save(results, output)
     dist.barrier()
+    gc.collect()  # engines in reference cycles, whose threads would meet an interpreter that ends
     dist.destroy_process_group()
 
 

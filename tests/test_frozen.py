@@ -19,7 +19,10 @@ import fastpeft
 from fastpeft import gemm
 from fastpeft.modules import FusedConv1D, FusedLinear
 
-pytestmark = needs_onednn
+pytestmark = [
+    needs_onednn,
+    pytest.mark.filterwarnings("ignore:fastpeft.patch found nothing to fuse"),  # but for frozen layers
+]
 
 
 @pytest.fixture(autouse=True)
@@ -102,9 +105,9 @@ def without_onednn(model):
 
 
 ASIDE = {
-    "oneDNN is no faster for torch.bfloat16 on this cpu": half,
+    "oneDNN is off, or no faster for torch.bfloat16 on this cpu": half,
     "it trains": unfreeze,
-    "oneDNN is no faster for torch.float32 on this cpu": without_onednn,
+    "oneDNN is off, or no faster for torch.float32 on this cpu": without_onednn,
 }
 
 
@@ -115,28 +118,70 @@ def test_a_change_after_patch_gives_the_layer_back_to_stock(reason, monkeypatch)
     stock = fastpeft.unpatch(copy.deepcopy(model))
     model, stock = (ASIDE[reason](each) for each in (model, stock))
     assert {row[2:] for row in rows(model)} == {("stock", reason, 0)}
-    fastpeft.patch(model, strict=True)  # no fault of the model
     with torch.set_grad_enabled(reason == "it trains"):
         results = [each(torch.ones(2, 5, dtype=torch.long)).logits for each in (model, stock)]
     assert torch.equal(*results)
     assert {row[2:] for row in rows(model)} == {("stock", reason, 0)}
+    assert not rows(fastpeft.patch(copy.deepcopy(model)))
     if reason == "it trains":
         for each, logits in zip((model, stock), results, strict=True):
             logits.sum().backward()
             assert all(p.grad is not None for p in each.parameters())
 
 
-def test_exact_and_autocast_stay_stock():
+def test_exact_gives_them_back_to_stock():
     model = without_gelu()
     ids = torch.ones(2, 5, dtype=torch.long)
     stock = copy.deepcopy(model)
+    fastpeft.patch(model)
+    assert len(rows(model)) == 5
     fastpeft.patch(model, exact=True)
+    assert not any(isinstance(m, FusedConv1D | FusedLinear) for m in model.modules())
     assert torch.equal(model(ids).logits, stock(ids).logits)
-    assert {row[2:] for row in rows(model)} == {("stock", "exact=True keeps stock's arithmetic", 0)}
+
+
+def test_autocast_stays_stock():
+    model = without_gelu()
+    ids = torch.ones(2, 5, dtype=torch.long)
+    stock = copy.deepcopy(model)
     fastpeft.patch(model)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(model(ids).logits, stock(ids).logits)
     assert {row[2:] for row in rows(model)} == {("stock", "autocast", 0)}
+
+
+def second_derivative(layer, x):
+    x = x.clone().requires_grad_()
+    (dx,) = torch.autograd.grad(layer(x).pow(3).sum(), x, create_graph=True)
+    return torch.autograd.grad(dx.pow(2).sum(), x)[0]
+
+
+def by_functional_gradient(layer, x):
+    return torch.func.vmap(torch.func.grad(lambda row: layer(row).pow(2).sum()))(x)
+
+
+def by_tracing(layer, x):
+    return torch.jit.trace(layer, x)(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("use", [second_derivative, by_functional_gradient, by_tracing])
+@pytest.mark.parametrize("layer", [Conv1D(6, 4), nn.Linear(4, 6)], ids=str)
+def test_what_stock_layers_can_do(use, layer):
+    layer = frozen(copy.deepcopy(layer))
+    model = fastpeft.patch(nn.Sequential(copy.deepcopy(layer)))
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(use(model, x), use(layer, x))
+    assert isinstance(model[0], FusedConv1D | FusedLinear)
+
+
+def test_the_verdict_on_a_model_is_the_same_on_every_machine():
+    for model in gpt2(n_layer=1, activation_function="relu"), nn.Sequential(nn.Linear(4, 6)):
+        with pytest.raises(ValueError, match="can't fuse anything"):
+            fastpeft.patch(frozen(model), strict=True, scope="layers")
+        with pytest.warns(UserWarning, match="nothing to fuse"):
+            fastpeft.patch(model)
+        assert rows(model)
 
 
 @pytest.mark.parametrize("layer", [Conv1D(6, 4), nn.Linear(4, 6), nn.Linear(4, 6, bias=False)], ids=str)
@@ -177,9 +222,11 @@ def test_lora_added_after_patch_is_fused_by_the_next_and_unpatch_gives_all_back(
     fastpeft.patch(model)
     assert len(rows(model)) == 9
     tuned = with_lora(model)
+    assert type(tuned.base_model.model.transformer.h[0].mlp.c_fc.base_layer) is FusedConv1D
     expected = step(copy.deepcopy(fastpeft.unpatch(copy.deepcopy(tuned))))
     fastpeft.patch(tuned)
     result = step(tuned)
+    assert type(tuned.base_model.model.transformer.h[0].mlp.c_fc.base_layer) is Conv1D
     assert [row.kind for row in fastpeft.report(tuned)].count("lora") == 8
     assert all(row.path == "torch" and row.calls for row in fastpeft.report(tuned) if row.kind == "lora")
     for name in expected:

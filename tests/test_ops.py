@@ -264,6 +264,19 @@ def test_dropping_attention_equals_the_formula(dtype, dropout_p, pooled, drawn_m
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dropping_attention_is_the_same_under_autocast(dtype):
+    parts = torch.randn(3, 2, 2, 5, 4, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+    inputs = {n: t.requires_grad_() for n, t in zip(("query", "key", "value"), parts, strict=True)}
+    outcomes = []
+    for enabled in (False, True):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled):
+            outcomes.append(outcome(attention.dropping, inputs, mask=None, dropout_p=0.3, scaling=0.7))
+    for name in inputs:
+        assert torch.equal(outcomes[0][name], outcomes[1][name])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout_p", [0.3, 1.0])
 @pytest.mark.parametrize("strided", [False, True])
 def test_dropped_equals_the_formula(dtype, dropout_p, strided, drawn_masks):

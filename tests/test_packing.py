@@ -319,6 +319,30 @@ def test_training_draws_no_number_for_each_element(adapted):
     assert packing_row(patched).calls == 2
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own
+@pytest.mark.parametrize("lengths", [[12, 12], [12, 3]], ids=str)
+def test_blocks_compiled_one_by_one_train_with_dropout(lengths):
+    model = fastpeft.patch(with_lora(gpt2(attn_pdrop=0.2, resid_pdrop=0.2), lora_dropout=0.3))
+    for block in model.base_model.model.transformer.h:
+        block.compile(backend="aot_eager")
+    results = outcome(model, batch(lengths))
+    assert packing_row(model).calls == 1
+    assert all(torch.isfinite(result).all() for result in results.values())
+
+
+def test_stocks_warning_of_padding_without_a_mask_is_kept(monkeypatch):
+    warned = []
+    monkeypatch.setattr(
+        GPT2Model, "warn_if_padding_and_no_attention_mask", lambda self, ids, mask: warned.append(mask)
+    )
+    model = fastpeft.patch(gpt2()).train()
+    model(**batch([12, 12]))
+    assert None not in warned
+    model(input_ids=batch([12, 12])["input_ids"])
+    assert warned.count(None) == 1
+    assert packing_row(model).calls == 2
+
+
 def test_users_hooks_see_the_callers_shapes_on_the_model_and_packed_rows_inside():
     model = gpt2(GPT2ForSequenceClassification)
     seen = {}
