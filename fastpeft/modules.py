@@ -214,7 +214,7 @@ class FusedGelu(NewGELUActivation):
 
 
 class FusedConv1D(Conv1D):
-    """A frozen `Conv1D` whose products run through oneDNN."""
+    """A frozen `Conv1D` whose products go to oneDNN itself."""
 
     _fastpeft: Site
 
@@ -224,7 +224,7 @@ class FusedConv1D(Conv1D):
 
 
 class FusedLinear(nn.Linear):
-    """A frozen `nn.Linear` whose products run through oneDNN."""
+    """A frozen `nn.Linear` whose products go to oneDNN itself."""
 
     _fastpeft: Site
 
@@ -236,7 +236,7 @@ class FusedLinear(nn.Linear):
 
 
 def _is_served(module: Any, x: Tensor) -> bool:
-    """Whether this call of a fused frozen layer goes to oneDNN, noted in its site."""
+    """Whether this call of a fused frozen layer goes to oneDNN itself, noted in its site."""
     reason = _why_not_frozen_call(module, x) or why_not_frozen(module)
     module._fastpeft.record(ops.Route("stock", reason) if reason else ops.Route("torch", "oneDNN"))
     return reason is None
@@ -258,7 +258,7 @@ def why_not_frozen(module: Any) -> str | None:
     weight, bias = module.weight, module.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "it trains"
-    if not gemm.by_onednn(weight):
+    if not gemm.by_onednn(weight, bias):
         return f"oneDNN is off, or no faster for {weight.dtype} on this {weight.device.type}"
     return "it is small" if weight.numel() < gemm.SMALL else None
 

@@ -53,7 +53,7 @@ def patch(
 ) -> nn.Module:
     """Swap the LoRA layers, bottleneck adapters and `gelu_new` of `model` for fused ones, in place.
 
-    So are its other frozen linear layers, where oneDNN multiplies faster than torch would (`gemm.by_onednn`).
+    So are its other frozen linear layers, where oneDNN by itself is faster than what torch does (`gemm.by_onednn`).
     Parameters, state-dict keys, hooks and gradients stay what they were; `unpatch` undoes it. What can't be
     fused stays stock, with the reason in `report`. A second call takes up what was added since, and its
     arguments replace the first call's.

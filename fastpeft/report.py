@@ -40,7 +40,7 @@ class Report(tuple[Row, ...]):
 
 def report(model: nn.Module) -> Report:
     """A row for each LoRA layer, bottleneck adapter and `gelu_new` activation of `model`, and for each frozen layer
-    whose products run through oneDNN.
+    whose products go to oneDNN itself.
 
     A site's path and reason are those of its last call; before the first, those its next call would take.
     """

@@ -1,4 +1,4 @@
-"""Frozen linear layers beside LoRA and adapters: through oneDNN where that is faster, as stock elsewhere."""
+"""Frozen linear layers beside LoRA and adapters: by oneDNN itself where that is faster, as stock elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import gpt2, step, twins, with_adapters, with_lora
 from peft import IA3Config, PrefixTuningConfig, get_peft_model
-from test_gemm import Products, needs_onednn
+from test_gemm import Products, needs_bfloat16, needs_onednn
 from test_parity import by_role
 from tolerances import assert_as_good_as
 from torch import nn
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def any_machine_and_size(monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: True)
     monkeypatch.setattr(gemm, "SMALL", 1)
 
 
@@ -58,7 +58,7 @@ MODELS = {
 
 
 @pytest.mark.fidelity(
-    "frozen linear layers, float32, on AMD's CPUs with AVX-512", "through oneDNN; elsewhere stock"
+    "frozen linear layers on a CPU", "by oneDNN itself where that is faster, and so reported; else stock"
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_equals_stock_and_its_products_go_to_onednn(name):
@@ -73,6 +73,18 @@ def test_a_model_equals_stock_and_its_products_go_to_onednn(name):
     assert onednn.count >= 2 * sites - 1  # forward and backward, but for the embeddings
     assert [row[2:] for row in rows(patched)] == [("torch", "oneDNN", 1)] * sites
     for fused, pytorch, exact in by_role(result, step(stock), step(truth)):
+        assert_as_good_as(fused[1], pytorch[1], exact[1], fused[0])
+
+
+@needs_bfloat16
+def test_bfloat16_layers_with_a_bias_go_to_onednn():
+    patched, stock, truth = twins(with_adapters(gpt2(), "post_attn", "post_mlp").bfloat16())
+    fastpeft.patch(patched, scope="layers")
+    assert len(rows(patched)) == 8
+    assert not any(row.name.endswith("lm_head") for row in rows(patched))
+    results = step(patched), step(stock), step(truth.double())
+    assert all(row.calls for row in rows(patched))
+    for fused, pytorch, exact in by_role(*results):
         assert_as_good_as(fused[1], pytorch[1], exact[1], fused[0])
 
 
@@ -92,7 +104,7 @@ def without_gelu():
 
 
 def half(model):
-    return model.bfloat16()
+    return model.half()
 
 
 def unfreeze(model):
@@ -105,7 +117,7 @@ def without_onednn(model):
 
 
 ASIDE = {
-    "oneDNN is off, or no faster for torch.bfloat16 on this cpu": half,
+    "oneDNN is off, or no faster for torch.float16 on this cpu": half,
     "it trains": unfreeze,
     "oneDNN is off, or no faster for torch.float32 on this cpu": without_onednn,
 }

@@ -13,6 +13,10 @@ from fastpeft.gemm import mm
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN here"
 )
+needs_bfloat16 = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported(),
+    reason="oneDNN has no bfloat16 on this CPU",
+)
 
 
 class Products(TorchDispatchMode):
@@ -28,7 +32,7 @@ class Products(TorchDispatchMode):
 @pytest.fixture(params=["torch", pytest.param("onednn", marks=needs_onednn)])
 def library(request, monkeypatch):
     """The library that float32 products of any size go to."""
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: request.param == "onednn")
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: request.param == "onednn")
     monkeypatch.setattr(gemm, "SMALL", 1)
     return request.param
 
@@ -56,33 +60,38 @@ OPERANDS = {
 
 
 @pytest.mark.parametrize("operands", OPERANDS)
-def test_a_product_equals_float64(operands, library):
-    x, w, bias = OPERANDS[operands]
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)], ids=str
+)
+def test_a_product_equals_float64(operands, dtype, library):
+    x, w, bias = (None if t is None else t.to(dtype) for t in OPERANDS[operands])
     expected, exact = (
-        torch.einsum("mk,kn->mn", x.to(dtype), w.to(dtype)) + (0 if bias is None else bias.to(dtype))
-        for dtype in (x.dtype, torch.float64)
+        torch.einsum("mk,kn->mn", x.to(each), w.to(each)) + (0 if bias is None else bias.to(each))
+        for each in (dtype, torch.float64)
     )
     with Products() as onednn:
         y = mm(x, w, bias)
     assert_as_good_as(y, expected, exact)
     multiplied = x.numel() * w.numel() > 0
-    assert onednn.count == (library == "onednn" and multiplied)
+    served = dtype == torch.float32 or bias is not None
+    assert onednn.count == (library == "onednn" and multiplied and served)
 
 
 @needs_onednn
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_stay_with_torch(dtype, monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: True)
     x, w = normal(128, 64).to(dtype), normal(64, 64).to(dtype)
     with Products() as onednn:
-        y = mm(x, w)
+        y, plus = mm(x, w), mm(x, w, w[0])
     assert onednn.count == 0
-    torch.testing.assert_close(y, x @ w, rtol=0, atol=0)
+    assert torch.equal(y, x @ w)
+    assert torch.equal(plus, torch.addmm(w[0], x, w))
 
 
 @needs_onednn
 def test_size_and_torchs_switch_decide(monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda: True)
+    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: True)
     x, w = normal(64, 64), normal(64, 64)
     with Products() as onednn:
         mm(x, w)
@@ -106,4 +115,10 @@ def test_size_and_torchs_switch_decide(monkeypatch):
 )
 def test_onednn_is_for_cpus_that_mkl_has_no_kernels_for(capabilities, faster, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert gemm._onednn_is_faster.__wrapped__() is faster
+    assert gemm._onednn_is_faster.__wrapped__(torch.float32) is faster
+
+
+@needs_bfloat16
+def test_bfloat16_goes_by_what_onednn_has_not_by_the_cpus_maker(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "sse4a": False})
+    assert gemm._onednn_is_faster.__wrapped__(torch.bfloat16)
