@@ -237,6 +237,8 @@ class FusedLinear(nn.Linear):
 
 def _is_served(module: Any, x: Tensor) -> bool:
     """Whether this call of a fused frozen layer goes to oneDNN itself, noted in its site."""
+    if not module.weight.is_cpu:  # moved since; a GPU doesn't wait for notes
+        return False
     reason = _why_not_frozen_call(module, x) or why_not_frozen(module)
     module._fastpeft.record(ops.Route("stock", reason) if reason else ops.Route("torch", "oneDNN"))
     return reason is None

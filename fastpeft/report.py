@@ -39,8 +39,7 @@ class Report(tuple[Row, ...]):
 
 
 def report(model: nn.Module) -> Report:
-    """A row for each LoRA layer, bottleneck adapter and `gelu_new` activation of `model`, and for each frozen layer
-    whose products go to oneDNN itself.
+    """A row for each LoRA layer, bottleneck adapter, `gelu_new` and fused frozen layer of `model`, and its packing.
 
     A site's path and reason are those of its last call; before the first, those its next call would take.
     """
@@ -51,7 +50,8 @@ def _row(name: str, module: nn.Module, kind: str, fused: type[nn.Module] | None,
     site = module.__dict__.get("_fastpeft")
     if site is None:
         return Row(name, kind, "stock", reason or "not patched: call fastpeft.patch", 0)
-    if site.last is not None:
+    # A frozen layer that isn't served any more notes no calls.
+    if site.last is not None and not (kind == "frozen" and reason):
         return Row(name, kind, site.last.path, site.last.reason, site.calls)
     if reason:
         return Row(name, kind, "stock", reason, site.calls)

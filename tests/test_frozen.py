@@ -212,6 +212,15 @@ def test_a_layer_takes_any_leading_dimensions_and_keeps_stocks_errors(layer):
         assert errors[0] == errors[1]
 
 
+def test_a_layer_that_was_moved_is_stocks():
+    model = fastpeft.patch(nn.Sequential(frozen(Conv1D(6, 4))))
+    x = torch.randn(3, 4)
+    model(x)
+    model.to("meta")
+    assert model(x.to("meta")).shape == (3, 6)
+    assert rows(model)[0][2:] == ("stock", "oneDNN is off, or no faster for torch.float32 on this meta", 1)
+
+
 def test_small_layers_are_left_alone(monkeypatch):
     monkeypatch.setattr(gemm, "SMALL", 48 * 144)
     model = fastpeft.patch(frozen(gpt2(n_layer=1)))
