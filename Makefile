@@ -20,13 +20,13 @@ fuzz: $(INSTALLED)
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-# On the CPU, an hour on an idle machine: writes bench/results and the README's table.
+# On the CPU, half an hour or more on an idle machine: writes bench/results and the README's table.
 bench: $(INSTALLED)
 	$(BIN)/python bench/traffic.py --json bench/results/traffic.json
 	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default \
 	  --benchmark-json=bench/results/micro.json
 	$(BIN)/python bench/throughput.py --head classifier --method lora adapter --dtype fp32 bf16 --dropout 0 0.05 \
-	  --batch 4 --inference --startup --json bench/results/throughput.json
+	  --batch 4 --inference --startup --rounds 9 --json bench/results/throughput.json
 	$(BIN)/python bench/throughput.py --data random rotten-tomatoes --batch 32 --dropout 0.05 --model-dropout 0.1 \
 	  --inference --variants frozen peft fastpeft fastpeft_model --rounds 9 --json bench/results/sentences.json
 	$(BIN)/python bench/plot.py --table README.md
