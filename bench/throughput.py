@@ -173,7 +173,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     columns = (
         "ms (20-80 %)", "tokens/s", "speed-up (20-80 %)", "x frozen", "x layers", "saved MB", "step peak MB"
     )  # fmt: skip
-    lines = [f"{'':14}" + "".join(f"{c:>22}" for c in columns)]
+    lines = [f"{'':16}" + "".join(f"{c:>22}" for c in columns)]
     for name, row in rows.items():
         s, speedup = row["seconds"], row.get("speedup")
         frozen, layers = row.get("over_frozen"), row.get("over_layers")
@@ -187,7 +187,7 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             "" if saved is None else f"{saved / 1e6:.1f}",
             "" if peak is None else f"{peak / 1e6:.1f}",
         ]
-        lines.append(f"{name:14}" + "".join(f"{c:>22}" for c in cells))
+        lines.append(f"{name:16}" + "".join(f"{c:>22}" for c in cells))
     return "\n".join(lines)
 
 
