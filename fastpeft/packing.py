@@ -223,10 +223,8 @@ def _pack(
     if isinstance(packed, str):
         module._fastpeft.record(ops.Route("stock", packed))
         return None
-    if arguments.get("attention_mask") is None:
-        module.warn_if_padding_and_no_attention_mask(
-            arguments["input_ids"], None
-        )  # stock's, which sees a mask now
+    if arguments.get("attention_mask") is None:  # stock will see one
+        module.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
     chosen = {
         # Anything with four dimensions is taken for a finished mask, so none is built.
         "attention_mask": torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device),
