@@ -16,6 +16,7 @@ from fastpeft.modules import (
     FusedAdapter,
     FusedGelu,
     FusedLoraLinear,
+    dropout_p,
     is_plain,
     projection_of,
     why_not_lora,
@@ -138,17 +139,20 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+def _drops(dropout: nn.Module) -> float | None:
+    """The probability with which `dropout` drops now; None where a call of it is more than that."""
+    return dropout_p(dropout) if type(dropout) is nn.Dropout and is_plain(dropout) else None
+
+
 def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | None:
     """A residual for an operation to add; None where there is none, or dropout isn't all that happens on the way."""
-    if residual is None or type(dropout) is not nn.Dropout or not is_plain(dropout):
-        return None
-    return ops.Residual(residual, dropout.p if dropout.training else 0.0)
+    p = _drops(dropout)
+    return None if residual is None or p is None else ops.Residual(residual, p)
 
 
 def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
-    if type(dropout) is not nn.Dropout or not is_plain(dropout):
-        return dropout(x)
-    return ops.dropped(x, dropout.p if dropout.training else 0.0)
+    p = _drops(dropout)
+    return dropout(x) if p is None else ops.dropped(x, p)
 
 
 def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tensor | None:

@@ -73,7 +73,7 @@ def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
     weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
     bias = base.bias
     names, rest = _active(module), []
-    dropouts = [_dropout_p(module.lora_dropout[name]) for name in names]
+    dropouts = [dropout_p(module.lora_dropout[name]) for name in names]
     if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
         names, rest = names[:1], names[1:]
     for name in names:
@@ -91,7 +91,7 @@ def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
     return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
 
 
-def _dropout_p(dropout: nn.Module) -> float:
+def dropout_p(dropout: nn.Module) -> float:
     """The probability with which a call of `nn.Dropout` or `nn.Identity` drops now."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
@@ -104,7 +104,7 @@ def _active(module: Any) -> list[str]:
 def why_not_lora(module: Any) -> str | None:
     """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same."""
     base = module.base_layer
-    if type(base) not in (Conv1D, nn.Linear, FusedConv1D, FusedLinear):
+    if type(base) not in (Conv1D, nn.Linear, *FROZEN):
         return f"base layer is {type(base).__name__}, not Conv1D or nn.Linear"
     if module.disable_adapters:
         return "adapters are disabled"
@@ -235,6 +235,9 @@ class FusedLinear(nn.Linear):
         return super().forward(input)
 
 
+FROZEN = (FusedConv1D, FusedLinear)
+
+
 def _is_served(module: Any, x: Tensor) -> bool:
     """Whether this call of a fused frozen layer goes to oneDNN itself, noted in its site."""
     if not module.weight.is_cpu:  # moved since; a GPU doesn't wait for notes
@@ -268,7 +271,7 @@ def why_not_frozen(module: Any) -> str | None:
 
 def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
     """The class a fused class stands for; ValueError where it is none of ours."""
-    if fused in (FusedLoraLinear, FusedGelu, FusedConv1D, FusedLinear):
+    if fused in (FusedLoraLinear, FusedGelu, *FROZEN):
         return fused.__mro__[1]
     stock = fused.__mro__[2]
     if fused.__mro__[1] is not FusedAdapter:

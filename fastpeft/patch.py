@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import block, ops, probe
 from fastpeft.adapters import Adapter
 from fastpeft.modules import (
+    FROZEN,
     FusedAdapter,
     FusedConv1D,
     FusedGelu,
@@ -31,7 +32,6 @@ from fastpeft.modules import (
 from fastpeft.packing import PackingSite, install, uninstall, why_not_model
 
 SCOPES = ("layers", "model")
-FROZEN = (FusedConv1D, FusedLinear)
 
 
 class Candidate(NamedTuple):
@@ -131,7 +131,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         ValueError: another library (FSDP) has swapped a fused class since; nothing is changed then.
     """
     swapped = [m for m in model.modules() if "_fastpeft" in m.__dict__ and type(m) is not GPT2Model]
-    for module in swapped:
+    for module in swapped:  # an error comes before any change
         stock_class(type(module))
     for module in swapped:
         _restore(module)
