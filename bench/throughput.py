@@ -13,7 +13,7 @@ in random order, padded to the longest of the batch; only their own tokens count
 mask, as from any collator.
 
 Before anything is timed, each variant's logits and gradients are held against stock's, and the patched
-model's report shows that its fused code ran; after it, that the model scope packed whatever it could.
+model's report shows that its fused code ran; after it, that the auto scope packed whatever it could.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def point(
     """Measure one grid point: a dictionary by variant.
 
     Raises:
-        Wrong: the model scope didn't pack each batch that has padding or whose tokens aren't all read.
+        Wrong: the auto scope didn't pack each batch that has padding or whose tokens aren't all read.
     """
     steps: dict[str, Callable[[Batch], None]] = {}
     for name, model in models.items():

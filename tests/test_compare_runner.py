@@ -69,7 +69,7 @@ def test_results_json_has_a_full_record_of_every_run(finished):
     assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in METHODS]
     for run in written["runs"]:
         assert 0 <= run["accuracy"] <= 1
-        assert all(0 < run[f"step_seconds_{side}"] < 10 for side in ("stock", "layers", "model"))
+        assert all(0 < run[f"step_seconds_{side}"] < 10 for side in ("stock", "layers", "auto"))
         assert run["unpacked_because"] == (PREFIX if run["method"] == "prefix" else None)
         assert run["train_seconds"] > 0
         assert run["steps"] == 4
@@ -173,7 +173,7 @@ def test_the_page_is_well_formed_self_contained_and_names_every_method(finished)
         assert run["method"] in page.text
         assert f"{run['accuracy']:.1%}" in page.text
         assert run["formula"] in page.text
-        for side in ("stock", "layers", "model"):
+        for side in ("stock", "layers", "auto"):
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms" in page.text
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[1]["alt"]
     assert page.text.count(f"as layers: {PREFIX}") == 1

@@ -126,7 +126,7 @@ ASIDE = {
 @pytest.mark.parametrize("reason", ASIDE)
 def test_a_change_after_patch_gives_the_layer_back_to_stock(reason, monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    model = fastpeft.patch(without_gelu())
+    model = fastpeft.patch(without_gelu(), scope="layers")
     stock = fastpeft.unpatch(copy.deepcopy(model))
     model, stock = (ASIDE[reason](each) for each in (model, stock))
     assert {row[2:] for row in rows(model)} == {("stock", reason, 0)}

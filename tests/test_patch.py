@@ -371,10 +371,10 @@ def test_copies_of_a_patched_model_are_patched(copy_of):
     step(model)
     twin = copy_of(model)
     assert classes(twin) == classes(model)
-    calls = [row.calls for row in fastpeft.report(model)]
+    calls = [row.calls for row in fastpeft.report(model) if row.kind != "packing"]
     result, expected = step(twin), step(model)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
-    assert [row.calls for row in fastpeft.report(twin)] == [count + 1 for count in calls]
+    assert [row.calls for row in fastpeft.report(twin) if row.kind != "packing"] == [n + 1 for n in calls]
     fastpeft.unpatch(twin)
     assert_stock(twin)
     assert_fused(model)
