@@ -166,9 +166,11 @@ class Adapter(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
-        z_t = mm(down, x.T)
-        if down_bias is not None:
-            z_t += down_bias.to(x.dtype)[:, None]
+        bias = None if down_bias is None else down_bias.to(x.dtype)[:, None]
+        if bias is None or x.dtype.itemsize > 2:
+            z_t = mm(down, x.T) if bias is None else mm(down, x.T).add_(bias)
+        else:  # rounded once, after the bias: a ReLU asks for the sign of a z near 0
+            z_t = torch.addmm(bias, down, x.T)
         h_t = reference.ACTIVATIONS[activation](z_t)
         ctx.save_for_backward(x, z_t, down_weight, down_bias, up_weight, up_bias)
         ctx.activation, ctx.scale = activation, scale

@@ -137,6 +137,19 @@ def test_adapter_equals_the_formula(activation, dtype, biases):
     assert_outcomes(fused, pytorch, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_relu_sees_on_which_side_of_zero_a_bias_puts_a_16_bit_product(dtype):
+    inputs = adapter_inputs(dtype, lead=(1,))
+    product = inputs["x"].detach().double() @ inputs["down_weight"].detach().double().T
+    inputs["down_bias"] = (-product[0]).to(dtype).requires_grad_()  # what remains is its rounding
+    options = {"activation": "relu", "scale": 0.6}
+    passed = outcome(fastpeft.adapter, inputs, **options)["down_bias"] != 0
+    assert torch.equal(
+        passed, outcome(reference.adapter, inputs, cast=torch.float64, **options)["down_bias"] != 0
+    )
+    assert 0 < passed.sum() < len(passed)
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_adapter_with_float32_weights_on_a_16_bit_x(exact):
     inputs = adapter_inputs(torch.bfloat16, torch.float32)

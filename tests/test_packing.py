@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import assert_fused, gpt2, with_adapters, with_lora
+from models import assert_as_good_over_draws, assert_fused, gpt2, with_adapters, with_lora
 from peft import PrefixTuningConfig, get_peft_model
-from test_parity import by_role
-from tolerances import assert_as_good_as
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     DynamicCache,
@@ -59,15 +57,21 @@ def packing_row(model):
     return next(row for row in fastpeft.report(model) if row.kind == "packing")
 
 
-def assert_packed_equals_stock(model, inputs, dtype=torch.float32):
+def redrawn(inputs, seed):
+    """The same batch with other tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 61, inputs["input_ids"].shape, generator=generator)
+    return {**inputs, "input_ids": ids * inputs["attention_mask"]}
+
+
+def assert_packed_equals_stock(model, inputs, dtype=torch.float32, draws=16):
     patched, stock, truth = model.to(dtype), copy.deepcopy(model), copy.deepcopy(model).double()
     fastpeft.patch(patched, scope="model")
-    results = [outcome(m, inputs) for m in (patched, stock, truth)]
-    assert packing_row(patched)[2:] == ("torch", packing_row(patched).reason, 1)
+    assert_as_good_over_draws(
+        (patched, stock, truth), lambda model, draw: outcome(model, redrawn(inputs, draw)), draws
+    )
+    assert packing_row(patched)[2:] == ("torch", packing_row(patched).reason, draws)
     assert not any(isinstance(m, PackedAttention) for m in stock.modules())
-    assert results[0].keys() == results[1].keys()
-    for fused, pytorch, exact in by_role(*results):
-        assert_as_good_as(fused[1], pytorch[1], exact[1], fused[0])
 
 
 @pytest.mark.parametrize("side", ["right", "left", "mixed"])
@@ -101,10 +105,7 @@ def test_short_rows_attend_in_float32_on_the_cpu(short, attended, monkeypatch):
     "head", [GPT2Model, GPT2LMHeadModel, GPT2ForTokenClassification, GPT2ForQuestionAnswering]
 )
 def test_every_head(head):
-    model = gpt2(head)
-    if head is GPT2ForQuestionAnswering:
-        model.qa_outputs.bias.requires_grad_(False)  # two numbers: PyTorch's own error on them is luck
-    assert_packed_equals_stock(model, batch([4, 9, 2]))
+    assert_packed_equals_stock(gpt2(head), batch([4, 9, 2]))
 
 
 @pytest.mark.parametrize("slot", ["post_embed", "post_attn", "post_mlp", "post_block", "pre_head"])
@@ -159,7 +160,7 @@ def test_position_ids_and_token_type_ids():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=6, max_size=9).filter(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9).filter(
         lambda n: sum(n) <= 0.9 * 12 * len(n)
     ),
     side=st.sampled_from(["right", "left", "mixed"]),
@@ -168,9 +169,9 @@ def test_position_ids_and_token_type_ids():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_drawn_lengths(lengths, side, head, slots, dtype):
-    """At least six sequences: of a number or two, PyTorch's own error is luck."""
     model = with_lora(gpt2(head, n_layer=1))
-    model = with_adapters(model, *slots) if slots else model
+    if slots:  # smooth ones: few rows reach a ReLU near 0, and on which side 16 bits put them is luck
+        model = with_adapters(model, *slots, activation="gelu")
     assert_packed_equals_stock(model, batch(lengths, side), dtype)
 
 

@@ -196,7 +196,9 @@ def test_patching_fails_as_a_whole(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "act", [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), F.relu, torch.relu, F.gelu, F.silu], ids=str
+    "act",
+    [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), F.relu, torch.relu, F.gelu, F.silu],
+    ids=lambda act: getattr(act, "__name__", str(act)),  # str of a function has its address
 )
 @pytest.mark.parametrize("injection", ["hook", "forward"])
 def test_a_users_own_adapter_is_fused(act, injection):
