@@ -442,6 +442,10 @@ def _triton_too_old() -> str | None:
 
 _TRITON_TOO_OLD = _triton_too_old()
 
+#: Devices that have an autocast; of another torch mustn't be asked whether it is on. Known at import: Dynamo of torch
+#: 2.11 can't trace the question.
+_AUTOCASTS = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")))
+
 
 def _refuse(backend: str, reason: str) -> Route:
     if backend == "triton":
@@ -495,7 +499,7 @@ def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast does to a linear layer's inputs: everything but float64 in its dtype."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _AUTOCASTS and torch.is_autocast_enabled(device)
     if not on or x.dtype == torch.float64:
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)

@@ -44,7 +44,7 @@ def choose_tile(
         ):
             pytest.skip(f"not in the table of sm_{arch}")
 
-    def chosen(x, weight, rank, inner, outer, epilogue):
+    def chosen(x, weight, rank, inner, outer, epilogue, derivative):
         single = variant.startswith("single") and not inner
         return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
 
