@@ -58,7 +58,9 @@ def record() -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     token = _recorded.set(launches)
     try:
-        yield launches
+        # CUDA's backward runs in a thread of autograd's own, which sees no context variable, unless told to stay here.
+        with torch.autograd.set_multithreading_enabled(False):
+            yield launches
     finally:
         _recorded.reset(token)
 

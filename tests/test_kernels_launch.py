@@ -210,3 +210,10 @@ class TestTheChoiceOfATile:
         programs = {each.kernel.__name__: math.prod(each.grid) for each in launches}
         assert len(programs) == 2
         assert all(100 <= count <= 264 for count in programs.values()), programs
+
+
+def test_what_is_recorded_runs_backward_in_the_calling_thread():
+    """A device's backward has a thread of its own otherwise, and that one launches for real."""
+    with launch.record():
+        assert not torch._C._is_multithreading_enabled()
+    assert torch._C._is_multithreading_enabled()

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterable
+from email import message_from_bytes
+from email.message import Message
+from importlib.util import resolve_name
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
+import fastpeft
 from fastpeft import ops
+from fastpeft.__main__ import NEEDS, main
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,13 +87,120 @@ print(sorted(new & {"triton", "matplotlib", "typer", "rich", "jinja2", "accelera
     assert run(code, cwd=tmp_path) == "[]"
 
 
-def test_every_package_folder_is_packaged():
-    from unittest import mock
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> zipfile.ZipFile:
+    """The wheel that pip would build, from a copy: building writes beside the sources."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("built")
+    for name in "fastpeft", "kernels":
+        caches = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=caches)
+    for name in "setup.py", "pyproject.toml", "README.md", "LICENSE":
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools import build_meta; print(build_meta.build_wheel({str(built)!r}))"
+    return zipfile.ZipFile(built / run(build, cwd=source).splitlines()[-1])
 
-    with mock.patch("setuptools.setup") as setup:
-        exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), {"__name__": "__main__"})
-    packages = set(setup.call_args.kwargs["packages"])
-    folders = {
-        str(p.parent.relative_to(ROOT)).replace("/", ".") for p in (ROOT / "fastpeft").rglob("__init__.py")
+
+def test_every_file_of_the_package_is_in_the_wheel_kernels_too(wheel):
+    folders = ("fastpeft", "fastpeft/compare", "fastpeft/kernels")
+    files = (path for folder in folders for path in (ROOT / folder).iterdir() if path.is_file())
+    packed = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert packed == {str(path.relative_to(ROOT)) for path in files}
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel) -> Message:
+    (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+    return message_from_bytes(wheel.read(name))
+
+
+def test_the_wheel_has_the_version_of_the_package(metadata):
+    assert (metadata["Name"], metadata["Version"]) == ("fastpeft", fastpeft.__version__)
+
+
+def names(requirements: Iterable[str], extra: str = "") -> set[str]:
+    """The packages that `requirements` name for an extra; without one, what is always installed."""
+    parsed = map(Requirement, requirements)
+    asked = {"extra": extra, "sys_platform": "linux"}
+    return {
+        r.name
+        for r in parsed
+        if (not r.marker or r.marker.evaluate(asked)) and bool(extra) == ("extra" in str(r.marker))
     }
-    assert packages == folders | {"fastpeft.kernels"}
+
+
+def imported(*paths: Path) -> set[str]:
+    """The packages of others that these files import, as they are named in a registry."""
+    trees = (ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
+    nodes = [node for tree in trees for node in tree]
+    modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    tops = {module.partition(".")[0] for module in modules}
+    return tops - sys.stdlib_module_names - {"fastpeft"}
+
+
+def test_the_runtime_requires_what_it_imports_and_the_comparison_is_an_extra(metadata):
+    requirements = metadata.get_all("Requires-Dist")
+    package = {path for folder in ("fastpeft", "kernels") for path in (ROOT / folder).glob("*.py")}
+    cli = {ROOT / "fastpeft" / "cli.py"}
+    assert names(requirements) == imported(*package - cli)
+    compare = imported(*cli, *(ROOT / "fastpeft" / "compare").glob("*.py"))
+    assert names(requirements, "compare") == compare - names(requirements) == set(NEEDS)
+
+
+def test_without_the_extra_the_command_line_names_it(monkeypatch, capsys):
+    for name in "typer", "matplotlib":
+        monkeypatch.setitem(sys.modules, name, None)  # as if it weren't installed
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert said == "fastpeft: needs matplotlib, typer: pip install 'fastpeft[compare]'\n"
+
+
+def floors() -> list[str]:
+    """The modules of fastpeft in CONTRIBUTING's order: each imports what comes after it, and nothing else."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^Imports point to the right only: ([^;]*);", text, re.MULTILINE)
+    return re.findall(r"\w+", line)
+
+
+def modules_of_ours() -> set[str]:
+    """The modules and packages right in fastpeft/."""
+    folder = ROOT / "fastpeft"
+    return {path.stem for path in folder.glob("*.py")} | {path.parent.name for path in folder.glob("*/*.py")}
+
+
+def imports_of_ours(path: Path) -> set[str]:
+    """Those of them that a file of fastpeft/ imports, anywhere in it; `__init__` for what fastpeft itself shows."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in getattr(node, "names", ())]
+        if isinstance(node, ast.ImportFrom):
+            source = resolve_name("." * node.level + (node.module or ""), package)
+            names = [f"{source}.{name}" for name in names]
+        elif not isinstance(node, ast.Import):
+            continue
+        ours = [name.split(".") for name in names if f"{name}.".startswith("fastpeft.")]
+        found |= {name[1] if name[1:2] and name[1] in modules_of_ours() else "__init__" for name in ours}
+    return found
+
+
+def test_contributings_line_of_imports_names_every_module():
+    missing, gone = modules_of_ours() - set(floors()), set(floors()) - modules_of_ours()
+    assert not missing, f"give them a place in CONTRIBUTING's line of imports: {missing}"
+    assert not gone, f"CONTRIBUTING's line of imports names what isn't there: {gone}"
+
+
+@pytest.mark.parametrize("module", sorted(modules_of_ours() - {"kernels"}))
+def test_imports_point_to_the_right_of_contributings_line(module):
+    order = floors()
+    allowed = set(order[order.index(module) :])
+    place = ROOT / "fastpeft" / module
+    for path in place.glob("*.py") if place.is_dir() else [place.with_suffix(".py")]:
+        assert imports_of_ours(path) <= allowed, path
+
+
+def test_kernels_import_nothing_else_of_fastpeft():
+    for path in (ROOT / "fastpeft" / "kernels").glob("*.py"):
+        assert imports_of_ours(path) <= {"kernels"}, path

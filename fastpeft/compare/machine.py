@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-PACKAGES = ("fastpeft", "torch", "triton", "transformers", "peft", "accelerate")
+import fastpeft
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
 
 
 def processes() -> PartialState:
@@ -21,7 +23,7 @@ def processes() -> PartialState:
 
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages that decide the results; None for one that isn't installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    found: dict[str, str | None] = {"python": platform.python_version(), "fastpeft": fastpeft.__version__}
     for package in PACKAGES:
         try:
             found[package] = version(package)
