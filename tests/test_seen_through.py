@@ -316,7 +316,7 @@ def test_a_head_is_packed_where_it_reads_no_padding(name, side, training):
         return [t.detach() for t in tensors.values()]
 
     model = with_lora(gpt2(head, classifier_dropout=0.0, summary_first_dropout=0.0), task_type=None)
-    patched = assert_the_same(use, model, inputs)
+    patched = assert_the_same(use, model.double(), inputs)
     row = packing_row(patched)
     assert (row.path, row.calls) == (("torch", 1) if packs else ("stock", 0)), row.reason
 
