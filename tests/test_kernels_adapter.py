@@ -23,17 +23,19 @@ from fastpeft.kernels import adapter, launch, tiling
 ACTIVATIONS = list(reference.ACTIVATIONS)
 TOKENS = [1, 17, 63, 128, 257]
 BOTTLENECKS = [1, 3, 8, 16, 64, 100, 256]
-SAMPLE = list(
-    pairwise(
+SAMPLE = [
+    *pairwise(
         m=ROWS,
         width=[36, 100, 136],  # less than a step of 64 columns, or more, and more than two
-        bottleneck=[1, 16, 100, 256],  # padded to the least there is, just that, padded, and the largest
+        bottleneck=[3, 16, 100, 256],  # padded to the least there is, just that, padded, and the largest
         activation=ACTIVATIONS,
         dtypes=list(DTYPES),
         form=["dense", "offset", "transposed", "expanded"],
         bias=[True, False],
-    )
-)
+    ),
+    # Once, for it takes 32 draws: every stride of the weights is 1.
+    dict(m=63, width=36, bottleneck=1, activation="gelu", dtypes="bf16", form="dense", bias=True),
+]
 
 pytestmark = pytest.mark.usefixtures("nan_empty")
 
