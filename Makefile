@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# A test process a core, each with one thread; `make test WORKERS=0` for none beside pytest's own.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=loadgroup
 
 .PHONY: demo test test-full test-gpu fuzz bench bench-gpu lint clean
 
@@ -9,10 +12,10 @@ demo: $(INSTALLED)
 	$(BIN)/fastpeft compare --out demo-report
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest --full
+	$(PYTEST) --full
 
 fuzz: $(INSTALLED)
 	FASTPEFT_FUZZ_SEQUENCES=5000 $(BIN)/python -m pytest tests/test_fuzz.py

@@ -50,7 +50,7 @@ def matrix() -> list[str]:
         "",
         "## The matrix",
         "",
-        "`test_fidelity_matrix.py` runs what is done to a model over these heads and paddings, in both scopes and exact,",
+        "`test_fidelity_matrix.py` runs what is done to a model over these heads and paddings, in both scopes, exact,",
         "in training and evaluation, with either attention, with bottleneck adapters and without, every pair of values",
         "at least once, and compares outputs and gradients in float64. Labels, where a head takes some, count at no",
         f"hidden position. Cells are as below for: {stays}. They are stock, whatever the head, for: {leaves}. `exact`",

@@ -30,6 +30,7 @@ from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import METHODS
 from fastpeft.compare.runner import compare
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one comparison serves most tests
 PREFIX = "past keys and values, of a cache or a prefix"
 
 
@@ -321,7 +322,7 @@ def test_seeds_vary_the_start_and_the_order_of_texts_on_one_split(tmp_path):
         # Without --multi_gpu, accelerate starts a single process where it sees no GPU.
         [
             "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-            "--mixed_precision=no", "--dynamo_backend=no",
+            "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",  # any that is free
         ],
     ],
     ids=["torchrun", "accelerate"],
