@@ -444,7 +444,9 @@ _TRITON_TOO_OLD = _triton_too_old()
 
 #: Devices that have an autocast; of another torch mustn't be asked whether it is on. Known at import: Dynamo of torch
 #: 2.11 can't trace the question.
-_AUTOCASTS = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla")))
+_AUTOCASTS = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla"))
+)
 
 
 def _refuse(backend: str, reason: str) -> Route:
