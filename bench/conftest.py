@@ -49,7 +49,8 @@ class Recorder:
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
         report = yield
         benchmark = getattr(item, "funcargs", {}).get("benchmark")
-        if call.when == "call" and not report.skipped and benchmark is not None:
+        timed = benchmark is not None and (benchmark.stats or call.excinfo)  # not under --benchmark-disable
+        if call.when == "call" and timed and not report.skipped:
             row: dict[str, Any] = {"id": item.name, **benchmark.extra_info}
             if call.excinfo is None:
                 times = benchmark.stats.stats.data

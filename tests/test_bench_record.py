@@ -28,8 +28,11 @@ def test_layer(benchmark, variant):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
     """Runs the benchmarks above as bench/ runs its own."""
+    monkeypatch.delenv(
+        "PYTEST_XDIST_WORKER", raising=False
+    )  # the plugin times nothing where it sees a worker's name
     spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
     plugin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plugin)
