@@ -27,34 +27,31 @@ test-oldest test-newest: test-%: .venv-%/installed
 fuzz: $(INSTALLED)
 	FASTPEFT_FUZZ_SEQUENCES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
 
-test-gpu: $(INSTALLED)
-	$(BIN)/python -m pytest -m gpu
+# The targets for a GPU run in the environment of PYTHON=... where one is named, and install nothing then.
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(BIN)/python
+test-gpu bench-gpu: $(INSTALLED)
+endif
+
+test-gpu:
+	PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}" $(GPU_PYTHON) -m pytest -m gpu -n auto --maxprocesses=12
 
 # On the CPU, half an hour or more on an idle machine: writes bench/results and the README's table.
 bench: $(INSTALLED)
 	$(BIN)/python bench/traffic.py --json bench/results/traffic.json
-	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default \
-	  --benchmark-json=bench/results/micro.json
+	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default --record bench/results/micro.json
 	$(BIN)/python bench/throughput.py --head classifier --method lora adapter --dtype fp32 bf16 --dropout 0 0.05 \
 	  --batch 4 --inference --startup --rounds 9 --json bench/results/throughput.json
 	$(BIN)/python bench/throughput.py --data random rotten-tomatoes --batch 32 --dropout 0.05 --model-dropout 0.1 \
 	  --inference --variants frozen peft fastpeft fastpeft_model --rounds 9 --json bench/results/sentences.json
 	$(BIN)/python bench/plot.py --table README.md
 
-# On a GPU: the tests first, then all that is counted and measured, into one page, $(GPU)/report.html.
-GPU := bench/results/gpu
-bench-gpu: $(INSTALLED)
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("bench-gpu needs a CUDA device")'
-	mkdir -p $(GPU)
-	$(BIN)/python -m pytest -m gpu > $(GPU)/tests.txt || { cat $(GPU)/tests.txt; exit 1; }
-	$(BIN)/python bench/compile_report.py --json $(GPU)/compile_report.json
-	$(BIN)/python bench/traffic.py --json $(GPU)/traffic.json
-	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default --benchmark-json=$(GPU)/micro.json
-	$(BIN)/python bench/throughput.py --model small medium --method lora adapter --dtype bf16 fp32 --dropout 0 0.1 \
-	  --rank 16 --batch 8 --seq 256 1024 --inference --startup --json $(GPU)/throughput.json
-	$(BIN)/python bench/throughput.py --data random rotten-tomatoes --dtype bf16 fp32 --batch 32 --dropout 0.05 \
-	  --model-dropout 0.1 --inference --variants frozen peft fastpeft fastpeft_model --json $(GPU)/sentences.json
-	$(BIN)/python bench/plot.py --results $(GPU) --report $(GPU)/report.html
+# On a GPU: the tests, then all that is counted and measured, into one page. A call takes at most eight minutes, and the
+# next goes on: until it says that nothing is left.
+bench-gpu:
+	$(GPU_PYTHON) bench/gpu.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

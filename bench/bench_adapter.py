@@ -21,8 +21,9 @@ built = functools.lru_cache(maxsize=2)(layers.adapter_variant)
 @pytest.mark.parametrize("variant", layers.ADAPTER_VARIANTS)
 @pytest.mark.parametrize("case", adapter_cases(timing.DEVICE), ids=str)
 def test_adapter(benchmark: Any, case: AdapterCase, variant: str, phase: str, state: tuple[str, str]) -> None:
+    about = {**case._asdict(), **timing.about(phase, state)}
+    benchmark.extra_info.update(operation="adapter", variant=variant, **about)
     baseline, layer = (built(case, name, timing.DEVICE) for name in ("eager", variant))
     x = torch.randn(1, case.tokens, case.width, dtype=DTYPES[case.dtype], device=timing.DEVICE)
     benchmark.group = f"{case} {phase} {'-'.join(state)}"
-    about = {"operation": "adapter", "variant": variant, **case._asdict()}
-    timing.measure(benchmark, layer, baseline, x, phase, state, **about)
+    timing.measure(benchmark, layer, baseline, x, phase, state)

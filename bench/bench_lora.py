@@ -23,9 +23,10 @@ built = functools.lru_cache(maxsize=2)(layers.lora_variant)
 def test_lora(benchmark: Any, case: LoraCase, variant: str, phase: str, state: tuple[str, str]) -> None:
     if variant == "peft_fp32" and case.dtype == "fp32":
         pytest.skip("factors are float32 already: this is the variant peft")
-    baseline, layer = (built(case, name, timing.DEVICE) for name in ("peft", variant))
-    x = torch.randn(1, case.tokens, case.projection.k, dtype=DTYPES[case.dtype], device=timing.DEVICE)
-    benchmark.group = f"{case} {phase} {'-'.join(state)}"
     name, k, n = case.projection
     shape = {**case._asdict(), "projection": name, "k": k, "n": n}
-    timing.measure(benchmark, layer, baseline, x, phase, state, operation="lora", variant=variant, **shape)
+    benchmark.extra_info.update(operation="lora", variant=variant, **shape, **timing.about(phase, state))
+    baseline, layer = (built(case, name, timing.DEVICE) for name in ("peft", variant))
+    x = torch.randn(1, case.tokens, k, dtype=DTYPES[case.dtype], device=timing.DEVICE)
+    benchmark.group = f"{case} {phase} {'-'.join(state)}"
+    timing.measure(benchmark, layer, baseline, x, phase, state)

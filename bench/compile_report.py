@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels have no machine code
 
+import checkout  # noqa: F401
 import torch
 import triton
 import triton.language as tl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from cases import DTYPES, AdapterCase, LoraCase
 from check import Wrong, hold

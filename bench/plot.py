@@ -96,8 +96,12 @@ def throughput(record: dict[str, Any]) -> Figure:
 
 
 def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
-    furthest = max(row["tokens_per_second"]["q80"] for row in point["variants"].values())
+    measured = [row for row in point["variants"].values() if "failed" not in row]
+    furthest = max((row["tokens_per_second"]["q80"] for row in measured), default=1.0)
     for place, (variant, row) in enumerate(point["variants"].items()):
+        if "failed" in row:
+            axes.text(furthest * 0.03, place, "failed", va="center", fontsize=7)
+            continue
         value, slow, fast = (row["tokens_per_second"][part] for part in ("median", "q20", "q80"))
         whiskers = [[value - slow], [fast - value]]
         axes.barh(place, value, 0.75, color=COLOURS[variant], xerr=whiskers, error_kw={"linewidth": 0.8})
@@ -145,6 +149,10 @@ def _relative_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
     for group in groups.values():
         ticks.append(place + (len(group) - 1) / 2)
         for row in group:
+            if "failed" in row:
+                axes.text(0.03, place, "failed", va="center", fontsize=5)
+                place += 1
+                continue
             median, most, least = (1 / row["speedup"][name] for name in ("median", "q20", "q80"))
             whiskers = [[median - least], [most - median]]
             axes.barh(

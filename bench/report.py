@@ -22,7 +22,6 @@ th:first-child, td:first-child { text-align: left }
 p { color: #555 }
 </style>
 <h1>fastpeft benchmarks</h1>
-{% if outcome %}<p>GPU tests: {{ outcome }}</p>{% endif %}
 {% for name, record in records.items() %}
 <p>{{ name }}: <code>{{ record.command }}</code>, commit {{ record.commit }},
 {{ record.machine.gpu or record.machine.processor }};
@@ -50,10 +49,8 @@ p { color: #555 }
 
 
 def write(path: Path, folder: Path, records: dict[str, dict[str, Any]], figures: dict[str, Path]) -> None:
-    """Write the page, its figures inside; a compile report and the GPU tests' outcome come from `folder`."""
+    """Write the page, its figures inside; a compile report and how a GPU's steps ended come from `folder`."""
     images = {name: base64.b64encode(png.read_bytes()).decode() for name, png in figures.items()}
-    tests = folder / "tests.txt"
-    outcome = tests.read_text(encoding="utf-8").strip().splitlines()[-1] if tests.exists() else None
-    every = [*tables.compiled(folder), *tables.every(records)]
-    page = PAGE.render(records=records, figures=images, tables=every, outcome=outcome)
+    every = [*tables.steps(folder), *tables.compiled(folder), *tables.every(records)]
+    page = PAGE.render(records=records, figures=images, tables=every)
     path.write_text(page, encoding="utf-8")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 
+import checkout  # noqa: F401
 import torch
 from torch import Tensor
 
 from fastpeft.compare.base_model import gpt2_tokenizer
 from fastpeft.compare.data import load_rotten_tomatoes
+from fastpeft.compare.errors import BadInput
 
 
 def batches(count: int, size: int, vocabulary: int, longest: int, device: str) -> list[dict[str, Tensor]]:
@@ -37,3 +39,12 @@ def batches(count: int, size: int, vocabulary: int, longest: int, device: str) -
             }
         )
     return found
+
+
+def why_not() -> str | None:
+    """What is missing for them; None where nothing is."""
+    try:
+        batches(1, 1, vocabulary=2, longest=1, device="cpu")
+    except BadInput as error:
+        return str(error)
+    return None

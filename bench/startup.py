@@ -8,6 +8,7 @@ import sys
 import time
 
 import variants
+from checkout import ROOT
 
 import fastpeft
 
@@ -22,7 +23,7 @@ print(time.perf_counter() - began)
 def import_seconds(rounds: int = 3) -> float:
     """Median, each in a fresh interpreter."""
     runs = [
-        subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
+        subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True, check=True)
         for _ in range(rounds)
     ]
     return statistics.median(float(run.stdout) for run in runs)

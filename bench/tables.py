@@ -67,6 +67,16 @@ def compiled(folder: Path) -> Iterator[Table]:
     yield Table("Compiled kernels", f"Machine code read back; triton {report['triton']}.", header, rows)
 
 
+def steps(folder: Path) -> Iterator[Table]:
+    """How each step of bench/gpu.py ended, where the folder has its record."""
+    path = folder / "steps.json"
+    if path.exists():
+        record = json.loads(path.read_text(encoding="utf-8"))
+        yield Table(
+            "Steps", provenance(record), ["", "ended"], [list(each) for each in record["steps"].items()]
+        )
+
+
 def every(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
     """All tables that the records give."""
     make = {"traffic": traffic, "throughput": throughput, "micro": micro}
@@ -118,6 +128,9 @@ def throughput(record: dict[str, Any]) -> Iterator[Table]:
     for point in record["points"]:
         rows = []
         for variant, row in point["variants"].items():
+            if "failed" in row:
+                rows.append([LABELS[variant], failed(row), *[""] * (len(header) - 2)])
+                continue
             speedup, saved = row.get("speedup"), row.get("saved_bytes")
             frozen, layers = row.get("over_frozen"), row.get("over_layers")
             is_baseline = speedup is None or speedup["over"] == variant
@@ -144,11 +157,16 @@ def speedups(record: dict[str, Any]) -> Table:
     for point in record["points"]:
         name = describe(point)
         for variant, row in point["variants"].items():
+            if "failed" in row:
+                rows.append([name, LABELS[variant], failed(row), "", "", ""])
+                name = ""
+                continue
             speedup, frozen, layers = (row.get(key) for key in ("speedup", "over_frozen", "over_layers"))
             if variant == "frozen" or speedup is None or speedup["over"] == variant:
                 continue
-            against = point["variants"][speedup["over"]]["tokens_per_second"]
-            tokens = f"{row['tokens_per_second']['median']:.0f} : {against['median']:.0f}"
+            against = point["variants"][speedup["over"]]
+            theirs = "failed" if "failed" in against else f"{against['tokens_per_second']['median']:.0f}"
+            tokens = f"{row['tokens_per_second']['median']:.0f} : {theirs}"
             compared = f"{LABELS[variant]} : {LABELS[speedup['over']]}"
             over = ["" if other is None else f"{other['median']:.2f}" for other in (frozen, layers)]
             rows.append([name, compared, tokens, ratio(speedup), *over])
@@ -169,7 +187,10 @@ def micro(record: dict[str, Any]) -> Iterator[Table]:
         variants = list(dict.fromkeys(row["variant"] for row in rows))
         lines: dict[str, dict[str, str]] = {}
         for row in rows:
-            cell = f"{row['seconds']['median'] * 1e3:.3f} ({row['speedup']['median']:.2f})"
+            if "failed" in row:
+                cell = failed(row)
+            else:
+                cell = f"{row['seconds']['median'] * 1e3:.3f} ({row['speedup']['median']:.2f})"
             lines.setdefault(shape(row), {})[row["variant"]] = cell
         cells = [[name, *(line.get(v, "") for v in variants)] for name, line in lines.items()]
         header = ["ms (speed-up)", *(LABELS[v] for v in variants)]
@@ -218,6 +239,11 @@ def provenance(record: dict[str, Any]) -> str:
     machine, versions = record["machine"], record["versions"]
     where = machine["gpu"] or f"{machine['processor']}, {machine['torch_threads']} threads"
     return f"{where}; torch {versions['torch']}, peft {versions['peft']}; commit {record['commit']}."
+
+
+def failed(row: dict[str, Any]) -> str:
+    """What a row says instead of numbers; a bar would end its cell in Markdown."""
+    return f"failed: {row['failed']}".replace("|", "/")
 
 
 def ratio(spread: dict[str, float]) -> str:

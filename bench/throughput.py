@@ -1,7 +1,7 @@
 """Whole-model throughput of GPT-2: training steps and inference, every variant in turn in one process.
 
     python bench/throughput.py [--model small] [--batch 8] [--seq 128] [--dtype fp32 bf16]
-        [--method lora adapter] [--dropout 0 0.1] [--inference] [--startup] [--json FILE]
+        [--method lora adapter] [--dropout 0 0.1] [--inference] [--startup] [--json FILE [--resume]] [--minutes N]
     python bench/throughput.py --data rotten-tomatoes --batch 32 [...]
 
 A training step is forward, loss and backward; the optimiser's share is the same for all and left out. A round
@@ -13,7 +13,9 @@ in random order, padded to the longest of the batch; only their own tokens count
 mask, as from any collator.
 
 Before anything is timed, each variant's logits and gradients are held against stock's, and the patched
-model's report shows that its fused code ran; after it, that the auto scope packed whatever it could.
+model's report shows that its fused code ran; after it, that the auto scope packed whatever it could. A variant
+that fails, in a check or in a step, is a row that says so. With --minutes no point is begun after so many, and
+the exit code is 75 where some are left; with --resume those that FILE has already are kept.
 """
 
 from __future__ import annotations
@@ -21,8 +23,10 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,24 +51,33 @@ Batch = dict[str, Tensor]
 
 def rotated(names: list[str], turn: int) -> list[str]:
     """`names`, beginning with another one each turn."""
-    turn %= len(names)
+    turn %= max(len(names), 1)
     return names[turn:] + names[:turn]
 
 
 def seconds(
-    steps: dict[str, Callable[[Batch], None]], batches: list[Batch], device: str
+    steps: dict[str, Callable[[Batch], None]],
+    batches: list[Batch],
+    device: str,
+    failed: dict[str, str] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each step, a number a round; a round is a batch, and the first `WARM_UP` don't count."""
+    """Seconds of each step, a number a round; a round is a batch, and the first `WARM_UP` don't count.
+
+    A step that fails is noted in `failed` and left out from there on; without it, the error is raised.
+    """
     found: dict[str, list[float]] = {name: [] for name in steps}
     for turn, batch in enumerate(batches, -WARM_UP):
         gc.collect()
-        for name in rotated(list(steps), turn):
-            wait(device)
-            began = time.perf_counter()
-            steps[name](batch)
-            wait(device)
-            if turn >= 0:
-                found[name].append(time.perf_counter() - began)
+        for name in rotated(list(found), turn):
+            with record.noted(failed, name):
+                wait(device)
+                began = time.perf_counter()
+                steps[name](batch)
+                wait(device)
+                if turn >= 0:
+                    found[name].append(time.perf_counter() - began)
+            if failed and name in failed:
+                del found[name]
     return found
 
 
@@ -114,12 +127,16 @@ def batches_of(setting: variants.Setting, data: str, batch: int, seq: int | None
 
 
 def point(
-    models: dict[str, nn.Module], setting: variants.Setting, mode: str, batches: list[Batch]
+    models: dict[str, nn.Module],
+    setting: variants.Setting,
+    mode: str,
+    batches: list[Batch],
+    failed: dict[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Measure one grid point: a dictionary by variant.
+    """Measure one grid point: a dictionary by variant, without those that fail, which are noted in `failed`.
 
     Raises:
-        Wrong: the auto scope didn't pack each batch that has padding or whose tokens aren't all read.
+        Wrong: the auto scope didn't pack each batch that has padding or whose tokens aren't all read (likewise).
     """
     steps: dict[str, Callable[[Batch], None]] = {}
     for name, model in models.items():
@@ -131,28 +148,29 @@ def point(
         run = training_step if mode == "training" else inference_step
         steps[name] = lambda batch, run=run, model=model: run(model, batch)
     packed = {name: variants.packed_calls(model) for name, model in models.items()}
-    taken = seconds(steps, batches, setting.device)
+    taken = seconds(steps, batches, setting.device, failed)
     packed = {name: variants.packed_calls(model) - packed[name] for name, model in models.items()}
     to_pack = sum(setting.head == "classifier" or not FULL < fill([batch]) < 1.0 for batch in batches)
     tokens = [int(batch["attention_mask"].sum()) for batch in batches[WARM_UP:]]
     found = {}
     for name, times in taken.items():
-        expected = to_pack if name == "fastpeft_model" else 0
-        if packed[name] != expected:
-            raise Wrong(f"{name} packed {packed[name]} of {len(batches)} batches, {expected} expected")
-        row: dict[str, Any] = {"seconds": record.spread(times)}
-        row["tokens_per_second"] = record.spread([n / t for n, t in zip(tokens, times, strict=True)])
-        baseline = variants.BASELINES[setting.method][name]
-        if baseline in taken:
-            row["speedup"] = {"over": baseline, **ratios(taken[baseline], times)}
-        if "frozen" in taken:
-            row["over_frozen"] = ratios(times, taken["frozen"])
-        if name == "fastpeft_model" and "fastpeft" in taken:
-            row["over_layers"] = ratios(times, taken["fastpeft"])
-        row["step_peak_bytes"] = step_peak_bytes(lambda name=name: steps[name](batches[0]), setting.device)
-        if mode == "training" and name != "compile":  # what a compiled graph saves, hooks don't see
-            row["saved_bytes"] = saved_bytes(models[name], batches[0])
-        found[name] = row
+        with record.noted(failed, name):
+            expected = to_pack if name == "fastpeft_model" else 0
+            if packed[name] != expected:
+                raise Wrong(f"{name} packed {packed[name]} of {len(batches)} batches, {expected} expected")
+            row: dict[str, Any] = {"seconds": record.spread(times)}
+            row["tokens_per_second"] = record.spread([n / t for n, t in zip(tokens, times, strict=True)])
+            baseline = variants.BASELINES[setting.method][name]
+            if baseline in taken:
+                row["speedup"] = {"over": baseline, **ratios(taken[baseline], times)}
+            if "frozen" in taken:
+                row["over_frozen"] = ratios(times, taken["frozen"])
+            if name == "fastpeft_model" and "fastpeft" in taken:
+                row["over_layers"] = ratios(times, taken["fastpeft"])
+            row["step_peak_bytes"] = step_peak_bytes(partial(steps[name], batches[0]), setting.device)
+            if mode == "training" and name != "compile":  # what a compiled graph saves, hooks don't see
+                row["saved_bytes"] = saved_bytes(models[name], batches[0])
+            found[name] = row
         models[name].zero_grad()
     return found
 
@@ -175,6 +193,9 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     )  # fmt: skip
     lines = [f"{'':16}" + "".join(f"{c:>22}" for c in columns)]
     for name, row in rows.items():
+        if "failed" in row:
+            lines.append(f"{name:16}failed: {row['failed']}")
+            continue
         s, speedup = row["seconds"], row.get("speedup")
         frozen, layers = row.get("over_frozen"), row.get("over_layers")
         saved, peak = row.get("saved_bytes"), row["step_peak_bytes"]
@@ -209,33 +230,62 @@ def grid(modes: list[str], args: argparse.Namespace) -> Iterator[tuple[str, str,
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """The record: each of its `points` has its setting, shapes, and what was measured by variant.
 
-    It is written after each point, so that a point which doesn't fit the machine costs none before it.
+    It is written after each point, so that nothing costs what was measured before it.
     """
-    result = {"kind": "throughput", **record.header(), "points": []}
-    if args.startup:
+    over = record.timer(args.minutes)
+    result: dict[str, Any] = {"kind": "throughput", **record.header(), "points": []}
+    if args.resume:
+        result = record.resumed(args.json, result)
+    if args.startup and "startup" not in result:
         result["startup"] = startup.measure()
         print(f"import fastpeft: {result['startup']['import_seconds']:.3f} s beyond torch, peft and GPT-2")
         print(f"fastpeft.patch on GPT-2 small: {result['startup']['patch_seconds']:.4f} s")
     inferred: set[variants.Setting] = set()
     for setting in settings(args):
         names = [name for name in variants.variants_of(setting) if not args.variants or name in args.variants]
-        models = variants.build(setting, names)
-        variants.check(models, setting)
         modes = ["training"]
         without_dropout = setting._replace(dropout=0.0)  # as inference is
         if args.inference and without_dropout not in inferred:
             inferred.add(without_dropout)
             modes.append("inference")
-        for mode, data, batch, seq in grid(modes, args):
-            batches = batches_of(setting, data, batch, seq, args.rounds)
-            shape = {"data": data, "batch": batch, "seq": seq, "fill": fill(batches[WARM_UP:])}
-            found = {"mode": mode, **setting._asdict(), **shape, "rounds": args.rounds}
-            found["variants"] = point(models, setting, mode, batches)
+        abouts = [about(setting, *each, args.rounds) for each in grid(modes, args)]
+        todo = [each for each in abouts if not any(is_of(each, point, names) for point in result["points"])]
+        models: dict[str, nn.Module] = {}
+        failed: dict[str, str] = {}
+        for each in todo:
+            if over():
+                print("the time is up: --resume goes on", flush=True)
+                sys.exit(record.LEFT)
+            if not models and not failed:
+                models = variants.build(setting, names, failed)
+                models = variants.check(models, setting, failed)
+            batches = batches_of(setting, each["data"], each["batch"], each["seq"], args.rounds)
+            lines = dict(failed)
+            rows = point(models, setting, each["mode"], batches, lines)
+            rows |= {name: {"failed": line} for name, line in lines.items()}
+            ordered = {name: rows[name] for name in names}
+            found = {**each, "fill": fill(batches[WARM_UP:]), "variants": ordered}
             result["points"].append(found)
-            print(f"\n{tables.describe(found)}, {args.rounds} rounds\n{table(found['variants'])}", flush=True)
+            print(f"\n{tables.describe(found)}, {args.rounds} rounds\n{table(ordered)}", flush=True)
             if args.json:
                 record.write(args.json, result)
+            wait(setting.device)  # an error that a device keeps ends this process, and not the next
     return result
+
+
+def about(
+    setting: variants.Setting, mode: str, data: str, batch: int, seq: int | None, rounds: int
+) -> dict[str, Any]:
+    """What tells a point from others."""
+    return {"mode": mode, **setting._asdict(), "data": data, "batch": batch, "seq": seq, "rounds": rounds}
+
+
+def is_of(each: dict[str, Any], measured: dict[str, Any], names: list[str]) -> bool:
+    """Whether a recorded point is the one that `about` tells, with all of these variants."""
+    return (
+        all(measured[key] == value for key, value in each.items())
+        and set(names) <= measured["variants"].keys()
+    )
 
 
 def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -260,7 +310,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
     parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--resume", action="store_true", help="keep what the record has already")
+    parser.add_argument("--minutes", type=float, help="begin nothing after so many")
     args = parser.parse_args(arguments)
+    if args.resume and not args.json:
+        parser.error("--resume goes on with the record of --json: name it")
     for method in args.method:
         stock = variants.BASELINES[method]["fastpeft"]
         if args.variants and stock not in args.variants:
@@ -269,6 +323,11 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     if sentences_too and args.head == "lm":
         parser.error(f"--data {ROTTEN_TOMATOES} is labelled for a classifier: leave --head out")
     args.head = args.head or ("classifier" if sentences_too else "lm")
+    if sentences_too and (why := sentences.why_not()):
+        args.data.remove(ROTTEN_TOMATOES)
+        print(f"{ROTTEN_TOMATOES} is left out: {why}")
+        if not args.data:
+            parser.error("nothing is left to measure")
     return args
 
 

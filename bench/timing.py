@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -35,17 +36,23 @@ class Instant:
 CLOCK: Callable[[], Any] = Instant if DEVICE == "cuda" else time.perf_counter
 
 
-def graphed(step: Callable[[], Any]) -> Callable[[], Any]:
-    """`step` captured as a CUDA graph: calling it replays the kernels, without the host's share."""
+def graphed(make: Callable[[], Callable[[], Any]]) -> Callable[[], Any]:
+    """The step that `make` returns, as a CUDA graph: calling it replays the kernels, without the host's share.
+
+    Made, warmed up and captured on one side stream: autograd's accumulators remember the stream they were made on, and
+    one that is still alive from another stream would break the capture.
+    """
+    gc.collect()  # accumulators that only a cycle holds
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # a capture wants what it runs compiled, and its memory allocated
-        for _ in range(3):
+    with torch.cuda.stream(stream):
+        step = make()
+        for _ in range(3):  # a capture wants what it runs compiled, and its memory allocated
             step()
-    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         step()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph.replay
 
 
@@ -61,9 +68,8 @@ def measure(
     x: Tensor,
     phase: str,
     state: tuple[str, str],
-    **about: Any,
 ) -> None:
-    """Have pytest-benchmark time `layer` on x in a phase and a state; `about` goes into the record.
+    """Have pytest-benchmark time `layer` on x in a phase and a state.
 
     Before each round the baseline has its turn, so that a slow moment meets both: `speedup` is taken round by round.
     """
@@ -87,16 +93,26 @@ def measure(
     benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=WARM_UP)
     ours = benchmark.stats.stats.data
     speedup = record.spread([a / b for a, b in zip(theirs[-rounds:], ours, strict=True)])
-    benchmark.extra_info.update(**about, phase=phase, device=DEVICE, run=run, l2=l2, speedup=speedup)
+    benchmark.extra_info["speedup"] = speedup
+
+
+def about(phase: str, state: tuple[str, str]) -> dict[str, str]:
+    """What a row of the record says of a phase and a state."""
+    run, l2 = state
+    return {"phase": phase, "device": DEVICE, "run": run, "l2": l2}
 
 
 def _step(layer: nn.Module, x: Tensor, phase: str, run: str) -> Callable[[], Any]:
     inputs = [x, *(p for p in layer.parameters() if p.requires_grad)]
-    dy = torch.randn_like(layer(x))
 
-    def step() -> None:
-        y = layer(x)
-        if phase == "forward+backward":
-            torch.autograd.grad(y, inputs, dy)
+    def make() -> Callable[[], None]:
+        dy = torch.randn_like(layer(x))
 
-    return graphed(step) if run == "graph" else step
+        def step() -> None:
+            y = layer(x)
+            if phase == "forward+backward":
+                torch.autograd.grad(y, inputs, dy)
+
+        return step
+
+    return graphed(make) if run == "graph" else make()

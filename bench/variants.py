@@ -13,6 +13,7 @@ import torch
 from cases import ADAPTER_SLOTS, BOTTLENECK, DTYPES, LORA_TARGETS, MODELS
 from check import Wrong, hold
 from peft import LoraConfig, get_peft_model
+from record import noted
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel
 
@@ -65,8 +66,8 @@ def variants_of(setting: Setting) -> dict[str, str]:
     }
 
 
-def build(setting: Setting, names: list[str]) -> dict[str, nn.Module]:
-    """The models of the named variants, in training mode."""
+def build(setting: Setting, names: list[str], failed: dict[str, str] | None = None) -> dict[str, nn.Module]:
+    """The models of the named variants, in training mode; one that can't be built is noted in `failed`."""
     torch.manual_seed(0)
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), setting.model_dropout)
@@ -76,20 +77,23 @@ def build(setting: Setting, names: list[str]) -> dict[str, nn.Module]:
     stock = with_lora(base, setting) if setting.method == "lora" else with_adapters(base)
     models: dict[str, nn.Module] = {}
     for name in names:
-        if name == "frozen":
-            model = twin(base)
-            model.enable_input_require_grads()
-        else:
-            model = twin(stock)
-        if name.endswith("_fp32"):
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.data = parameter.data.float()
-        if name.startswith(("fastpeft", "exact")):
-            scope = "auto" if name == "fastpeft_model" else "layers"
-            fastpeft.patch(model, strict=True, exact=name == "exact", scope=scope)
-        models[name] = model.train()
+        with noted(failed, name):
+            models[name] = _variant(name, base if name == "frozen" else stock, setting)
     return models
+
+
+def _variant(name: str, model: nn.Module, setting: Setting) -> nn.Module:
+    model = twin(model)
+    if name == "frozen":
+        model.enable_input_require_grads()
+    if name.endswith("_fp32"):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    if name.startswith(("fastpeft", "exact")):
+        scope = "auto" if name == "fastpeft_model" else "layers"
+        fastpeft.patch(model, strict=True, exact=name == "exact", scope=scope)
+    return model.train()
 
 
 def with_lora(base: nn.Module, setting: Setting) -> nn.Module:
@@ -138,29 +142,40 @@ def batch_of(setting: Setting, lengths: list[int]) -> dict[str, Tensor]:
     return {name: tensor.to(setting.device) for name, tensor in batch.items()}
 
 
-def check(models: dict[str, nn.Module], setting: Setting) -> None:
+def check(
+    models: dict[str, nn.Module], setting: Setting, failed: dict[str, str] | None = None
+) -> dict[str, nn.Module]:
     """Hold logits and gradients of each variant against its baseline, both measured against float64.
 
     A variant may err twice as much as stock does in the same dtype, plus one rounding. LoRA's dropout is off,
     but for `exact` on the CPU, which draws stock's masks.
+
+    Returns:
+        The models that pass; without `failed`, where the others are noted, an error is raised.
 
     Raises:
         Wrong: a variant is further off, or its report says that it ran other code than its name promises.
     """
     # Padded, or nothing would be packed, and many: of a classifier's few logits, stock's own error is luck.
     batch = batch_of(setting, [16, 9, 8, 7, 6, 5, 4, 1] * 4)
-    stock = models[BASELINES[setting.method]["fastpeft"]]
-    truth = copy.deepcopy(stock).double()
+    stock = models.get(BASELINES[setting.method]["fastpeft"])
+    truth = copy.deepcopy(stock).double() if stock else None
+    passed: dict[str, nn.Module] = {}
     for name, model in models.items():
-        if name == "frozen":
-            if not torch.isfinite(model(**batch).loss):
-                raise Wrong("frozen: the loss isn't finite")
-        else:
-            training = name == "exact" and setting.device == "cpu"
-            exact, expected, found = (results(m, batch, training) for m in (truth, stock, model))
-            for part in exact:
-                hold(f"{name}: {part}", found[part], expected[part], exact[part])
-        _assert_runs_its_own_code(name, model)
+        with noted(failed, name):
+            if name == "frozen":
+                if not torch.isfinite(model(**batch).loss):
+                    raise Wrong("frozen: the loss isn't finite")
+            elif stock is None or truth is None:
+                raise Wrong(f"{name}: what it is held against couldn't be built")
+            else:
+                training = name == "exact" and setting.device == "cpu"
+                exact, expected, found = (results(m, batch, training) for m in (truth, stock, model))
+                for part in exact:
+                    hold(f"{name}: {part}", found[part], expected[part], exact[part])
+            _assert_runs_its_own_code(name, model)
+            passed[name] = model
+    return passed
 
 
 def results(model: nn.Module, batch: dict[str, Tensor], training: bool) -> dict[str, Tensor]:

