@@ -2,17 +2,27 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# A test process a core, each with one thread; `make test WORKERS=0` for none beside pytest's own.
+WORKERS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=loadgroup
 
-.PHONY: demo test test-full test-gpu fuzz bench bench-gpu lint clean
+.PHONY: demo test test-full test-versions test-oldest test-newest test-gpu fuzz bench bench-gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastpeft compare --out demo-report
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(INSTALLED)
-	$(BIN)/python -m pytest --full
+	$(PYTEST) --full
+
+# The suite at both ends of the versions that pyproject.toml admits; with make -k at the newest whatever the oldest does.
+test-versions: test-oldest test-newest
+
+test-oldest test-newest: test-%: .venv-%/installed
+	@.venv-$*/bin/python -m pip list | grep -E '^(torch|triton|transformers|peft|accelerate|numpy) '
+	.venv-$*/bin/python -m pytest
 
 fuzz: $(INSTALLED)
 	FASTPEFT_FUZZ_SEQUENCES=5000 $(BIN)/python -m pytest tests/test_fuzz.py
@@ -49,7 +59,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-oldest .venv-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -57,4 +67,13 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-oldest/installed: ONLY := -c constraints-oldest.txt
+.venv-oldest/installed .venv-newest/installed: pyproject.toml constraints-oldest.txt
+	@[ $$(df -Pm . | awk 'NR == 2 { print $$4 }') -ge 8000 ] || \
+	  { echo "$(@D) takes 8 GB (on Linux pip's torch is a CUDA build), and fewer are free: not tested"; exit 2; }
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet --upgrade $(ONLY) -e ".[dev]"
 	touch $@

@@ -13,7 +13,7 @@ in random order, padded to the longest of the batch; only their own tokens count
 mask, as from any collator.
 
 Before anything is timed, each variant's logits and gradients are held against stock's, and the patched
-model's report shows that its fused code ran; after it, that the model scope packed whatever it could. A variant
+model's report shows that its fused code ran; after it, that the auto scope packed whatever it could. A variant
 that fails, in a check or in a step, is a row that says so. With --minutes no point is begun after so many, and
 the exit code is 75 where some are left; with --resume those that FILE has already are kept.
 """
@@ -136,7 +136,7 @@ def point(
     """Measure one grid point: a dictionary by variant, without those that fail, which are noted in `failed`.
 
     Raises:
-        Wrong: the model scope didn't pack each batch that has padding or whose tokens aren't all read (likewise).
+        Wrong: the auto scope didn't pack each batch that has padding or whose tokens aren't all read (likewise).
     """
     steps: dict[str, Callable[[Batch], None]] = {}
     for name, model in models.items():

@@ -21,7 +21,7 @@ import fastpeft
 
 HEADS = {"lm": GPT2LMHeadModel, "classifier": GPT2ForSequenceClassification}
 #: Variant and what it is measured against. `frozen` is the floor: nothing trains, but gradients flow through.
-#: `fastpeft_model` runs GPT-2 on packed tokens too (scope="model").
+#: `fastpeft_model` runs GPT-2 on packed tokens too (the default, scope="auto").
 BASELINES = {
     "lora": {
         "frozen": "peft",
@@ -91,7 +91,7 @@ def _variant(name: str, model: nn.Module, setting: Setting) -> nn.Module:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if name.startswith(("fastpeft", "exact")):
-        scope = "model" if name == "fastpeft_model" else "layers"
+        scope = "auto" if name == "fastpeft_model" else "layers"
         fastpeft.patch(model, strict=True, exact=name == "exact", scope=scope)
     return model.train()
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from fastpeft import masks, reference
+from fastpeft import autograd, masks, reference
 
 
 def dropping(
@@ -67,8 +66,9 @@ class _Dropping(torch.autograd.Function):
 
     @staticmethod
     @torch.amp.custom_bwd(device_type="cpu")
-    @once_differentiable
     def backward(ctx: Any, d_out: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        if autograd.watched():
+            autograd.refuse_second_derivative()
         q, k, v, weights, dropped = ctx.saved_tensors
         shapes = [(*d_out.shape[:2], *part.shape[1:]) for part in (q, k, v)]
         d_out = (d_out * ctx.keep_scale).flatten(0, 1)

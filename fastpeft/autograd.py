@@ -1,4 +1,8 @@
-"""The PyTorch path: each operation forward, and backward by hand, saving what its formula needs and no more."""
+"""The PyTorch path: each operation forward, and backward by hand, saving what its formula needs and no more.
+
+Backward passes that are themselves differentiated, or mapped over (`create_graph`, `is_grads_batched`), take the plain
+formula from the saved inputs; where dropout's mask is all that was saved of an input, they are an error.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastpeft import masks, reference
 from fastpeft.gemm import mm
+
+
+def watched() -> bool:
+    """Whether the backward pass that runs now is differentiated in turn, or mapped over."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
+def refuse_second_derivative() -> None:
+    """Raises RuntimeError: an operation that drops can't do what `watched` sees."""
+    raise RuntimeError(
+        "fastpeft's dropout is differentiable once, and not in batches (create_graph, is_grads_batched): set dropout "
+        "to 0, call model.eval(), or fastpeft.unpatch(model)"
+    )
 
 
 class LoraLinear(torch.autograd.Function):
@@ -56,10 +72,11 @@ class LoraLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if dy is None:
             return (None,) * 8
+        if watched():
+            return LoraLinear._plain_backward(ctx, dy)
         x, weight, lora_a, lora_b, xa_t, mask = ctx.saved_tensors
         need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         dx = d_weight = d_bias = d_lora_a = d_lora_b = None
@@ -85,6 +102,30 @@ class LoraLinear(torch.autograd.Function):
         if need_bias:
             d_bias = dy.sum(0)
         return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
+
+    @staticmethod
+    def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        """The same gradients by operations that torch differentiates, of saved tensors that are inputs all."""
+        x, weight, lora_a, lora_b, _, mask = ctx.saved_tensors
+        dropped = x
+        if mask is not None:
+            if torch.is_grad_enabled():  # how x became what dropout left isn't saved
+                refuse_second_derivative()
+            keep = masks.apply(mask, torch.ones_like(x))
+            dropped = x * keep
+        a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
+        dy_wide, dropped = dy.to(ctx.wide), dropped.to(ctx.wide)
+        dxa = ctx.scaling * (dy_wide @ b)
+        update = dxa @ a
+        gradients = (
+            dy @ weight.T + (update if mask is None else update * keep).to(dy.dtype),
+            x.T @ dy,
+            dy.sum(0),
+            (dxa.T @ dropped).to(lora_a.dtype),
+            (ctx.scaling * (dy_wide.T @ (dropped @ a.T))).to(lora_b.dtype),
+        )
+        needed = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
 
 
 class Linear(torch.autograd.Function):
@@ -125,9 +166,11 @@ class Adapter(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
-        z_t = mm(down, x.T)
-        if down_bias is not None:
-            z_t += down_bias.to(x.dtype)[:, None]
+        bias = None if down_bias is None else down_bias.to(x.dtype)[:, None]
+        if bias is None or x.dtype.itemsize > 2:
+            z_t = mm(down, x.T) if bias is None else mm(down, x.T).add_(bias)
+        else:  # rounded once, after the bias: a ReLU asks for the sign of a z near 0
+            z_t = torch.addmm(bias, down, x.T)
         h_t = reference.ACTIVATIONS[activation](z_t)
         ctx.save_for_backward(x, z_t, down_weight, down_bias, up_weight, up_bias)
         ctx.activation, ctx.scale = activation, scale
@@ -138,10 +181,11 @@ class Adapter(torch.autograd.Function):
         return torch.add(x, up_bias.to(x.dtype), alpha=scale).addmm_(h_t.T, up.T, alpha=scale)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if dy is None:
             return (None,) * 7
+        if watched():
+            return Adapter._plain_backward(ctx, dy)
         x, z_t, down_weight, down_bias, up_weight, up_bias = ctx.saved_tensors
         need_x, need_down, need_down_bias, need_up, need_up_bias, *_ = ctx.needs_input_grad
         dx = d_down = d_down_bias = d_up = d_up_bias = None
@@ -161,22 +205,42 @@ class Adapter(torch.autograd.Function):
             d_up_bias = dy.sum(0).mul_(ctx.scale).to(up_bias.dtype)
         return dx, d_down, d_down_bias, d_up, d_up_bias, None, None
 
+    @staticmethod
+    def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        """The same gradients by operations that torch differentiates, of saved tensors that are inputs all."""
+        x, _, *parameters = ctx.saved_tensors
+        down: Any
+        up: Any
+        down, down_bias, up, _ = (None if p is None else p.to(dy.dtype) for p in parameters)
+        z = torch.nn.functional.linear(x, down, down_bias)
+        dz = _PLAIN_GRADS[ctx.activation](ctx.scale * (dy @ up), z)
+        h = reference.ACTIVATIONS[ctx.activation](z)
+        gradients = dy + dz @ down, dz.T @ x, dz.sum(0), ctx.scale * (dy.T @ h), ctx.scale * dy.sum(0)
+        cast = (g if p is None else g.to(p.dtype) for g, p in zip(gradients, (dy, *parameters), strict=True))
+        needed = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(cast, needed, strict=False)), None, None
+
 
 class Dropout(torch.autograd.Function):
-    """`F.dropout` with a mask of `masks`, which is all that it saves."""
+    """`F.dropout` with a mask of `masks`, which is all that it saves; a mask is given where it was drawn before.
+
+    Its backward is such a dropout again, so that it can be differentiated any number of times.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dropout_p: float) -> Tensor:  # type: ignore[override]
-        mask = masks.draw(x, dropout_p, exact=False)
+    def forward(ctx: Any, x: Tensor, dropout_p: float, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        mask = masks.draw(x, dropout_p, exact=False) if mask is None else mask
         ctx.save_for_backward(mask)
-        ctx.scale = reference.keep_scale(dropout_p)
-        return masks.drop_(mask, (x * ctx.scale).contiguous())
+        ctx.dropout_p = dropout_p
+        return masks.drop_(mask, (x * reference.keep_scale(dropout_p)).contiguous())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (mask,) = ctx.saved_tensors
-        return masks.drop_(mask, (dy * ctx.scale).contiguous()), None
+        if torch._C._are_functorch_transforms_active():
+            keep = masks.apply(mask, torch.ones(dy.shape, dtype=dy.dtype, device=dy.device))
+            return dy * (keep * reference.keep_scale(ctx.dropout_p)), None, None
+        return Dropout.apply(dy, ctx.dropout_p, mask), None, None
 
 
 _aten = torch.ops.aten
@@ -186,4 +250,8 @@ _ACTIVATION_GRADS = {
     "gelu": lambda dh, z: _aten.gelu_backward(dh, z),
     "gelu_tanh": lambda dh, z: _aten.gelu_backward(dh, z, approximate="tanh"),
     "silu": lambda dh, z: _aten.silu_backward(dh, z),
+}
+#: The same by operations that torch differentiates in turn.
+_PLAIN_GRADS = _ACTIVATION_GRADS | {
+    "silu": lambda dh, z: dh * torch.sigmoid(z) * (1 + z * (1 - torch.sigmoid(z))),
 }

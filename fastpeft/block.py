@@ -5,8 +5,9 @@ Where no kernel serves them, or something listens in between, each part runs by 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
@@ -22,13 +23,43 @@ from fastpeft.modules import (
     why_not_lora,
     why_not_tensors,
 )
+from fastpeft.swap import Site, stands_for
 
 
+class Packed(NamedTuple):
+    """Where the packed tokens are: in the caller's (batch, length) grid, and in attention's padded view."""
+
+    tokens: Tensor  # (T,) flat indices into the grid
+    slots: Tensor  # (T,) flat indices into the view
+    grid: tuple[int, int]
+    view: tuple[int, int]  # (batch, longest)
+    mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
+    pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
+    last: nn.Module | None  # the block after which only the pooled are read
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing leaves, so that the caller's grid can stay as it is."""
+        return self.pooled is None and len(self.tokens) == self.grid[0] * self.grid[1]
+
+    def in_grid(self, rows: Tensor) -> Tensor:
+        """Packed rows (T, N) in the caller's grid, (batch, length, N), zeros where no token is."""
+        batch, length = self.grid
+        if len(rows) < batch * length:
+            rows = rows.new_zeros(batch * length, rows.shape[1]).index_copy(0, self.tokens, rows)
+        return rows.view(batch, length, -1)
+
+
+@stands_for(GPT2MLP)
 class FusedMLP(GPT2MLP):
-    """GPT-2's MLP in one operation where Triton serves both projections; else stock's forward over its fused layers."""
+    """GPT-2's MLP, in one operation where Triton serves both projections; stock's forward, unless packed."""
 
-    def forward(self, hidden_states: Any, residual: Tensor | None = None) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, hidden_states: Any, residual: Tensor | None = None, *, packed: bool = False
+    ) -> Tensor:
         """The MLP of hidden_states (..., width), added to `residual`, of the same shape, if there is one."""
+        if not packed:
+            return super().forward(hidden_states)
         added = _residual(residual, self.dropout)
         y = _through_kernels(self, hidden_states, added)
         if y is None:
@@ -39,31 +70,29 @@ class FusedMLP(GPT2MLP):
         return y if residual is None else residual + y
 
 
+@stands_for(GPT2Block)
 class FusedBlock(GPT2Block):
-    """GPT-2's block, which hands its residuals to the projections that they are added to."""
+    """GPT-2's block, which hands its residuals to the projections that they are added to; stock's, unless packed."""
 
-    _fastpeft_backend: Any
+    _fastpeft: Site
 
     def forward(  # type: ignore[override]
-        self,
-        hidden_states: Any,
-        past_key_values: Any = None,
-        attention_mask: Any = None,
-        encoder_hidden_states: Any = None,
-        encoder_attention_mask: Any = None,
-        use_cache: Any = False,
-        **kwargs: Any,
+        self, hidden_states: Any, *args: Any, packed: Packed | None = None, **kwargs: Any
     ) -> Tensor:
-        """hidden_states (batch, length, width) → the same shape."""
-        given = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
-        given |= kwargs
-        if encoder_hidden_states is not None:
-            given |= {"encoder_hidden_states": encoder_hidden_states}
-            return super().forward(hidden_states, encoder_attention_mask=encoder_attention_mask, **given)
+        """hidden_states (1, T, width), or the whole grid → the same shape, zeros where a head that pools won't look."""
+        if packed is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        kept = args[0] if args else None  # the cache, which GPT2Model passes by position
+        if packed.pooled is not None and packed.last is self:
+            # Keys and values of all tokens, and the rest of the pooled alone.
+            attended, _ = self.attn(self.ln_1(hidden_states), packed=packed, kept=kept, pool=True)
+            pooled = hidden_states.index_select(1, packed.pooled) + attended
+            pooled = _added(self.mlp, pooled, self.ln_2(pooled), packed=True)
+            return torch.zeros_like(hidden_states).index_copy(1, packed.pooled, pooled)
         h, x = self._normed(self.ln_1, hidden_states, self.attn, "c_attn")
-        x = _added(self.attn, x, h, kwargs.get("packed") is not None, **given)
+        x = _added(self.attn, x, h, packed=packed, kept=kept)
         h, x = self._normed(self.ln_2, x, self.mlp, "c_fc")
-        return _added(self.mlp, x, h, type(self.mlp) is FusedMLP)
+        return _added(self.mlp, x, h, packed=True)
 
     def _normed(self, norm: nn.Module, x: Tensor, branch: Any, first: str) -> tuple[Tensor, Tensor]:
         """The LayerNorm of x for `branch`, whose first layer is named, and x to go on with as the residual."""
@@ -72,27 +101,7 @@ class FusedBlock(GPT2Block):
         layer: Any = getattr(branch, first, None)
         given = _takes_shrunk(branch, layer, x)
         strict = given is not None and layer._fastpeft.strict
-        return ops.layer_norm(x, norm, self._fastpeft_backend, given, strict)
-
-
-def install(transformer: Any, backend: str) -> None:
-    """Swap the blocks of `transformer` and their MLPs in place."""
-    for block in transformer.h:
-        if type(block) is GPT2Block and "forward" not in block.__dict__:
-            block.__class__ = FusedBlock
-            vars(block)["_fastpeft_backend"] = backend
-        if type(block.mlp) is GPT2MLP and "forward" not in block.mlp.__dict__:
-            block.mlp.__class__ = FusedMLP
-
-
-def uninstall(transformer: Any) -> None:
-    """Undo `install`."""
-    for block in transformer.h:
-        if type(block) is FusedBlock:
-            block.__class__ = GPT2Block  # type: ignore[assignment]
-            del block._fastpeft_backend
-        if type(block.mlp) is FusedMLP:
-            block.mlp.__class__ = GPT2MLP  # type: ignore[assignment]
+        return ops.layer_norm(x, norm, self._fastpeft.backend, given, strict)
 
 
 def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -104,9 +113,9 @@ def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | Non
     return y if residual is None else residual + y
 
 
-def _added(branch: Any, x: Tensor, h: Tensor, takes_residual: bool, **given: Any) -> Tensor:
+def _added(branch: Any, x: Tensor, h: Tensor, **given: Any) -> Tensor:
     """`x + branch(h)` for a block's attention or MLP, in one operation with what the branch ends with."""
-    if takes_residual and is_plain(branch):
+    if is_plain(branch):
         return _first(branch(h, residual=x, **given))
     adapter = getattr(branch, "adapter", None)
     adapted = list(branch._forward_hooks.values()) == [adapt_output] and is_plain(

@@ -2,38 +2,22 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
-from typing import Any, cast
+import numbers
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import gemm, ops, reference
 from fastpeft.adapters import Adapter, activation_name
+from fastpeft.swap import Site, stands_for
 
 
-@dataclass
-class Site:
-    """What `patch` decided for one module and what its calls did since; kept on the module as `_fastpeft`."""
-
-    name: str
-    backend: str
-    exact: bool
-    strict: bool
-    last: ops.Route | None = None
-    calls: int = 0
-
-    def record(self, route: ops.Route) -> None:
-        """Note a call; not while compiling, where a changing counter would recompile each call."""
-        if not torch.compiler.is_compiling():
-            self.last = route
-            self.calls += route.path != "stock"
-
-
+@stands_for(LoraLinear)
 class FusedLoraLinear(LoraLinear):
     """peft's `lora.Linear` with the frozen GEMM and the LoRA update fused; same parameters, same keys.
 
@@ -49,7 +33,7 @@ class FusedLoraLinear(LoraLinear):
     def forward(self, x: Tensor, *args: Any, residual: ops.Residual | None = None, **kwargs: Any) -> Tensor:
         """x (..., in_features) → (..., out_features), added to a residual if the block gives one."""
         site = self._fastpeft
-        reason = "called with extra arguments" if args or kwargs else why_not_lora(self)
+        reason = why_not_here() or ("called with extra arguments" if args or kwargs else why_not_lora(self))
         reason = reason or why_not_tensors(x, self.base_layer.weight)
         if reason:
             site.record(ops.Route("stock", reason))
@@ -125,6 +109,8 @@ def why_not_lora(module: Any) -> str | None:
             return f"adapter {name!r} has factors other than nn.Linear"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"adapter {name!r} has {type(dropout).__name__} for dropout"
+        if not isinstance(module.scaling[name], numbers.Real):
+            return f"adapter {name!r} has a {type(module.scaling[name]).__name__} for scaling, not a number"
         reason = why_not_tensors(base.weight, lora_a.weight, lora_b.weight, same_dtype=False)
         if reason:
             return reason
@@ -132,7 +118,7 @@ def why_not_lora(module: Any) -> str | None:
 
 
 class FusedAdapter(nn.Module):
-    """Mixed into an adapter's class by `fused_adapter`: its down-act-up-residual path in one operation."""
+    """Mixed into an adapter's class by `swap.fused_class`: its down-act-up-residual path in one operation."""
 
     _fastpeft: Site
     down: Any
@@ -142,7 +128,9 @@ class FusedAdapter(nn.Module):
     def forward(self, x: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x (..., width) → the same shape, added to a residual if the block gives one."""
         site = self._fastpeft
-        reason = "called with extra arguments" if args or kwargs else why_not_adapter(self)
+        reason = why_not_here() or (
+            "called with extra arguments" if args or kwargs else why_not_adapter(self)
+        )
         reason = reason or why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
         if reason:
             site.record(ops.Route("stock", reason))
@@ -167,22 +155,6 @@ class FusedAdapter(nn.Module):
         site.record(route)
         return y
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time: pickle and deepcopy rebuild it from the stock one.
-        _, _, *state = cast(tuple, super().__reduce_ex__(protocol))
-        return _new_fused_adapter, (stock_class(type(self)),), *state
-
-
-@functools.cache
-def fused_adapter(stock: Any) -> type[nn.Module]:
-    """The fused class of an adapter's stock class, one a class."""
-    return type(f"Fused{stock.__name__}", (FusedAdapter, stock), {"__module__": __name__})
-
-
-def _new_fused_adapter(stock: Any) -> nn.Module:
-    fused = fused_adapter(stock)
-    return fused.__new__(fused)
-
 
 def why_not_adapter(module: Any) -> str | None:
     """Why this adapter, as it is now, must run stock; None where fusion computes the same."""
@@ -191,6 +163,9 @@ def why_not_adapter(module: Any) -> str | None:
             return f"its projections are {type(part).__name__}, not nn.Linear"
         if not is_plain(part):
             return "its projections have hooks or a replaced forward"
+    scale = getattr(module, "scale", 1.0)
+    if not isinstance(scale, numbers.Real):
+        return f"its scale is a {type(scale).__name__}, not a number"
     act = module.act
     if activation_name(act) is None:
         name = getattr(act, "__name__", type(act).__name__)
@@ -200,6 +175,7 @@ def why_not_adapter(module: Any) -> str | None:
     return why_not_tensors(module.down.weight, module.up.weight)
 
 
+@stands_for(NewGELUActivation)
 class FusedGelu(NewGELUActivation):
     """GPT-2's `gelu_new` in one pass: the tanh GELU, which is the same function."""
 
@@ -213,6 +189,7 @@ class FusedGelu(NewGELUActivation):
         return reference.gelu_new(input)
 
 
+@stands_for(Conv1D)
 class FusedConv1D(Conv1D):
     """A frozen `Conv1D` whose products go to oneDNN itself."""
 
@@ -223,6 +200,7 @@ class FusedConv1D(Conv1D):
         return ops.frozen_linear(x, self.weight, self.bias) if _is_served(self, x) else super().forward(x)
 
 
+@stands_for(nn.Linear)
 class FusedLinear(nn.Linear):
     """A frozen `nn.Linear` whose products go to oneDNN itself."""
 
@@ -248,7 +226,7 @@ def _is_served(module: Any, x: Tensor) -> bool:
 
 
 def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transformed():
         return "traced"  # whatever traces or transforms knows stock's product
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
@@ -269,14 +247,11 @@ def why_not_frozen(module: Any) -> str | None:
     return "it is small" if 16 * weight.numel() < gemm.SMALL else None
 
 
-def stock_class(fused: type[nn.Module]) -> type[nn.Module]:
-    """The class a fused class stands for; ValueError where it is none of ours."""
-    if fused in (FusedLoraLinear, FusedGelu, *FROZEN):
-        return fused.__mro__[1]
-    stock = fused.__mro__[2]
-    if fused.__mro__[1] is not FusedAdapter:
-        raise ValueError(f"{fused.__name__} was swapped on top of a fused class: unpatch before you shard")
-    return stock
+def why_not_here() -> str | None:
+    """Why no module may be fused in this call, whatever it is: something looks at what is inside."""
+    if torch.compiler.is_compiling():
+        return None
+    return "global module hooks" if _has_any_global_hook() else ops.transformed()
 
 
 def is_plain(module: nn.Module, but_for: Any = None) -> bool:

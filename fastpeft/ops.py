@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from packaging.version import Version
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastpeft import autograd, reference
 
@@ -143,7 +145,7 @@ def routed_lora_linear(
     _check_lora_linear(x, projection)
     x, (weight, bias, lora_a, lora_b, scaling, dropout_p) = _as_autocast(x, projection)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    route = choose(backend, exact, x.device)
+    route = _route(backend, exact, x.device)
     if route.path == "triton":
         from fastpeft.kernels import launch, tuning
         from fastpeft.kernels import lora_linear as kernels
@@ -183,7 +185,7 @@ def routed_lora_linear(
             y = through_kernels(*given, shrunk).view(*x.shape[:-1], weight.shape[1])
             route = route._replace(reason="fused kernels, LayerNorm included") if shrunk else route
             return y if residual_rows is not None else added(y, residual), route
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
+    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         y = (F.linear(x, weight.T, bias) + update).to(x.dtype)
@@ -330,7 +332,7 @@ def added(y: Tensor, residual: Residual | None) -> Tensor:
 
 def dropped(x: Tensor, dropout_p: float) -> Tensor:
     """`F.dropout(x, dropout_p)`, on the CPU with fewer random numbers."""
-    if dropout_p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if dropout_p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
         return F.dropout(x, dropout_p)
     return autograd.Dropout.apply(x, dropout_p)
 
@@ -350,8 +352,8 @@ def routed_adapter(
 ) -> tuple[Tensor, Route]:
     """`adapter`, added to a block's residual if there is one, with the route it took, which modules record."""
     outer = None if residual is None else Residual(residual, 0.0)
-    _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation)
-    route = choose(backend, exact, x.device)
+    _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+    route = _route(backend, exact, x.device)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
@@ -380,7 +382,7 @@ def routed_adapter(
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
     wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
-    if torch.compiler.is_compiling():  # the compiler fuses the plain formula by itself
+    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
         down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
         down_bias = None if down_bias is None else down_bias.to(wide)
         up_bias = None if up_bias is None else up_bias.to(wide)
@@ -391,6 +393,13 @@ def routed_adapter(
     with torch.autocast(x.device.type, enabled=False):
         y = autograd.Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, float(scale))
     return added(y.to(x.dtype).view(x.shape), outer), route
+
+
+def transformed() -> str | None:
+    """What makes of the computation more than a forward and a backward pass, which only stock's operations bear."""
+    if torch._C._are_functorch_transforms_active():
+        return "torch.func transforms it"
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
 
 
 def choose(backend: str, exact: bool, device: torch.device) -> Route:
@@ -416,6 +425,12 @@ def choose(backend: str, exact: bool, device: torch.device) -> Route:
     return _refuse(backend, reason) if reason else Route("triton", "fused kernels")
 
 
+def _route(backend: str, exact: bool, device: torch.device) -> Route:
+    """`choose` for a call, whose circumstances count too."""
+    reason = transformed()
+    return _refuse(backend, reason) if reason else choose(backend, exact, device)
+
+
 def _triton_too_old() -> str | None:
     """That the installed triton lacks what the kernels use, asked of its metadata, without importing it."""
     try:
@@ -426,6 +441,12 @@ def _triton_too_old() -> str | None:
 
 
 _TRITON_TOO_OLD = _triton_too_old()
+
+#: Devices that have an autocast; of another torch mustn't be asked whether it is on. Known at import: Dynamo of torch
+#: 2.11 can't trace the question.
+_AUTOCASTS = frozenset(
+    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla"))
+)
 
 
 def _refuse(backend: str, reason: str) -> Route:
@@ -480,7 +501,7 @@ def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]
 def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
     """What autocast does to a linear layer's inputs: everything but float64 in its dtype."""
     device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    on = device in _AUTOCASTS and torch.is_autocast_enabled(device)
     if not on or x.dtype == torch.float64:
         return (x, *tensors)
     dtype = torch.get_autocast_dtype(device)
@@ -488,7 +509,8 @@ def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def _check_lora_linear(x: Tensor, projection: Projection) -> None:
-    weight, bias, lora_a, lora_b, _, dropout_p = projection
+    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
+    _check_number("scaling", scaling)
     _check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
     k, n = weight.shape if weight.dim() == 2 else (-1, -1)
     rank = lora_a.shape[0]
@@ -510,7 +532,9 @@ def _check_adapter(
     up_weight: Tensor,
     up_bias: Tensor | None,
     activation: str,
+    scale: float,
 ) -> None:
+    _check_number("scale", scale)
     _check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
@@ -524,6 +548,13 @@ def _check_adapter(
         ("up_bias", up_bias, (k,)),
         against=f"down_weight of shape {tuple(down_weight.shape)} (bottleneck, width)",
     )
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(
+            f"{name} must be a number, got {type(value).__name__}, which would get no gradient here"
+        )
 
 
 def _check_tensors(x: Tensor, **others: Tensor | None) -> None:

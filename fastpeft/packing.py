@@ -1,61 +1,45 @@
 """GPT-2 on packed tokens: padding leaves before the embeddings and returns, as zeros, after the last block.
 
-Between, everything runs on (1, tokens, width): stock's own forward, blocks, adapters and user code. Only
-attention has to know which token belongs to which sequence; it alone sees a padded view, its rows flush left.
-A full batch keeps its grid: there attention alone changes, and the block takes its projection's residual.
-Under a sequence classifier, the last block goes on from its keys and values only at the tokens that the head pools,
-which pays for full batches too.
+Between, everything runs on (1, tokens, width): stock's own forward, blocks and adapters. Only attention has to know
+which token belongs to which sequence; it alone sees a padded view, its rows flush left. A full batch keeps its grid:
+there attention alone changes, and the block takes its projection's residual. Under a sequence classifier, the last
+block goes on from its keys and values only at the tokens that the head pools, which pays for full batches too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import inspect
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.gpt2.modeling_gpt2 import (
-    GPT2Attention,
-    GPT2Block,
-    eager_attention_forward,
-)
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, ops
-from fastpeft.block import FusedBlock, projected
-from fastpeft.modules import Site
+from fastpeft.block import Packed, projected
+from fastpeft.modules import why_not_here
+from fastpeft.swap import Site, stands_for
+from fastpeft.trunk import Trunk
 
 #: Above this share of real tokens, and below 1, packing gains less than its gathers and scatters cost, unless a head
 #: pools. A full batch has nothing to gather.
 FULL = 0.9
 #: Up to this length the CPU's 16-bit attention takes longer than float32's, up to five times in backward.
 _SHORT = 256
-_ARGUMENTS = (
-    "input_ids",
-    "past_key_values",
-    "attention_mask",
-    "token_type_ids",
-    "position_ids",
-    "inputs_embeds",
-)
 
 
-class Packed(NamedTuple):
-    """Where the packed tokens are: in the caller's (batch, length) grid, and in attention's padded view."""
+class Reads(NamedTuple):
+    """Which positions of the last hidden state a head reads in a call; either field, the other None."""
 
-    tokens: Tensor  # (T,) flat indices into the grid
-    slots: Tensor  # (T,) flat indices into the view
-    grid: tuple[int, int]
-    view: tuple[int, int]  # (batch, longest)
-    mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
-    pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
-
-    @property
-    def whole(self) -> bool:
-        """Whether nothing leaves, so that the caller's grid can stay as it is."""
-        return self.pooled is None and len(self.tokens) == self.grid[0] * self.grid[1]
+    pooled: Tensor | None = None  # (batch,) the one column that it reads of each row
+    positions: Tensor | None = None  # (batch, length), true where it reads
 
 
+@stands_for(GPT2Attention)
 class PackedAttention(GPT2Attention):
     """GPT-2's self-attention over packed tokens; without `packed`, stock's own forward."""
 
@@ -64,25 +48,32 @@ class PackedAttention(GPT2Attention):
         hidden_states: Any,
         *args: Any,
         packed: Packed | None = None,
+        kept: Any = None,
         pool: bool = False,
         residual: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """hidden_states (1, T, width), or the whole grid → the output at every token, or at the pooled ones, and None.
 
-        The output is added to a residual of its shape if there is one.
+        The output is added to a residual of its shape if there is one; keys and values go into the cache `kept`, if
+        there is one, in the caller's grid.
         """
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         batch, longest = packed.view
-        qkv = self.c_attn(hidden_states).flatten(0, 1)
+        rows = self.c_attn(hidden_states).flatten(0, 1)
+        qkv = rows
         if len(qkv) < batch * longest:  # else the packed rows are the view
             qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy_(0, packed.slots, qkv)
         # Split before the heads are: the gradient is then joined without another copy.
-        query, key, value = (
-            part.view(batch, longest, self.num_heads, self.head_dim).transpose(1, 2)
-            for part in qkv.view(batch, longest, -1).split(self.split_size, dim=2)
-        )
+        query, key, value = self._heads(qkv, packed.view)
+        if kept is not None:
+            kept = getattr(kept, "self_attention_cache", kept)
+            if packed.whole:
+                kept.update(key, value, self.layer_idx)
+            else:
+                grid = packed.in_grid(rows).view(-1, rows.shape[1])
+                kept.update(*self._heads(grid, packed.grid)[1:], self.layer_idx)
         if qkv.device.type == "cpu" and longest <= _SHORT:
             query, key, value = (
                 part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value)
@@ -110,131 +101,181 @@ class PackedAttention(GPT2Attention):
         output = output.unflatten(0, (len(hidden_states), -1))
         return projected(self.c_proj, self.resid_dropout, output, residual), None
 
-
-class PackedLastBlock(FusedBlock):
-    """GPT-2's last block: where the head pools, keys and values of all tokens, and the rest of the pooled alone."""
-
-    def forward(  # type: ignore[override]
-        self, hidden_states: Any, *args: Any, packed: Packed | None = None, **kwargs: Any
-    ) -> Tensor:
-        """hidden_states (1, T, width) → the same shape, zeros where the head doesn't read."""
-        if packed is None or packed.pooled is None:
-            return super().forward(
-                hidden_states, *args, **(kwargs if packed is None else {**kwargs, "packed": packed})
-            )
-        attended, _ = self.attn(self.ln_1(hidden_states), packed=packed, pool=True)
-        pooled = hidden_states.index_select(1, packed.pooled) + attended
-        pooled = pooled + self.mlp(self.ln_2(pooled))
-        return torch.zeros_like(hidden_states).index_copy(1, packed.pooled, pooled)
+    def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> list[Tensor]:
+        """Query, key and value, (batch, heads, length, head_dim) each, of rows (batch · length, 3 · width)."""
+        return [
+            part.view(*shape, self.num_heads, self.head_dim).transpose(1, 2)
+            for part in qkv.view(*shape, -1).split(self.split_size, dim=2)
+        ]
 
 
 @dataclass
 class PackingSite(Site):
     """The site of a GPT-2 on packed tokens."""
 
-    builds_cache: bool = True  # in eval mode, with `use_cache` unset: what its head may read later
-    pools: bool = False  # its head is a sequence classifier, which reads one token a row
+    only_unmasked: bool = False  # the caller says that only tokens that the mask shows are read
+    trunk: Trunk = field(default_factory=Trunk)
 
 
-def install(transformer: Any, site: PackingSite) -> None:
-    """Make `transformer` pack its batches, its class unchanged: two hooks, and its attentions swapped."""
-    uninstall(transformer)
-    transformer._fastpeft = site
-    # The last before and the first after forward, so that a user's hooks see the caller's shapes.
-    transformer.register_forward_pre_hook(_pack, with_kwargs=True)
-    transformer.register_forward_hook(_unpack, with_kwargs=True, prepend=True)
-    for block in transformer.h:
-        if type(block.attn) is GPT2Attention:
-            block.attn.__class__ = PackedAttention
-    if type(block) is FusedBlock:
-        block.__class__ = PackedLastBlock
+#: How each of GPT2Model's arguments may be, for its call to be packed; by any other name, only None.
+_TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache", "return_dict"}
+#: What passes through to attention functions, which don't look at it.
+_IGNORED = {"num_items_in_batch"}
+_FALSY = {"output_attentions", "output_hidden_states"}
+_NAMES = list(inspect.signature(GPT2Model.forward).parameters)[1:]
+_KINDS = {"past_key_values": "past keys and values, of a cache or a prefix"} | dict.fromkeys(
+    ("encoder_hidden_states", "encoder_attention_mask"), "cross-attention"
+)
+_KINDS["cache"] = _KINDS["past_key_values"]  # as later versions of transformers name it
+_UNREAD = "GPT2Model was called by itself: what of its padding is read isn't known"
 
 
-def uninstall(transformer: Any) -> None:
-    """Undo `install`."""
-    for hooks, hook in ((transformer._forward_pre_hooks, _pack), (transformer._forward_hooks, _unpack)):
-        for key in [key for key, value in hooks.items() if value is hook]:
-            del hooks[key]
-            transformer._forward_pre_hooks_with_kwargs.pop(key, None)
-            transformer._forward_hooks_with_kwargs.pop(key, None)
-    for block in transformer.h:
-        if type(block.attn) is PackedAttention:
-            block.attn.__class__ = GPT2Attention  # type: ignore[assignment]
-        if type(block) is PackedLastBlock:
-            block.__class__ = FusedBlock  # type: ignore[assignment]
-    transformer.__dict__.pop("_fastpeft", None)
+@stands_for(GPT2Model)
+class PackedModel(GPT2Model):
+    """GPT-2 that packs the batches of which nobody reads the padding."""
+
+    _fastpeft: PackingSite
+
+    @functools.wraps(GPT2Model.forward)
+    def forward(  # type: ignore[override]
+        self, *args: Any, reads: Reads | str = _UNREAD, **kwargs: Any
+    ) -> Any:
+        """As GPT2Model's; `reads` tells what its caller reads, or why that isn't known."""
+        if torch.compiler.is_compiling():  # the number of tokens depends on the data
+            return super().forward(*args, **kwargs)
+        site = self._fastpeft
+        arguments = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+        packed = (
+            (len(arguments) < len(args) + len(kwargs) and "an error")  # for stock to raise
+            or _why_not_call(self, arguments)
+            or site.trunk.why_not(self)
+            or _layout(self, arguments, reads, site.only_unmasked)
+        )
+        if isinstance(packed, str):
+            site.record(ops.Route("stock", packed))
+            return super().forward(*args, **kwargs)
+        chosen: dict[str, Any] = {"packed": packed}
+        if arguments.get("attention_mask") is None:  # stock will see one
+            self.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
+        # Anything with four dimensions is taken for a finished mask, so none is built.
+        chosen["attention_mask"] = torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device)
+        if not packed.whole:
+            chosen |= _packed_rows(packed, arguments)
+        site.record(ops.Route("packed", "packed: no padding between the embeddings and the head"))
+        output = super().forward(**{**arguments, **chosen})
+        return output if packed.whole else _unpacked(packed, output)
 
 
 def why_not_model(transformer: Any) -> str | None:
-    """Why this GPT-2, as it is built, can't run on packed tokens; None where it can."""
-    implementation = transformer.config._attn_implementation
+    """Why this GPT-2, as it is configured, can't run on packed tokens; None where it can."""
+    config = transformer.config
+    implementation = config._attn_implementation
     if implementation not in ("eager", "sdpa"):
         return f"attention is {implementation}, not eager or sdpa"
-    if transformer.config.reorder_and_upcast_attn:
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    if attend not in (eager_attention_forward, sdpa_attention_forward):
+        return f"{implementation} attention isn't transformers' own"
+    if config.reorder_and_upcast_attn:
         return "reorder_and_upcast_attn"
-    for block in transformer.h:
-        if type(block) not in (GPT2Block, FusedBlock, PackedLastBlock) or "forward" in block.__dict__:
-            return f"a block is {type(block).__name__}, or its forward was replaced"
-        if type(block.attn) not in (GPT2Attention, PackedAttention) or "forward" in block.attn.__dict__:
-            return f"an attention is {type(block.attn).__name__}, or its forward was replaced"
+    if not getattr(config, "is_causal", True):
+        return "attention isn't causal"
     return None
 
 
 def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
-    """Why this call runs stock; None where packing computes what stock does."""
-    config = module.config
+    """Why this call runs stock, whatever the batch; None where packing computes what stock does."""
+    for name, value in arguments.items():
+        if name in _TAKEN or name in _IGNORED or value is None or (name in _FALSY and not value):
+            continue
+        return _KINDS.get(name, name if name in _FALSY else f"{name}, which packing doesn't know")
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if torch.compiler.is_compiling():
-        return "compiled: the number of tokens depends on the data"
-    if ids is None or ids.dim() != 2:
+    if torch.jit.is_tracing():
+        return "traced: the number of tokens depends on the data"
+    reason = why_not_here() or why_not_model(module)
+    if reason:
+        return reason
+    if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
         return "input_ids (batch, length) are needed to see the padding"
-    if arguments.get("past_key_values") is not None:
-        return "past keys and values, of a cache or a prefix"
-    if arguments.get("use_cache"):
-        return "a cache"
     if mask is None and arguments.get("position_ids") is not None:
         return "position_ids without an attention_mask"  # where they begin again, stock sees another sequence
-    if mask is not None and mask.shape != ids.shape:
-        return "an attention_mask that hasn't the shape of input_ids"
-    if (
-        arguments.get("use_cache") is None
-        and config.use_cache
-        and not module.training
-        and module._fastpeft.builds_cache
+    if mask is not None and (
+        type(mask) is not Tensor or mask.shape != ids.shape or mask.device != ids.device
     ):
-        return "a cache, which this head builds by default"
-    if arguments.get("encoder_hidden_states") is not None:
-        return "cross-attention"
-    for wanted in ("output_attentions", "output_hidden_states"):
-        asked = arguments.get(wanted)
-        if asked or (asked is None and getattr(config, wanted, False)):
-            return wanted
-    return why_not_model(module)
+        return "an attention_mask that hasn't the shape of input_ids"
+    length = ids.shape[1]
+    for name, shapes in (
+        ("position_ids", ((1, length), tuple(ids.shape))),
+        ("token_type_ids", (tuple(ids.shape),)),
+    ):
+        given = arguments.get(name)
+        if given is not None and (type(given) is not Tensor or tuple(given.shape) not in shapes):
+            return f"{name} that haven't the shape of input_ids"
+    return next((n for n in _FALSY if arguments.get(n) is None and getattr(module.config, n, False)), None)
 
 
-def _pack(
-    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[()], dict[str, Any]] | None:
-    arguments = {**dict(zip(_ARGUMENTS, args, strict=False)), **kwargs}
-    reason = (
-        "called with unnamed arguments" if len(args) > len(_ARGUMENTS) else _why_not_call(module, arguments)
-    )
-    packed = _layout(module, arguments) if reason is None else reason
-    if isinstance(packed, str):
-        module._fastpeft.record(ops.Route("stock", packed))
-        return None
-    if arguments.get("attention_mask") is None:  # stock will see one
-        module.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
-    chosen = {
-        # Anything with four dimensions is taken for a finished mask, so none is built.
-        "attention_mask": torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device),
-        "use_cache": False,
-        "packed": packed,
-    }
-    if not packed.whole:
-        chosen |= _packed_rows(packed, arguments)
-    module._fastpeft.record(ops.Route("torch", "packed: no padding between the embeddings and the head"))
-    return (), {**arguments, **chosen}
+def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unmasked: bool) -> Packed | str:
+    """The layout of a batch, or why its padding can't leave, or needn't."""
+    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    batch, length = ids.shape
+    if length > module.wpe.weight.shape[0]:
+        return "more tokens than positions"
+    rows = torch.arange(batch, device=ids.device)
+    read = Reads() if isinstance(reads, str) else reads
+    if mask is not None:
+        mask = mask.bool()
+        visible = mask.any()
+        if read.pooled is not None:
+            visible = mask[rows, read.pooled].all()
+        elif read.positions is not None and not only_unmasked:
+            visible = ~(read.positions & ~mask).any()
+        # The one wait for the device; of ids beneath the padding, stock makes errors too.
+        count, all_visible, in_range = torch.stack(
+            (mask.sum(), visible, _in_range(module, arguments))
+        ).tolist()
+        if count == ids.numel():
+            mask = None
+        elif count == 0 or not all_visible:
+            return "the mask hides a token that is read, or all of them"
+        elif not in_range:
+            return "an error"  # for stock to raise
+        elif isinstance(reads, str) and not only_unmasked:
+            return reads
+        elif arguments.get("use_cache"):
+            return "a cache of padded rows"
+        elif FULL * ids.numel() < count and read.pooled is None:
+            return "the batch is nearly full"
+    if mask is None:
+        tokens = order = torch.arange(ids.numel(), device=ids.device)
+        places, longest = tokens % length, length
+    else:
+        tokens = mask.flatten().nonzero()[:, 0]
+        order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
+        places = (mask.cumsum(1) - 1).flatten()[tokens]
+        longest = int(places.max()) + 1
+    causal = None
+    if module.config._attn_implementation == "eager":
+        dtype = module.wpe.weight.dtype
+        causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
+        causal = causal.triu(1)[None, None]
+    last = module.h[-1] if len(module.h) else None
+    pooled = None if read.pooled is None or last is None else order[rows * length + read.pooled]
+    slots = tokens // length * longest + places
+    return Packed(tokens, slots, (batch, length), (batch, longest), causal, pooled, last)
+
+
+def _in_range(module: Any, arguments: dict[str, Any]) -> Tensor:
+    """Whether every id and position of the grid is one that the embeddings have."""
+    found = torch.ones((), dtype=torch.bool, device=arguments["input_ids"].device)
+    for name, table in (
+        ("input_ids", module.wte),
+        ("token_type_ids", module.wte),
+        ("position_ids", module.wpe),
+    ):
+        given = arguments.get(name)
+        if given is not None:
+            low, high = given.aminmax()
+            found = found & (low >= 0) & (high < table.weight.shape[0])
+    return found
 
 
 def _packed_rows(packed: Packed, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
@@ -250,67 +291,9 @@ def _packed_rows(packed: Packed, arguments: dict[str, Any]) -> dict[str, Tensor 
     }
 
 
-def _layout(module: Any, arguments: dict[str, Any]) -> Packed | str:
-    """The layout of a batch, or why its padding can't leave, or needn't."""
-    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
-    batch, length = ids.shape
-    rows = torch.arange(batch, device=ids.device)
-    read = _pooled_columns(ids, module.config.pad_token_id) if module._fastpeft.pools else None
-    wanted = None if _watched(module) else read
-    if mask is not None:
-        mask = mask.bool()
-        visible = mask[rows, read].all() if read is not None else mask.any()
-        # The one wait for the device.
-        count, all_visible = torch.stack((mask.sum(), visible)).tolist()
-        if FULL * ids.numel() < count < ids.numel() and wanted is None:
-            return "the batch is nearly full"
-        if not all_visible:
-            return "the mask hides a token that the head pools, or all of them"
-        mask = None if count == ids.numel() else mask
-    if mask is None:
-        tokens = order = torch.arange(ids.numel(), device=ids.device)
-        places, longest = tokens % length, length
-    else:
-        tokens = mask.flatten().nonzero()[:, 0]
-        order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
-        places = (mask.cumsum(1) - 1).flatten()[tokens]
-        longest = int(places.max()) + 1
-    causal = None
-    if module.config._attn_implementation == "eager":
-        dtype = module.wpe.weight.dtype
-        causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
-        causal = causal.triu(1)[None, None]
-    pooled = None if wanted is None else order[rows * length + wanted]
-    return Packed(
-        tokens, tokens // length * longest + places, (batch, length), (batch, longest), causal, pooled
-    )
-
-
-def _pooled_columns(ids: Tensor, pad_token_id: int | None) -> Tensor:
-    """(batch,) the column that GPT2ForSequenceClassification reads: the last that isn't padding, by its id."""
-    columns = torch.arange(ids.shape[1], device=ids.device)
-    if pad_token_id is None:
-        return columns[-1:].expand(ids.shape[0])
-    return (columns * (ids != pad_token_id)).argmax(1)
-
-
-def _watched(module: Any) -> bool:
-    """Whether a user's hook looks at what the last block leaves, and so at tokens that no head reads."""
-    ours = {"fastpeft.packing", "fastpeft.adapters", "transformers.utils.output_capturing"}
-    watched = (module, module.h[-1], module.ln_f)
-    hooks = [hook for m in watched for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
-    return any(getattr(hook, "__module__", None) not in ours for hook in hooks)
-
-
-def _unpack(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    packed = kwargs.get("packed")
-    if packed is None or packed.whole:
-        return None
-    hidden = output[0][0]
-    batch, length = packed.grid
-    if len(hidden) < batch * length:
-        hidden = hidden.new_zeros(batch * length, hidden.shape[1]).index_copy(0, packed.tokens, hidden)
-    full = hidden.view(batch, length, -1)
+def _unpacked(packed: Packed, output: Any) -> Any:
+    """The output of GPT2Model with its hidden states back in the caller's grid."""
+    full = packed.in_grid(output[0][0])
     if isinstance(output, tuple):
         return (full, *output[1:])
     output.last_hidden_state = full

@@ -4,43 +4,37 @@ from __future__ import annotations
 
 import warnings
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import GenerationMixin
 from transformers.activations import NewGELUActivation
-from transformers.models.gpt2.modeling_gpt2 import GPT2ForSequenceClassification, GPT2Model
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import block, ops, probe
+from fastpeft import ops, probe
 from fastpeft.adapters import Adapter
-from fastpeft.modules import (
-    FROZEN,
-    FusedAdapter,
-    FusedConv1D,
-    FusedGelu,
-    FusedLinear,
-    FusedLoraLinear,
-    Site,
-    fused_adapter,
-    stock_class,
-    why_not_adapter,
-    why_not_frozen,
-    why_not_lora,
-)
-from fastpeft.packing import PackingSite, install, uninstall, why_not_model
+from fastpeft.heads import HEADS
+from fastpeft.modules import FROZEN, FusedAdapter, why_not_adapter, why_not_frozen, why_not_lora
+from fastpeft.packing import PackedModel, PackingSite, why_not_model
+from fastpeft.swap import Site, is_below, is_fused, restore, stock_class, swap
+from fastpeft.trunk import Trunk
 
-SCOPES = ("layers", "model")
+SCOPES = ("auto", "model", "layers")
+#: Stock classes of the modules that only the runtime on packed tokens swaps, beside GPT2Model itself.
+_RUNTIME = (GPT2Block, GPT2Attention, GPT2MLP, *HEADS)
+#: Why a module that looks like an adapter was refused when it was probed, which nothing but `patch` does.
+_refused: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
 
 
 class Candidate(NamedTuple):
-    """A module that fastpeft knows: the class it may become, or the reason why it stays stock."""
+    """A module that fastpeft knows: whether it is swapped for a fused one, and the reason why it stays stock."""
 
     name: str
     module: Any
     kind: str
-    fused: type[nn.Module] | None
+    swaps: bool
     reason: str | None
 
 
@@ -49,7 +43,7 @@ def patch(
     backend: str = "auto",
     strict: bool = False,
     exact: bool = False,
-    scope: str = "model",
+    scope: str = "auto",
 ) -> nn.Module:
     """Swap the LoRA layers, bottleneck adapters and `gelu_new` of `model` for fused ones, in place.
 
@@ -65,12 +59,15 @@ def patch(
             or `torch`.
         strict: raise where a site can't be fused, instead of leaving it stock.
         exact: on the CPU, peft's own random numbers and stock's arithmetic, to compare number by number.
-        scope: `model` also runs GPT-2 on packed tokens, without the padding that the attention mask hides and,
-            under a sequence classifier, with the last block only at the token it reads: the last hidden state
-            is zero elsewhere, and with `use_cache` unset no cache is built in training, nor under heads that
-            don't generate. Triton's kernels then take in the GELU, dropouts, residuals and LayerNorms beside
-            the LoRA projections; on the CPU the dropouts of attention and residuals draw fewer numbers.
-            `layers` swaps layers one by one and nothing else, as `exact` does.
+        scope: `auto` also runs GPT-2 on packed tokens, without the padding that the attention mask hides, wherever
+            what is read of its last hidden state is known from the head and the arguments, and holds no padding:
+            sequence classification, whose last block goes on only at the token it reads; language modelling and token
+            classification with labels that count at no hidden position, whose logits are zero there. Hooks, modules of
+            one's own, or a caller that isn't known keep a padded batch stock. `model` packs for any caller, who
+            thereby says that nothing is read at hidden positions: the last hidden state is zero there. Triton's
+            kernels then take in the GELU, dropouts, residuals and LayerNorms beside the LoRA projections; on the CPU
+            the dropouts of attention and residuals draw fewer numbers. `layers` swaps layers one by one and nothing
+            else, as `exact` does.
 
     Returns:
         The model.
@@ -81,18 +78,22 @@ def patch(
     """
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
-    found = candidates(model)
+    found = candidates(model, probing=True)
     # Nobody asked for frozen layers, so they decide nothing.
-    plan = [candidate for candidate in found if candidate.kind != "frozen"]
+    plan = [candidate for candidate in found if candidate.kind not in ("frozen", "packing")]
     for candidate in plan:
         device = next((p.device for p in candidate.module.parameters()), None)
-        if device is not None and candidate.fused is not None:
+        if device is not None and candidate.swaps:
             ops.choose(backend, exact, device)
-    transformers = [(name, m) for name, m in model.named_modules() if type(m) is GPT2Model]
-    packing = transformers if scope == "model" and not exact else []
+    swaps = [c for c in (plan if exact else found) if c.swaps]
+    runtime = [] if scope == "layers" or exact else _runtime(model)
     if strict:
+        coming = {id(c.module) for c in swaps} | {id(m) for _, m in runtime}
         stock = [f"{c.name}: {c.reason}" for c in plan if c.reason]
-        stock += [f"{name}: {reason}" for name, m in packing if (reason := why_not_model(m))]
+        for name, module in runtime:
+            if stock_class(type(module)) is GPT2Model:
+                reason = why_not_model(module) or Trunk().walk(module, coming)
+                stock += [f"{name}: {reason}"] if reason else []
         if stock or not plan:
             raise ValueError("can't fuse " + ("; ".join(stock) or f"anything in {type(model).__name__}"))
     if not plan:
@@ -101,26 +102,15 @@ def patch(
             "adapter or gelu_new activation",
             stacklevel=2,
         )
-    swaps = [c for c in (plan if exact else found) if c.fused is not None]
-    for module in {m for m in model.modules() if type(m) in FROZEN} - {c.module for c in swaps}:
-        _restore(module)  # it isn't served any more, or LoRA has been put around it
-    for candidate in swaps:
-        before = candidate.module.__dict__.get("_fastpeft")
-        candidate.module.__class__ = candidate.fused
-        calls = before.calls if before else 0
-        candidate.module._fastpeft = Site(candidate.name, backend, exact, strict, calls=calls)
-    for _, transformer in transformers:
-        uninstall(transformer)
-        block.uninstall(transformer)
-    for name, transformer in packing:
-        block.install(transformer, backend)
-        heads = [m for m in model.modules() if m._modules.get("transformer") is transformer]
-        generates = not heads or any(isinstance(head, GenerationMixin) for head in heads)
-        pools = [type(head) for head in heads] == [GPT2ForSequenceClassification]
-        install(
-            transformer,
-            PackingSite(name or "model", backend, exact, strict, builds_cache=generates, pools=pools),
-        )
+    kept = {id(c.module) for c in swaps if c.kind == "frozen"} | {id(m) for _, m in runtime}
+    # Frozen layers that aren't served any more, or have LoRA around them now; a runtime that isn't asked for any more.
+    restore(m for m in model.modules() if is_fused(m) and _is_optional(m) and id(m) not in kept)
+    for name, module, kind, *_ in swaps:
+        swap(module, Site(name, backend, exact, strict), FusedAdapter if kind == "adapter" else None)
+    for name, module in runtime:
+        given = (name, backend, exact, strict)
+        whole = stock_class(type(module)) is GPT2Model
+        swap(module, PackingSite(*given, only_unmasked=scope == "model") if whole else Site(*given))
     return model
 
 
@@ -128,31 +118,42 @@ def unpatch(model: nn.Module) -> nn.Module:
     """Give every swapped module of `model` its stock class back, in place; returns the model.
 
     Raises:
-        ValueError: another library (FSDP) has swapped a fused class since; nothing is changed then.
+        ValueError: another library (FSDP, a parametrization) has put its class on top of a fused one since; nothing
+            is changed then.
     """
-    swapped = [m for m in model.modules() if "_fastpeft" in m.__dict__ and type(m) is not GPT2Model]
-    for module in swapped:  # an error comes before any change
-        stock_class(type(module))
-    for module in swapped:
-        _restore(module)
-    for module in model.modules():
-        if type(module) is GPT2Model:
-            uninstall(module)
-            block.uninstall(module)
+    restore(model.modules())
     return model
 
 
-def _restore(module: Any) -> None:
-    module.__class__ = stock_class(type(module))
-    del module._fastpeft
+def _is_optional(module: nn.Module) -> bool:
+    return type(module) in FROZEN or stock_class(type(module)) in (GPT2Model, *_RUNTIME)
 
 
-def candidates(model: nn.Module) -> list[Candidate]:
-    """Every module of `model` that fastpeft could fuse, fused already or not, in the model's order."""
+def _runtime(model: nn.Module) -> list[tuple[str, Any]]:
+    """Every module that the runtime on packed tokens swaps, with its name: GPT-2, parts of it, and its known heads."""
+    found = [(name or "model", m) for name, m in model.named_modules() if stock_class(type(m)) is GPT2Model]
+    transformers = {id(transformer) for _, transformer in found}
+    for prefix, transformer in list(found):
+        for name, module in transformer.named_modules(prefix=prefix):
+            if stock_class(type(module)) in (GPT2Block, GPT2Attention, GPT2MLP) and "forward" not in vars(
+                module
+            ):
+                found.append((name, module))
+    for name, module in model.named_modules():
+        if stock_class(type(module)) in HEADS and id(module._modules.get("transformer")) in transformers:
+            found.append((name or "model", module))
+    return found
+
+
+def candidates(model: nn.Module, *, probing: bool = False) -> list[Candidate]:
+    """Every module of `model` that fastpeft could fuse, fused already or not, in the model's order.
+
+    `probing` runs the forward of a copy of what looks like a user's own adapter; else the last probe's reason is told.
+    """
     found: list[Candidate] = []
     parts: set[int] = set()  # of LoRA layers and adapters
     for name, module in model.named_modules():
-        decision = _decide(module)
+        decision = _decide(module, probing)
         if decision is None and id(module) not in parts:
             decision = _decide_frozen(module)
         elif decision is not None and decision[0] in ("lora", "adapter"):
@@ -162,43 +163,40 @@ def candidates(model: nn.Module) -> list[Candidate]:
     return found
 
 
-def _decide(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | None:
-    """Kind, fused class and reason for one module; None for a module that is none of our business.
+def _decide(module: Any, probing: bool) -> tuple[str, bool, str | None] | None:
+    """Kind, whether to swap, and reason for one module; None for a module that is none of our business.
 
     Stock classes are compared exactly: a subclass (a quantised layer, one that FSDP swapped) may do more.
     A fused class stays what it is, also below the class that FSDP has put on top.
     """
     kind: Any = type(module)
+    stock = stock_class(kind)
+    below = is_below(module)
     if isinstance(module, LoraLayer):
-        if isinstance(module, FusedLoraLinear):
-            return "lora", kind, why_not_lora(module)
-        if kind is LoraLinear:
-            return "lora", FusedLoraLinear, why_not_lora(module)
-        return "lora", None, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"
-    if isinstance(module, FusedAdapter):
-        return "adapter", kind, why_not_adapter(module)
-    if kind is Adapter:
-        return "adapter", fused_adapter(kind), why_not_adapter(module)
+        if stock is LoraLinear or below:
+            return "lora", True, why_not_lora(module)
+        return "lora", False, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"
+    if isinstance(module, FusedAdapter) or kind is Adapter:
+        return "adapter", True, why_not_adapter(module)
     if isinstance(module, Adapter):
-        return "adapter", None, f"{kind.__module__}.{kind.__name__} isn't fastpeft's Adapter"
+        return "adapter", False, f"{kind.__module__}.{kind.__name__} isn't fastpeft's Adapter"
     if probe.looks_like_adapter(module):
-        reason = probe.why_not_fusible(module)
-        return "adapter", None if reason else fused_adapter(kind), reason
-    if isinstance(module, FusedGelu):
-        return "activation", kind, None
-    if kind is NewGELUActivation:
-        return "activation", FusedGelu, None
-    if kind is GPT2Model and "_fastpeft" in module.__dict__:
-        return "packing", None, why_not_model(module)
+        if probing:
+            _refused[module] = probe.why_not_fusible(module) or ""
+        reason = _refused.get(module) or None
+        return "adapter", probing and reason is None, reason
+    if stock is NewGELUActivation or (isinstance(module, NewGELUActivation) and below):
+        return "activation", True, None
+    if isinstance(module, PackedModel):
+        return "packing", False, why_not_model(module) or module._fastpeft.trunk.why_not(module)
     return None
 
 
-def _decide_frozen(module: Any) -> tuple[str, type[nn.Module] | None, str | None] | None:
+def _decide_frozen(module: Any) -> tuple[str, bool, str | None] | None:
     """`_decide` for a linear layer that is no part of a LoRA layer or adapter; None where its products stay stock's."""
-    kind: Any = type(module)
-    if kind not in FROZEN and kind not in (Conv1D, nn.Linear):
+    if stock_class(type(module)) not in (Conv1D, nn.Linear):
         return None
     reason = why_not_frozen(module)
     if reason:
-        return ("frozen", None, reason) if kind in FROZEN else None
-    return "frozen", FusedConv1D if isinstance(module, Conv1D) else FusedLinear, None
+        return ("frozen", False, reason) if is_fused(module) else None
+    return "frozen", True, None

@@ -34,14 +34,11 @@ def why_not_fusible(module: Any) -> str | None:
         return f"it has submodules besides down, act and up: {', '.join(others)}"
     if list(module.named_parameters(recurse=False)) or list(module.named_buffers(recurse=False)):
         return "it has parameters or buffers of its own"
-    scale = getattr(module, "scale", 1.0)
-    if not isinstance(scale, (int, float)):
-        return f"its scale is {type(scale).__name__}, not a number"
     reason = why_not_adapter(module)
     if reason or module.down.weight.is_meta:
         return reason or "its weights are on the meta device"
     try:
-        agrees = _agrees(module, float(scale))
+        agrees = _agrees(module, float(getattr(module, "scale", 1.0)))
     except Exception as error:  # a user's forward may raise anything; the reason goes into the report
         return f"probing its forward raised {type(error).__name__}: {error}"
     return None if agrees else "a probe shows that its forward isn't x + scale * up(act(down(x)))"

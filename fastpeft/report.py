@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastpeft import ops
-from fastpeft.patch import candidates
+from fastpeft.patch import Candidate, candidates
 
 #: Of the kinds that torch always serves.
 _FIRST_REASON = {"activation": "one pass", "frozen": "oneDNN", "packing": "not called yet"}
@@ -43,19 +43,28 @@ def report(model: nn.Module) -> Report:
 
     A site's path and reason are those of its last call; before the first, those its next call would take.
     """
-    return Report(_row(*candidate) for candidate in candidates(model))
+    return Report(_row(candidate) for candidate in candidates(model))
 
 
-def _row(name: str, module: nn.Module, kind: str, fused: type[nn.Module] | None, reason: str | None) -> Row:
-    site = module.__dict__.get("_fastpeft")
+def _row(candidate: Candidate) -> Row:
+    name, module, kind, _, reason = candidate
+    site = vars(module).get("_fastpeft")
     if site is None:
         return Row(name, kind, "stock", reason or "not patched: call fastpeft.patch", 0)
     # A frozen layer that isn't served any more notes no calls.
     if site.last is not None and not (kind == "frozen" and reason):
-        return Row(name, kind, site.last.path, site.last.reason, site.calls)
+        path = _path_below(module) if site.last.path == "packed" else site.last.path
+        return Row(name, kind, path, site.last.reason, site.calls)
     if reason:
         return Row(name, kind, "stock", reason, site.calls)
     if kind in _FIRST_REASON:
         return Row(name, kind, "torch", _FIRST_REASON[kind], site.calls)
     path, why = ops.choose(site.backend, site.exact, next(module.parameters()).device)
     return Row(name, kind, path, why, site.calls)
+
+
+def _path_below(transformer: nn.Module) -> str:
+    """The path that the layers of a packed GPT-2 took."""
+    sites = [vars(m).get("_fastpeft") for m in transformer.modules()]
+    paths = {site.last.path for site in sites if site is not None and site.last is not None}
+    return "triton" if "triton" in paths else "torch"

@@ -221,7 +221,9 @@ def adapter_gradient_kernel(
     down_offsets = offs_r[None, :] * K + offs_k[:, None]
     up_offsets = size + offs_k[:, None] * R + offs_r[None, :]
     down_bias_offsets, up_bias_offsets = 2 * size + offs_r, 2 * size + R + offs_k
-    mask_down_bias = mask_r & (pid_k == 0)  # the sum of dz is the same in every column of the grid
+    mask_down_bias = offs_r < tl.where(
+        pid_k == 0, R, 0
+    )  # the sum of dz is the same in every column of the grid
     tl.store(own_ptr + down_offsets, d_down, mask=mask)
     tl.store(own_ptr + up_offsets, d_up * scale, mask=mask)
     tl.store(own_ptr + down_bias_offsets, tl.sum(d_down_bias, axis=0) / 16, mask=mask_down_bias)

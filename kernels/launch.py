@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import warnings
 from collections.abc import Callable, Hashable, Iterator
@@ -39,7 +38,8 @@ _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None
 
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], num_warps: int, num_stages: int) -> None:
     """Run `kernel` over `grid`; under `record`, only note that it would run."""
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    # Fusing products with sums is Triton's default up to 3.9, which warns that it won't be later.
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     launches = _recorded.get()
     if launches is None:
         kernel[grid](**args, **options)
@@ -90,9 +90,13 @@ def unsupported_device(device: torch.device) -> str | None:
     return None
 
 
-@functools.cache
+_capabilities: dict[torch.device, tuple[int, int]] = {}
+
+
 def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+    if device not in _capabilities:  # remembered by hand: Dynamo warns at functools.cache
+        _capabilities[device] = torch.cuda.get_device_capability(device)
+    return _capabilities[device]
 
 
 def tf32_allowed() -> bool:
@@ -162,7 +166,9 @@ def _why_not_built(each: Launch) -> str | None:
     """Compile the kernel of a launch and load it on the current device; what that lacked, or None."""
     try:
         compiled = each.kernel.warmup(grid=each.grid, **each.args, **each.options)
-        _ = compiled.run  # loads the module, or raises for want of shared memory, tensor memory or threads
+        # Loads the module, or raises for want of shared memory, tensor memory or threads: at every look, where
+        # `compiled.run` raises at the first alone.
+        _ = compiled[each.grid]
     except Exception as error:
         if not _is_build_failure(error):
             raise

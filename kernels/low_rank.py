@@ -538,7 +538,7 @@ def updated(
             "updated",
             x,
             (n, rank, drops, weight.stride(1) == 1, a.dtype, epilogue),
-            tiling.linear(x, weight, rank, *drops, epilogue != (False, False, "y")),
+            tiling.linear(x, weight, rank, *drops, epilogue != (False, False, "y"), pre is not None),
             lambda each: updated(
                 x,
                 weight,

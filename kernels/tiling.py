@@ -138,6 +138,9 @@ _NOT_WITH_EPILOGUE = {
     },
 }
 
+#: Tiles that the derivative of a GELU makes spill, beside those: with it this one fills all 255 registers.
+_NOT_WITH_DERIVATIVE = {90: {("descriptor split", Tile(128, 256, 64, 8, 3))}}
+
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
 SHRINK = {
     16: (Strip(64, 64, 4, 4), Strip(32, 128, 4, 3)),
@@ -199,9 +202,16 @@ def padded_rank(rank: int) -> int:
     return max(16, triton.next_power_of_2(rank))
 
 
-def linear_tiles(arch: int, form: str, variant: str, epilogue: bool) -> tuple[Tile, ...]:
-    """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, with an epilogue or without."""
+def linear_tiles(
+    arch: int, form: str, variant: str, epilogue: bool, derivative: bool = False
+) -> tuple[Tile, ...]:
+    """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, with an epilogue or without.
+
+    `derivative`: whether the epilogue is the derivative of a GELU.
+    """
     excluded = _NOT_WITH_EPILOGUE[arch] if epilogue else set()
+    if derivative:
+        excluded = excluded | _NOT_WITH_DERIVATIVE.get(arch, set())
     return tuple(tile for tile in LINEAR[arch][variant] if (f"{form} {variant}", tile) not in excluded)
 
 
@@ -210,11 +220,19 @@ def linear_tiles_float32(epilogue: bool) -> tuple[Tile, ...]:
     return LINEAR_FLOAT32[1:] if epilogue else LINEAR_FLOAT32
 
 
-def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool, epilogue: bool) -> list[Linear]:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    rank: int,
+    inner: bool,
+    outer: bool,
+    epilogue: bool,
+    derivative: bool = False,
+) -> list[Linear]:
     """The ways to run `u = (inner ⊙ x) aᵀ, y = x W + outer ⊙ (u f) + …`, the one to take first.
 
     `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
-    `epilogue`: whether a GELU, its derivative or a residual follows, with another tensor as large as y.
+    `epilogue`: whether a GELU, its `derivative` or a residual follows, with another tensor as large as y.
     """
     m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
@@ -225,14 +243,17 @@ def linear(x: Tensor, weight: Tensor, rank: int, inner: bool, outer: bool, epilo
     descriptor = descriptor and (_describable(weight) or _describable(weight.T))
     form = "descriptor" if descriptor else "pointer"
     tiles = _cheapest_first(
-        linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue), m, n, arch
+        linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue, derivative), m, n, arch
     )
     split = [Linear(tile, descriptor, False, arch.multiprocessors) for tile in tiles]
     if inner:
         return split
     padded = padded_rank(rank)
     tiles = _cheapest_first(
-        linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", epilogue), m, n, arch
+        linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", epilogue, derivative),
+        m,
+        n,
+        arch,
     )
     single = [Linear(tile, False, True, 0) for tile in tiles if single_pays(padded, tile)]
     if not single:

@@ -12,7 +12,7 @@ from tolerances import assert_as_good_as
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.kernels import dropout, tiling
+from fastpeft.kernels import dropout, launch, tiling
 
 #: x's dtype and the parameters': float32 parameters on a 16-bit base are peft's default.
 DTYPES = {
@@ -22,15 +22,39 @@ DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
 }
 
+#: One row, less than one tile (of 128 or 64 rows, but two strips of 32), and several with a rest.
+ROWS = [1, 63, 257]
 
 Arguments = dict[str, Tensor | None]
 
-#: Every tile of the GEMM that some architecture takes, and every form and variant it comes in.
-LINEAR_TILES = sorted({t for table in tiling.LINEAR.values() for tiles in table.values() for t in tiles})
-LINEAR_VARIANTS = [
-    *itertools.product(["pointer", "descriptor"], ["split", "dropout"]),
-    *itertools.product(["pointer"], ["single", "single dropout"]),
-]
+#: The forms of the GEMM, the least architecture of each, and the variants it comes in.
+LINEAR_FORMS = {
+    "pointer": (80, ("split", "dropout", "single", "single dropout")),
+    "descriptor": (90, ("split", "dropout")),
+}
+
+
+def linear_cases(epilogue: bool) -> list[Any]:
+    """(device, tile, form, variant) for every tile that some architecture takes in that form and variant.
+
+    The interpreter has no warps and no stages: there, one stands for all tiles that differ in these alone.
+    """
+    cases = {
+        (tile, form, variant)
+        for form, (least, variants) in LINEAR_FORMS.items()
+        for variant in variants
+        for arch in tiling.LINEAR
+        if arch >= least
+        for tile in tiling.linear_tiles(arch, form, variant, epilogue)
+    }
+    distinct = {(tile[:3], *kind): (tile, *kind) for tile, *kind in sorted(cases)}
+    interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
+    places = ("cpu", distinct.values(), interpreted), ("cuda", cases, pytest.mark.gpu)
+    return [
+        pytest.param(device, *case, marks=mark, id="-".join(map(str, (device, *case[1:], *case[0]))))
+        for device, chosen, mark in places
+        for case in sorted(chosen)
+    ]
 
 
 def choose_tile(
@@ -44,7 +68,7 @@ def choose_tile(
         ):
             pytest.skip(f"not in the table of sm_{arch}")
 
-    def chosen(x, weight, rank, inner, outer, epilogue):
+    def chosen(x, weight, rank, inner, outer, epilogue, derivative):
         single = variant.startswith("single") and not inner
         return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
 

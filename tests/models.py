@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tolerances import assert_as_good_as
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2PreTrainedModel
 
@@ -70,6 +72,29 @@ def step(model: nn.Module, seed: int = 7, batch: int = 3, length: int = 9) -> di
     logits.double().square().sum().backward()  # a mean would push float16 gradients below its normal range
     grads = {f"grad of {n}": p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return {"logits": logits.detach(), **grads}
+
+
+def assert_as_good_over_draws(
+    models: Sequence[nn.Module], outcome: Callable[[nn.Module, int], dict[str, Tensor]], draws: int = 16
+) -> None:
+    """Hold `outcome(model, draw)` of a patched model to its stock twin's, both against a float64 twin's.
+
+    Errors are taken over all draws, and over all layers where gradients have one role (say `down.bias`): behind a
+    head of two numbers gradients differ in two directions only, so that one draw compares luck. 16 give 32 numbers.
+    """
+    results = [[outcome(model, draw) for draw in range(draws)] for model in models]
+    names = {tuple(each) for result in results for each in result}
+    assert len(names) == 1, "not the same gradients everywhere"
+    roles: dict[str, list[str]] = {}
+    for name in names.pop():
+        roles.setdefault(".".join(name.split(".")[-2:]), []).append(name)
+    assert len(roles) > 1, "no gradients"
+    for role, names_of_role in roles.items():
+        fused, pytorch, truth = (
+            torch.cat([each[name].flatten() for each in result for name in names_of_role])
+            for result in results
+        )
+        assert_as_good_as(fused, pytorch, truth, role)
 
 
 def assert_same_files(folder: Path, other: Path) -> None:

@@ -14,6 +14,7 @@ sys.path.append(str(BENCH))
 
 import traffic  # noqa: E402
 
+pytestmark = pytest.mark.xdist_group("traffic")  # two counts serve all tests
 M, K, N, R = 640, 48, 144, 16  # tokens, in_features, out_features, rank
 BF16, FP32, MASK = 2, 4, 1  # bytes
 

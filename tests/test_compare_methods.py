@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from models import gpt2
-from transformers import GPT2ForSequenceClassification
+from transformers import GPT2ForSequenceClassification, GPT2Model
 
 from fastpeft.compare.arguments import Arguments
-from fastpeft.compare.methods import METHODS, trainable
+from fastpeft.compare.methods import METHODS, trainable, why_not
 
 ARGUMENTS = Arguments(Path("out"), rank=3, bottleneck=5)
 
@@ -48,6 +49,17 @@ def test_training_starts_from_the_base_models_output(name):
         expected = base(ids).logits
         started = METHODS[name].apply(copy.deepcopy(base), ARGUMENTS).eval()(input_ids=ids).logits
     assert torch.equal(started, expected)
+
+
+def test_every_method_can_be_trained_but_a_prefix_where_peft_looks_for_a_renamed_argument(monkeypatch):
+    state = torch.get_rng_state()
+    takes = inspect.signature(GPT2Model.forward).parameters
+    expected = set() if "past_key_values" in takes else {"prefix"}
+    assert {name for name in METHODS if why_not(name)} == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    for model in GPT2Model, GPT2ForSequenceClassification:
+        monkeypatch.setattr(model, "forward", lambda self, input_ids=None, cache=None: None)
+    assert "does not support past key values" in why_not("prefix")
 
 
 def test_adapters_go_where_their_method_says():

@@ -27,9 +27,12 @@ from transformers import AutoTokenizer, GPT2ForSequenceClassification
 import fastpeft
 from fastpeft.compare import runner, train
 from fastpeft.compare.errors import BadInput
-from fastpeft.compare.methods import METHODS
+from fastpeft.compare.methods import METHODS, why_not
 from fastpeft.compare.runner import compare
 
+pytestmark = pytest.mark.xdist_group("comparison")  # one comparison serves most tests
+#: What the installed peft and transformers train together: test_compare_methods.py says which that must be.
+TRAINED = tuple(name for name in METHODS if why_not(name) is None)
 PREFIX = "past keys and values, of a cache or a prefix"
 
 
@@ -37,7 +40,7 @@ PREFIX = "past keys and values, of a cache or a prefix"
 def finished(tmp_path_factory):
     """Folder, arguments and results of a comparison of all methods, made while no network was in reach."""
     folder = tmp_path_factory.mktemp("comparison")
-    asked = arguments(folder, methods=tuple(METHODS), seeds=1)
+    asked = arguments(folder, methods=TRAINED, seeds=1)
 
     def no_network(*_):
         raise AssertionError("a comparison of local files opened a connection")
@@ -66,10 +69,10 @@ def test_results_json_has_a_full_record_of_every_run(finished):
     folder, _, results = finished
     written = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(results))
-    assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in METHODS]
+    assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in TRAINED]
     for run in written["runs"]:
         assert 0 <= run["accuracy"] <= 1
-        assert all(0 < run[f"step_seconds_{side}"] < 10 for side in ("stock", "layers", "model"))
+        assert all(0 < run[f"step_seconds_{side}"] < 10 for side in ("stock", "layers", "auto"))
         assert run["unpacked_because"] == (PREFIX if run["method"] == "prefix" else None)
         assert run["train_seconds"] > 0
         assert run["steps"] == 4
@@ -104,7 +107,7 @@ def test_peak_memory_is_that_of_a_process_with_torch_in_it(finished):
         assert 100e6 < run["peak_memory_bytes"] < 20e9
 
 
-@pytest.mark.parametrize("name", METHODS, ids="method-{}".format)
+@pytest.mark.parametrize("name", TRAINED, ids="method-{}".format)
 def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logits(
     finished, name, monkeypatch
 ):
@@ -166,18 +169,26 @@ def test_the_page_is_well_formed_self_contained_and_names_every_method(finished)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 3
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in images)
-    assert all(name in images[0]["alt"] for name in METHODS)
+    assert all(name in images[0]["alt"] for name in TRAINED)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
     assert "http" not in text.replace("http-equiv", "")
     for run in results["runs"]:
         assert run["method"] in page.text
         assert f"{run['accuracy']:.1%}" in page.text
         assert run["formula"] in page.text
-        for side in ("stock", "layers", "model"):
+        for side in ("stock", "layers", "auto"):
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms" in page.text
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[1]["alt"]
     assert page.text.count(f"as layers: {PREFIX}") == 1
     assert "One seed shows no spread: no ranking follows." in page.text
+
+
+def test_a_method_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "why_not", {"lora": "too old"}.get)
+    asked = arguments(tmp_path, methods=("head", "lora"))
+    with pytest.raises(BadInput, match="lora can't be trained here, leave it out: too old"):
+        compare(asked)
+    assert not asked.out.exists()
 
 
 def test_the_plots_are_png_files_of_a_legible_size(finished):
@@ -321,7 +332,7 @@ def test_seeds_vary_the_start_and_the_order_of_texts_on_one_split(tmp_path):
         # Without --multi_gpu, accelerate starts a single process where it sees no GPU.
         [
             "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-            "--mixed_precision=no", "--dynamo_backend=no",
+            "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",  # any that is free
         ],
     ],
     ids=["torchrun", "accelerate"],

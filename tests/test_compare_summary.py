@@ -29,7 +29,7 @@ def _runs(
             "steps": 10,
             "step_seconds_stock": stock,
             "step_seconds_layers": layers,
-            "step_seconds_model": model,
+            "step_seconds_auto": model,
             "unpacked_because": None,
             "peak_memory_bytes": 10**9,
             "train_seconds": 3.0,
@@ -48,7 +48,7 @@ def test_a_summary_has_mean_lowest_and_highest_over_the_seeds():
     [summary] = summarise(_runs(lora=[0.7, 0.6, 0.8]))
     assert summary.accuracy == Spread(pytest.approx(0.7), 0.6, 0.8)
     assert summary.speed_up["layers"].mean == pytest.approx(2.0)
-    assert summary.speed_up["model"].mean == pytest.approx(4.0)
+    assert summary.speed_up["auto"].mean == pytest.approx(4.0)
 
 
 def test_overlapping_spreads_give_no_ranking():
@@ -107,8 +107,8 @@ def test_a_speed_up_is_shown_only_where_all_runs_agree_who_is_faster():
     assert speed_shown(summarise(runs)[0], "layers")
     runs[0]["step_seconds_layers"] = 0.21
     assert not speed_shown(summarise(runs)[0], "layers")
-    assert speed_shown(summarise(runs)[0], "model")
-    assert not speed_shown(summarise(runs[1:])[0], "model")  # one run alone
+    assert speed_shown(summarise(runs)[0], "auto")
+    assert not speed_shown(summarise(runs[1:])[0], "auto")  # one run alone
 
 
 def test_the_terminal_table_fits_80_columns_and_marks_speed_ups_that_do_not_hold():

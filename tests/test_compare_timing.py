@@ -32,7 +32,7 @@ def side_of(model):
     rows = fastpeft.report(model)
     if all(row.path == "stock" and row.kind != "packing" for row in rows):
         return "stock"
-    return "model" if any(row.kind == "packing" for row in rows) else "layers"
+    return "auto" if any(row.kind == "packing" for row in rows) else "layers"
 
 
 def test_all_sides_take_equally_many_steps_and_the_model_is_left_stock(monkeypatch):
@@ -47,7 +47,7 @@ def test_all_sides_take_equally_many_steps_and_the_model_is_left_stock(monkeypat
     model = _model()
     seconds = timing.step_seconds(model, BATCHES, "torch", contextlib.nullcontext)
     assert seconds.steps == timing.ROUNDS * len(BATCHES)
-    assert seconds.medians.keys() == {"stock", "layers", "model"}
+    assert seconds.medians.keys() == {"stock", "layers", "auto"}
     assert seconds.unpacked is None
     # In turn: each batch is taken by all three, and each has each place as often as the others.
     turns = list(zip(sides[::3], sides[1::3], sides[2::3], strict=True))
@@ -63,11 +63,11 @@ def test_the_median_is_taken_side_by_side(monkeypatch):
         for module in model.modules():
             if "_fastpeft" in module.__dict__:
                 module._fastpeft.calls += 1
-        return {"stock": 3.0, "layers": 2.0, "model": 1.0}[side_of(model)]
+        return {"stock": 3.0, "layers": 2.0, "auto": 1.0}[side_of(model)]
 
     monkeypatch.setattr(timing, "_step", pretended)
     seconds = timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
-    assert seconds.medians == {"stock": 3.0, "layers": 2.0, "model": 1.0}
+    assert seconds.medians == {"stock": 3.0, "layers": 2.0, "auto": 1.0}
 
 
 def test_why_no_step_was_packed_is_said():
@@ -84,16 +84,16 @@ def test_why_no_step_was_packed_is_said():
 
 def test_a_patch_that_fuses_nothing_is_an_error_not_a_result(monkeypatch):
     monkeypatch.setattr(fastpeft, "patch", lambda model, **_: model)
-    with pytest.raises(RuntimeError, match=r"0 fused calls in a (layers|model) step"):
+    with pytest.raises(RuntimeError, match=r"0 fused calls in a (layers|auto) step"):
         timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
 
 
-def test_a_model_scope_that_is_the_layers_scope_is_an_error_not_a_result(monkeypatch):
+def test_an_auto_scope_that_is_the_layers_scope_is_an_error_not_a_result(monkeypatch):
     patch = fastpeft.patch
     monkeypatch.setattr(
         fastpeft, "patch", lambda model, backend, scope: patch(model, backend, scope="layers")
     )
-    with pytest.raises(RuntimeError, match="fused calls in a model step"):
+    with pytest.raises(RuntimeError, match="fused calls in a auto step"):
         timing.step_seconds(_model(), BATCHES, "torch", contextlib.nullcontext)
 
 

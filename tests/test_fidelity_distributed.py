@@ -12,6 +12,7 @@ import torch
 from distributed_worker import CASES, build, loss_of, tokens
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("distributed")  # one launch of two processes serves all tests
 
 
 def torchrun(*arguments: str) -> None:

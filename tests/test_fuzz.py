@@ -8,16 +8,25 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import gpt2, randomise, with_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+from torch import nn
+from transformers import (
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 
 import fastpeft
 
@@ -38,11 +47,53 @@ lora_configs = st.fixed_dictionaries(
 ).map(lambda lora: {**lora, "lora_bias": lora["lora_bias"] and not lora["use_dora"]})  # peft refuses both
 
 
+class MeanHead(GPT2ForSequenceClassification):
+    """A head of one's own, which reads every position, padding too."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **given):
+        hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        return types.SimpleNamespace(logits=self.score(hidden.mean(1)), loss=hidden.square().mean())
+
+
+def gpt2_of(model):
+    return next(m for m in model.modules() if isinstance(m, GPT2Model))
+
+
+class Around(nn.Module):
+    """A module that looks along the sequence, around another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, h):
+        return self.inner(h) + 0.1 * F.pad(h, (0, 0, 1, 0))[:, :-1]
+
+
+def along(module, args, output):
+    """A hook that does, too."""
+    first = output[0] if isinstance(output, tuple) else output
+    changed = first + 0.1 * first.flip(1)
+    return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+
+def shifted(self, *args, **kwargs):
+    """A forward of an instance's own."""
+    return type(self).forward(self, *args, **kwargs) * 1.1
+
+
+HEADS = [
+    GPT2LMHeadModel, GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2ForQuestionAnswering, MeanHead,
+]  # fmt: skip
+#: Where a user may put something, below GPT-2.
+PLACES = ["wte", "drop", "h.0", "h.0.ln_1", "h.0.attn", "h.0.attn.c_attn", "h.0.mlp", "h.0.mlp.act", "ln_f"]
+
+
 class Twins(RuleBasedStateMachine):
     """A model that is patched now and then, and one that never is; every operation happens to both."""
 
     @initialize(
-        head=st.sampled_from([GPT2LMHeadModel, GPT2ForSequenceClassification]),
+        head=st.sampled_from(HEADS),
         width=st.sampled_from([8, 20, 32]),
         layers=st.integers(1, 2),
         dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
@@ -51,10 +102,11 @@ class Twins(RuleBasedStateMachine):
         bottleneck=st.integers(1, 9),
         activation=st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
         seed=st.integers(0, 99),
-        scope=st.sampled_from(["layers", "model"]),
+        scope=st.sampled_from(["layers", "model", "auto", "auto"]),
     )
     def build(self, head, width, layers, dtype, lora, slots, bottleneck, activation, seed, scope):
-        self.scope = scope
+        # Who asks for the model scope says that no padding is read.
+        self.scope = "auto" if head in (MeanHead, GPT2ForQuestionAnswering) and scope == "model" else scope
         model = gpt2(
             head,
             n_embd=width,
@@ -62,6 +114,8 @@ class Twins(RuleBasedStateMachine):
             n_layer=layers,
             vocab_size=VOCABULARY,
             seed=seed,
+            classifier_dropout=0.0,
+            attn_implementation="eager",  # whose second derivatives torch has
         )
         self.base = copy.deepcopy(model).to(dtype)
         model = get_peft_model(model.to(dtype), self.config(lora))
@@ -69,6 +123,8 @@ class Twins(RuleBasedStateMachine):
             with_adapters(model, *slots, bottleneck=bottleneck, activation=activation)
         self.slots = slots
         self.adapters = ["default"]
+        self.hooks = []
+        self.changed = False
         self.merged = False
         self.stock = randomise(model, "lora_B").eval()
         self.patched = copy.deepcopy(self.stock)
@@ -76,10 +132,10 @@ class Twins(RuleBasedStateMachine):
         self.dtype = dtype
 
     def config(self, lora):
-        if self.scope == "model":  # packed rows draw other masks
+        if self.scope != "layers":  # packed rows draw other masks
             lora = {**lora, "lora_dropout": 0.0}
-        task = "CAUSAL_LM" if isinstance(self.base, GPT2LMHeadModel) else "SEQ_CLS"
-        return LoraConfig(**lora, fan_in_fan_out=True, task_type=task)
+        tasks = {GPT2LMHeadModel: "CAUSAL_LM", GPT2ForSequenceClassification: "SEQ_CLS"}
+        return LoraConfig(**lora, fan_in_fan_out=True, task_type=tasks.get(type(self.base)))
 
     def twins(self):
         return self.patched, self.stock
@@ -89,7 +145,7 @@ class Twins(RuleBasedStateMachine):
         if self.scope == "layers":
             fastpeft.patch(self.patched, exact=True)
         else:
-            fastpeft.patch(self.patched, scope="model")
+            fastpeft.patch(self.patched, scope=self.scope)
         self.is_patched = True
 
     @rule()
@@ -112,7 +168,7 @@ class Twins(RuleBasedStateMachine):
     def set_adapter(self, data):
         names = data.draw(st.lists(st.sampled_from(self.adapters), min_size=1, unique=True))
         for model in self.twins():
-            if isinstance(self.base, GPT2LMHeadModel):
+            if not isinstance(self.base, GPT2ForSequenceClassification) or type(self.base) is MeanHead:
                 model.base_model.set_adapter(names)
             else:  # a trained head allows one adapter at a time
                 model.set_adapter(names[0])
@@ -157,7 +213,38 @@ class Twins(RuleBasedStateMachine):
         for model in self.twins():
             model.load_state_dict(copy.deepcopy(self.stock.state_dict()))
 
-    @precondition(lambda self: not self.merged and self.adapters == ["default"])
+    @rule(place=st.sampled_from(PLACES), always=st.booleans())
+    def add_hook(self, place, always):
+        self.hooks.append(
+            [
+                gpt2_of(m).get_submodule(place).register_forward_hook(along, always_call=always)
+                for m in self.twins()
+            ]
+        )
+
+    @precondition(lambda self: self.hooks)
+    @rule()
+    def remove_hooks(self):
+        """Of every twin by hand: a copy's hooks have no handles."""
+        for model in self.twins():
+            for module in model.modules():
+                for key in [key for key, hook in module._forward_hooks.items() if hook is along]:
+                    del module._forward_hooks[key]
+        self.hooks = []
+
+    @precondition(lambda self: not self.changed)
+    @rule(place=st.sampled_from(["drop", "h.0.mlp", "h.0.mlp.act", "ln_f"]), own=st.booleans())
+    def change_a_module(self, place, own):
+        for model in self.twins():
+            module = gpt2_of(model).get_submodule(place)
+            parent, _, name = place.rpartition(".")
+            if own:
+                module.forward = types.MethodType(shifted, module)
+            else:
+                setattr(gpt2_of(model).get_submodule(parent), name, Around(module).eval())
+        self.changed = True
+
+    @precondition(lambda self: not self.merged and not self.changed and self.adapters == ["default"])
     @rule()
     def save_and_load(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +266,7 @@ class Twins(RuleBasedStateMachine):
             torch.manual_seed(seed)
             model.zero_grad()
             self.real(
-                model(input_ids=ids, attention_mask=mask).logits, mask
+                self.logits(model(input_ids=ids, attention_mask=mask)), mask
             ).double().square().mean().backward()
             grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
             model.eval()
@@ -193,6 +280,57 @@ class Twins(RuleBasedStateMachine):
                     q.sub_(q.grad, alpha=1e-3)
                     p.copy_(q)
 
+    @precondition(lambda self: not self.merged)
+    @rule(seed=st.integers(0, 99), batch=st.integers(1, 3), over_padding=st.booleans(), twice=st.booleans())
+    def differentiate(self, seed, batch, over_padding, twice):
+        """The loss of labels, and its first or second derivatives by autograd.grad."""
+        results = []
+        ids, mask = self.tokens(seed, batch, 5)
+        for model in self.twins():
+            ps = [p for p in model.parameters() if p.requires_grad]
+            labels = self.labels(ids, mask, over_padding and self.scope != "model")
+            loss = model(input_ids=ids, attention_mask=mask, **labels).loss
+            grads = torch.autograd.grad(loss, ps, create_graph=twice, allow_unused=True)
+            if twice:
+                total = sum(g.square().sum() for g in grads if g is not None)
+                grads = torch.autograd.grad(total, ps, allow_unused=True)
+            results.append([loss.detach(), *grads])
+        largest = max((g.abs().max().item() for g in results[1] if g is not None), default=0.0)
+        for ours, theirs in zip(*results, strict=True):
+            zero = torch.zeros(()) if ours is None or theirs is None else None
+            ours, theirs = (
+                zero if t is None else t for t in (ours, theirs)
+            )  # no gradient, or one that is zero
+            self.assert_close(ours, theirs, largest, "a derivative")
+
+    @precondition(lambda self: not self.merged)
+    @rule(seed=st.integers(0, 99))
+    def transform(self, seed):
+        """torch.func.grad through functional_call."""
+        ids, mask = self.tokens(seed, 2, 5)
+        results = []
+        for model in self.twins():
+            ps = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+            def loss(ps, model=model):
+                given = {"input_ids": ids, "attention_mask": mask, **self.labels(ids, mask, True)}
+                return torch.func.functional_call(model, ps, (), given).loss
+
+            results.append(torch.func.grad(loss)(ps))
+        largest = max((g.abs().max().item() for g in results[1].values()), default=0.0)
+        for name in results[1]:
+            self.assert_close(results[0][name], results[1][name], largest, name)
+
+    def labels(self, ids, mask, over_padding):
+        if isinstance(self.base, GPT2ForQuestionAnswering):
+            places = mask.argmax(1)
+            return {"start_positions": places, "end_positions": places}
+        if isinstance(self.base, GPT2ForSequenceClassification):
+            return {"labels": ids[:, -1] % 2}
+        labels = ids if isinstance(self.base, GPT2LMHeadModel) else ids % 2
+        shown = mask.bool() & F.pad(mask.bool()[:, :-1], (1, 0), value=True)
+        return {"labels": labels if over_padding else labels.masked_fill(~shown, -100)}
+
     @invariant()
     def agree(self):
         if not hasattr(self, "stock"):
@@ -200,17 +338,19 @@ class Twins(RuleBasedStateMachine):
         ids, mask = self.tokens(3, 2, 5)
         with torch.no_grad():
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
-            result, expected = (self.real(m(**inputs).logits, mask) for m in self.twins())
+            result, expected = (self.real(self.logits(m(**inputs)), mask) for m in self.twins())
         self.assert_close(result, expected, expected.abs().max().item(), "logits")
         assert list(self.patched.state_dict()) == list(self.stock.state_dict())
         rows = fastpeft.report(self.patched)
         if not self.is_patched:
             assert all(row.path == "stock" for row in rows)
         elif not self.merged:
+            known = self.scope == "model" or type(self.base) is GPT2ForSequenceClassification
+            packs = known and not self.hooks and not self.changed
             for row in rows:
-                fusible = row.kind in ("adapter", "packing") or (
-                    row.kind == "lora" and "Dora" not in row.reason
-                )
+                fusible = row.kind == "adapter" or (row.kind == "lora" and "Dora" not in row.reason)
+                if row.kind == "packing":
+                    assert row.path == ("torch" if packs else "stock"), row
                 excused = "no adapter is active" in row.reason or "not patched" in row.reason
                 assert row.path == "torch" or not fusible or excused, row
 
@@ -221,9 +361,12 @@ class Twins(RuleBasedStateMachine):
         mask[0, : length // 2] = 0
         return ids * mask, mask
 
+    def logits(self, output):
+        return output.logits if hasattr(output, "logits") else output.start_logits + 2 * output.end_logits
+
     def real(self, logits, mask):
-        """The logits where there is no padding: stock leaves noise there, and packing zeros."""
-        return logits[mask.bool()] if logits.shape[:2] == mask.shape else logits
+        """In the model scope, the logits where there is no padding: stock leaves noise there, and packing zeros."""
+        return logits[mask.bool()] if self.scope == "model" and logits.shape[:2] == mask.shape else logits
 
     def assert_close(self, result, expected, largest, what):
         """Within a hundred roundings of the largest element, which a wrong formula never is."""

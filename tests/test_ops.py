@@ -137,6 +137,19 @@ def test_adapter_equals_the_formula(activation, dtype, biases):
     assert_outcomes(fused, pytorch, truth)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_relu_sees_on_which_side_of_zero_a_bias_puts_a_16_bit_product(dtype):
+    inputs = adapter_inputs(dtype, lead=(1,))
+    product = inputs["x"].detach().double() @ inputs["down_weight"].detach().double().T
+    inputs["down_bias"] = (-product[0]).to(dtype).requires_grad_()  # what remains is its rounding
+    options = {"activation": "relu", "scale": 0.6}
+    passed = outcome(fastpeft.adapter, inputs, **options)["down_bias"] != 0
+    assert torch.equal(
+        passed, outcome(reference.adapter, inputs, cast=torch.float64, **options)["down_bias"] != 0
+    )
+    assert 0 < passed.sum() < len(passed)
+
+
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_adapter_with_float32_weights_on_a_16_bit_x(exact):
     inputs = adapter_inputs(torch.bfloat16, torch.float32)
@@ -180,7 +193,7 @@ def test_frozen_inputs_cost_no_gemm_in_backward():
     for name in ("x", "weight", "bias"):
         inputs[name].requires_grad_(False)
     y = fastpeft.lora_linear(**inputs, scaling=1.0)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(acc_events=True) as profile:
         y.sum().backward()
     gemms = sum(event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
     assert gemms == 3  # dxa, d_lora_b and d_lora_a; neither dy Wᵀ nor xᵀ dy
@@ -399,12 +412,50 @@ def test_autocast_computes_in_its_dtype():
     assert_as_good_as(y.detach(), pytorch, truth)
 
 
-def test_double_backward_is_refused():
+def second_derivatives(call, inputs):
+    """The gradient of a function of the first gradients, of every input."""
+    leaves = [t for t in inputs.values() if t is not None]
+    first = torch.autograd.grad(call(**inputs).sin().sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_second_derivatives_are_those_of_the_formula(exact):
+    inputs = {k: t.detach().double().requires_grad_() for k, t in lora_inputs().items()}
+    ours = second_derivatives(lambda **given: fastpeft.lora_linear(**given, scaling=0.7, exact=exact), inputs)
+    expected = second_derivatives(lambda **given: reference.lora_linear(**given, scaling=0.7), inputs)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+def test_second_derivatives_of_an_adapter_are_those_of_the_formula(activation):
+    inputs = {k: t.detach().double().requires_grad_() for k, t in adapter_inputs().items()}
+    given = {"activation": activation, "scale": 0.7}
+    ours = second_derivatives(lambda **i: fastpeft.adapter(**i, **given), inputs)
+    expected = second_derivatives(lambda **i: reference.adapter(**i, **given), inputs)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda y, inputs: y.backward(create_graph=True),
+        lambda y, inputs: torch.autograd.grad(y, inputs["lora_a"], create_graph=True),
+    ],
+    ids=["backward", "autograd.grad"],
+)
+def test_second_derivatives_through_dropout_are_refused(differentiate):
     inputs = lora_inputs()
-    y = fastpeft.lora_linear(**inputs, scaling=1.0)
-    (grad,) = torch.autograd.grad(y.square().sum(), inputs["x"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+    y = fastpeft.lora_linear(**{**inputs, "weight": inputs["weight"].detach()}, scaling=1.0, dropout_p=0.5)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        differentiate(y.square().sum(), inputs)
+
+
+def test_a_scaling_that_would_get_no_gradient_is_an_error():
+    with pytest.raises(TypeError, match="scaling must be a number, got Parameter"):
+        fastpeft.lora_linear(**lora_inputs(), scaling=torch.nn.Parameter(torch.ones(())))
+    with pytest.raises(TypeError, match="scale must be a number, got Tensor"):
+        fastpeft.adapter(**adapter_inputs(), activation="relu", scale=torch.ones(()))
 
 
 def test_editing_a_saved_tensor_in_place_is_refused():

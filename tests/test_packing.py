@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 
@@ -10,12 +11,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import assert_fused, gpt2, with_adapters, with_lora
+from models import assert_as_good_over_draws, assert_fused, gpt2, with_adapters, with_lora
 from peft import PrefixTuningConfig, get_peft_model
-from test_parity import by_role
-from tolerances import assert_as_good_as
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    DynamicCache,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
     GPT2ForTokenClassification,
@@ -57,15 +57,21 @@ def packing_row(model):
     return next(row for row in fastpeft.report(model) if row.kind == "packing")
 
 
-def assert_packed_equals_stock(model, inputs, dtype=torch.float32):
+def redrawn(inputs, seed):
+    """The same batch with other tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 61, inputs["input_ids"].shape, generator=generator)
+    return {**inputs, "input_ids": ids * inputs["attention_mask"]}
+
+
+def assert_packed_equals_stock(model, inputs, dtype=torch.float32, draws=16):
     patched, stock, truth = model.to(dtype), copy.deepcopy(model), copy.deepcopy(model).double()
     fastpeft.patch(patched, scope="model")
-    results = [outcome(m, inputs) for m in (patched, stock, truth)]
-    assert packing_row(patched)[2:] == ("torch", packing_row(patched).reason, 1)
+    assert_as_good_over_draws(
+        (patched, stock, truth), lambda model, draw: outcome(model, redrawn(inputs, draw)), draws
+    )
+    assert packing_row(patched)[2:] == ("torch", packing_row(patched).reason, draws)
     assert not any(isinstance(m, PackedAttention) for m in stock.modules())
-    assert results[0].keys() == results[1].keys()
-    for fused, pytorch, exact in by_role(*results):
-        assert_as_good_as(fused[1], pytorch[1], exact[1], fused[0])
 
 
 @pytest.mark.parametrize("side", ["right", "left", "mixed"])
@@ -99,10 +105,7 @@ def test_short_rows_attend_in_float32_on_the_cpu(short, attended, monkeypatch):
     "head", [GPT2Model, GPT2LMHeadModel, GPT2ForTokenClassification, GPT2ForQuestionAnswering]
 )
 def test_every_head(head):
-    model = gpt2(head)
-    if head is GPT2ForQuestionAnswering:
-        model.qa_outputs.bias.requires_grad_(False)  # two numbers: PyTorch's own error on them is luck
-    assert_packed_equals_stock(model, batch([4, 9, 2]))
+    assert_packed_equals_stock(gpt2(head), batch([4, 9, 2]))
 
 
 @pytest.mark.parametrize("slot", ["post_embed", "post_attn", "post_mlp", "post_block", "pre_head"])
@@ -123,26 +126,29 @@ def test_equal_lengths_under_other_heads():
 
 @pytest.mark.parametrize("given", [("input_ids", "attention_mask"), ("input_ids",)], ids="+".join)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_full_batches_where_every_token_is_read(given, attention):
+def test_full_batches_where_every_token_is_read(given, attention, monkeypatch):
     inputs = batch([12] * 6)
     model = with_lora(gpt2(attn_implementation=attention))
     patched, stock = fastpeft.patch(copy.deepcopy(model)), model
     seen = []
-    block = patched.base_model.model.transformer.h[0]
-    block.register_forward_hook(lambda module, args, output: seen.append(output.shape))
-    results = [m.train()(**{name: inputs[name] for name in given}).logits for m in (patched, stock)]
-    torch.testing.assert_close(*results)
-    assert seen == [(6, 12, 48)]
+    monkeypatch.setattr(
+        F, "layer_norm", lambda x, *rest, real=F.layer_norm: (seen.append(x.shape), real(x, *rest))[1]
+    )
+    outputs = [m.train()(**{name: inputs[name] for name in given}) for m in (patched, stock)]
+    torch.testing.assert_close(*(output.logits for output in outputs))
+    assert set(seen) == {(6, 12, 48)}
     assert packing_row(patched).calls == 1
+    caches = [output.past_key_values for output in outputs]
+    assert {type(cache) for cache in caches} == {DynamicCache}
+    for ours, theirs in zip(*(cache.layers for cache in caches), strict=True):
+        torch.testing.assert_close((ours.keys, ours.values), (theirs.keys, theirs.values))
     assert_packed_equals_stock(model, inputs)
 
 
 def test_nearly_full_batches_stay_stock_where_every_token_is_read():
-    for model in gpt2(GPT2ForTokenClassification), gpt2(GPT2ForSequenceClassification):
-        fastpeft.patch(model, scope="model")
-        model.transformer.ln_f.register_forward_hook(lambda module, args, output: None)
-        model.train()(**batch([12, 12, 10]))
-        assert packing_row(model)[2:] == ("stock", "the batch is nearly full", 0)
+    model = fastpeft.patch(gpt2(GPT2ForTokenClassification), scope="model")
+    model.train()(**batch([12, 12, 10]))
+    assert packing_row(model)[2:] == ("stock", "the batch is nearly full", 0)
 
 
 def test_position_ids_and_token_type_ids():
@@ -154,7 +160,7 @@ def test_position_ids_and_token_type_ids():
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
-    lengths=st.lists(st.integers(1, 12), min_size=6, max_size=9).filter(
+    lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9).filter(
         lambda n: sum(n) <= 0.9 * 12 * len(n)
     ),
     side=st.sampled_from(["right", "left", "mixed"]),
@@ -163,9 +169,9 @@ def test_position_ids_and_token_type_ids():
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
 def test_drawn_lengths(lengths, side, head, slots, dtype):
-    """At least six sequences: of a number or two, PyTorch's own error is luck."""
     model = with_lora(gpt2(head, n_layer=1))
-    model = with_adapters(model, *slots) if slots else model
+    if slots:  # smooth ones: few rows reach a ReLU near 0, and on which side 16 bits put them is luck
+        model = with_adapters(model, *slots, activation="gelu")
     assert_packed_equals_stock(model, batch(lengths, side), dtype)
 
 
@@ -197,9 +203,9 @@ ASIDE = {
     "an attention_mask that hasn't the shape of input_ids": lambda i: {
         **i, "attention_mask": torch.zeros(3, 1, 12, 12)
     },
-    "a cache": lambda i: {**i, "use_cache": True},
+    "a cache of padded rows": lambda i: {**i, "use_cache": True},
     "output_hidden_states": lambda i: {**i, "output_hidden_states": True},
-    "the mask hides a token that the head pools, or all of them": lambda i: {
+    "the mask hides a token that is read, or all of them": lambda i: {
         **i, "attention_mask": i["attention_mask"] * torch.tensor([[1], [0], [1]])
     },
     "input_ids (batch, length) are needed to see the padding": lambda i: {
@@ -233,23 +239,43 @@ def test_it_steps_aside_for_prefix_tuning():
     assert packing_row(model)[2:4] == ("stock", "past keys and values, of a cache or a prefix")
 
 
-def test_a_generating_head_still_builds_its_cache():
+@pytest.mark.parametrize("side", ["left", "right", "mixed"])
+@pytest.mark.parametrize("head", [GPT2LMHeadModel, GPT2ForSequenceClassification])
+def test_a_cache_by_default_is_built_in_the_callers_grid(head, side):
+    """What a decoding step makes of it, its padding masked, is what it makes of stock's."""
+    stock = with_lora(gpt2(head)).eval()
+    model = fastpeft.patch(copy.deepcopy(stock))
+    inputs = batch([4, 12, 2], side)
+    labels = inputs["input_ids"].clone()
+    labels[inputs["attention_mask"].roll(1, 1) * inputs["attention_mask"] == 0] = -100
+    labels = labels if head is GPT2LMHeadModel else torch.tensor([0, 1, 0])
+    logits = []
+    for each in (model, stock):
+        cache = each(**inputs, labels=labels).past_key_values
+        assert cache.get_seq_length() == 12
+        more = torch.cat([inputs["attention_mask"], torch.ones(3, 1, dtype=torch.long)], 1)
+        if head is GPT2LMHeadModel:
+            logits.append(each(torch.full((3, 1), 7), attention_mask=more, past_key_values=cache).logits)
+        else:
+            shown = inputs["attention_mask"].bool()
+            logits.append(torch.stack([layer.keys.transpose(1, 2)[shown] for layer in cache.layers]))
+    torch.testing.assert_close(*logits)
+    assert packing_row(model).calls == 1
+
+
+def test_generation_is_stocks():
     stock = gpt2().eval()
     model = fastpeft.patch(copy.deepcopy(stock), scope="model")
-    inputs = batch([4, 12, 2], "left")
-    assert model(**inputs).past_key_values is not None
-    assert packing_row(model).reason == "a cache, which this head builds by default"
-    texts = [m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, stock)]
-    assert torch.equal(*texts)
-    model(**inputs, use_cache=False)
-    assert packing_row(model).path == "torch"
+    for inputs in batch([4, 12, 2], "left"), batch([12, 12]):
+        texts = [m.generate(**inputs, max_new_tokens=4, do_sample=False) for m in (model, stock)]
+        assert torch.equal(*texts)
 
 
 def test_a_replaced_attention_or_block_keeps_the_model_stock():
     model = gpt2(GPT2ForSequenceClassification)
     attention = model.transformer.h[1].attn
     attention.forward = lambda *args, **kwargs: type(attention).forward(attention, *args, **kwargs)
-    with pytest.raises(ValueError, match="an attention is GPT2Attention, or its forward was replaced"):
+    with pytest.raises(ValueError, match=r"transformer: h\.1\.attn has a forward of its own"):
         fastpeft.patch(model, scope="model", strict=True)
     assert not any(isinstance(m, PackedAttention) for m in model.modules())
     fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
@@ -312,7 +338,7 @@ def test_training_draws_no_number_for_each_element(adapted):
         return len(drawn)
 
     stock = adapted(gpt2(attn_pdrop=0.2, resid_pdrop=0.2))
-    patched = fastpeft.patch(copy.deepcopy(stock))
+    patched = fastpeft.patch(copy.deepcopy(stock), scope="model")
     for lengths in ([12, 12], [12, 3]):
         assert draws_of(patched, lengths) == 0
         assert draws_of(stock, lengths) == 6
@@ -322,7 +348,8 @@ def test_training_draws_no_number_for_each_element(adapted):
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler's own
 @pytest.mark.parametrize("lengths", [[12, 12], [12, 3]], ids=str)
 def test_blocks_compiled_one_by_one_train_with_dropout(lengths):
-    model = fastpeft.patch(with_lora(gpt2(attn_pdrop=0.2, resid_pdrop=0.2), lora_dropout=0.3))
+    model = with_lora(gpt2(attn_pdrop=0.2, resid_pdrop=0.2), lora_dropout=0.3)
+    fastpeft.patch(model, scope="model")
     for block in model.base_model.model.transformer.h:
         block.compile(backend="aot_eager")
     results = outcome(model, batch(lengths))
@@ -343,38 +370,36 @@ def test_stocks_warning_of_padding_without_a_mask_is_kept(monkeypatch):
     assert packing_row(model).calls == 2
 
 
-def test_users_hooks_see_the_callers_shapes_on_the_model_and_packed_rows_inside():
-    model = gpt2(GPT2ForSequenceClassification)
-    seen = {}
-    model.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(ids=args[0].shape), with_kwargs=True
-    )
-    model.transformer.register_forward_hook(lambda module, args, output: seen.update(hidden=output[0].shape))
-    model.transformer.h[0].register_forward_hook(lambda module, args, output: seen.update(block=output.shape))
-    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
-    assert seen == {"ids": (3, 12), "hidden": (3, 12, 48), "block": (1, 15, 48)}
+@contextlib.contextmanager
+def rows_of(function):
+    """Collects the number of rows of every x that `F.<function>` gets."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        real = getattr(F, function)
+        patch.setattr(
+            F,
+            function,
+            lambda x, *args, **given: (seen.append(x.shape[:-1].numel()), real(x, *args, **given))[1],
+        )
+        yield seen
 
 
 def test_the_last_block_goes_on_only_at_the_tokens_that_a_classifier_pools():
     model = with_adapters(with_lora(gpt2(GPT2ForSequenceClassification)), "post_mlp", "post_block")
-    rows = {}
-    for index, block in enumerate(model.base_model.model.transformer.h):
-        block.mlp.c_fc.register_forward_hook(lambda module, args, y, i=index: rows.update({i: y.shape[1]}))
-    fastpeft.patch(model, scope="model").train()(**batch([4, 9, 2]))
-    assert rows == {0: 15, 1: 3}
-    model.base_model.model.transformer.ln_f.register_forward_hook(lambda module, args, output: None)
-    model(**batch([4, 9, 2]))
-    assert rows == {0: 15, 1: 15}, "a hook after the last block may look at every token"
+    fastpeft.patch(model).train()
+    with rows_of("gelu") as rows:
+        model(**batch([4, 9, 2]))
+    assert rows == [15, 3]
+    with rows_of("gelu") as rows:
+        model.base_model.model.transformer(**batch([4, 9, 2]))
+    assert rows == [36, 36], "whoever calls GPT2Model by itself may look at every token"
 
 
 def test_other_heads_get_every_token():
     model = fastpeft.patch(gpt2(GPT2ForTokenClassification), scope="model").train()
-    rows = []
-    model.transformer.h[1].mlp.register_forward_hook(
-        lambda module, args, output: rows.append(output.shape[1])
-    )
-    model(**batch([4, 9, 2]))
-    assert rows == [15]
+    with rows_of("gelu") as rows:
+        model(**batch([4, 9, 2]))
+    assert rows == [15, 15]
 
 
 @pytest.mark.parametrize("pad_token_id", [None, 7])

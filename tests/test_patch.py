@@ -196,7 +196,9 @@ def test_patching_fails_as_a_whole(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "act", [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), F.relu, torch.relu, F.gelu, F.silu], ids=str
+    "act",
+    [nn.ReLU(), nn.GELU(), nn.GELU("tanh"), nn.SiLU(), F.relu, torch.relu, F.gelu, F.silu],
+    ids=lambda act: getattr(act, "__name__", str(act)),  # str of a function has its address
 )
 @pytest.mark.parametrize("injection", ["hook", "forward"])
 def test_a_users_own_adapter_is_fused(act, injection):
@@ -371,10 +373,10 @@ def test_copies_of_a_patched_model_are_patched(copy_of):
     step(model)
     twin = copy_of(model)
     assert classes(twin) == classes(model)
-    calls = [row.calls for row in fastpeft.report(model)]
+    calls = [row.calls for row in fastpeft.report(model) if row.kind != "packing"]
     result, expected = step(twin), step(model)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
-    assert [row.calls for row in fastpeft.report(twin)] == [count + 1 for count in calls]
+    assert [row.calls for row in fastpeft.report(twin) if row.kind != "packing"] == [n + 1 for n in calls]
     fastpeft.unpatch(twin)
     assert_stock(twin)
     assert_fused(model)

@@ -12,6 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import peft
+import torch
+import transformers
 from peft import LoraConfig, PeftConfig, PrefixTuningConfig, TaskType, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -90,8 +93,35 @@ def _lora(model: Any, arguments: Arguments) -> Any:
 
 
 def _prefix(model: Any, arguments: Arguments) -> Any:
+    return _with_prefix(model)
+
+
+def _with_prefix(model: Any) -> Any:
     config = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=PREFIX_TOKENS)
     return _wrapped(model, config)
+
+
+def why_not(name: str) -> str | None:
+    """Why the peft and transformers that are installed can't train this method together; None where they can."""
+    if name != "prefix":
+        return None
+    # peft looks for an argument of GPT-2's forward by a name that transformers 5.24 changed: a small one tells.
+    sizes: dict[str, Any] = {
+        "n_layer": 1,
+        "n_embd": 4,
+        "n_head": 1,
+        "n_positions": 2 * PREFIX_TOKENS,
+        "vocab_size": 2,
+    }
+    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    token = torch.ones(1, 1, dtype=torch.long)
+    with torch.random.fork_rng(devices=()), torch.no_grad():
+        model = _with_prefix(transformers.GPT2ForSequenceClassification(config))
+        try:
+            model(input_ids=token, attention_mask=token)
+        except ValueError as error:
+            return f"peft {peft.__version__} on transformers {transformers.__version__}: {error}"
+    return None
 
 
 def _wrapped(model: Any, config: PeftConfig) -> Any:

@@ -10,7 +10,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from fastpeft.compare import plots
 from fastpeft.compare.methods import METHODS
 from fastpeft.compare.summary import Spread, ranking, speed_shown, standard_error, summarise
-from fastpeft.patch import SCOPES
+from fastpeft.compare.timing import SCOPES
 
 
 def render(results: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from fastpeft.compare.summary import listed, speed_shown, summarise
 # Okabe and Ito's colours, told apart by colour-blind readers too; each with a marker of its own.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#E69F00", "#777777")
 _MARKERS = ("o", "s", "^", "v", "D", "<", ">", "p", "h")
-_SIDES = {"stock": "#A6A6A6", "layers": "#56B4E9", "model": "#0072B2"}
+_SIDES = {"stock": "#A6A6A6", "layers": "#56B4E9", "auto": "#0072B2"}
 _STYLE: dict[Any, Any] = {
     "font.size": 13,
     "font.family": "DejaVu Sans",

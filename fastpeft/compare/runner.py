@@ -19,6 +19,7 @@ from fastpeft import ops
 from fastpeft.compare import base_model, checkpoint, data, machine, page, plots
 from fastpeft.compare.arguments import IMDB_SMALL, ROTTEN_TOMATOES, Arguments
 from fastpeft.compare.errors import BadInput
+from fastpeft.compare.methods import why_not
 from fastpeft.compare.progress import Reporter
 from fastpeft.compare.train import Encoded, encode, train_run
 
@@ -46,6 +47,9 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
     state = machine.processes()
     out = arguments.out
     _check_backend(arguments.backend, state.device)
+    for name in arguments.methods:
+        if reason := why_not(name):
+            raise BadInput(f"--methods: {name} can't be trained here, leave it out: {reason}")
     _check_folder(out)
     corpus = (
         data.load_rotten_tomatoes()

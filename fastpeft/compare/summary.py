@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-from fastpeft.compare.timing import SIDES
-from fastpeft.patch import SCOPES
+from fastpeft.compare.timing import SCOPES, SIDES
 
 
 class Spread(NamedTuple):
@@ -34,7 +33,7 @@ class Summary(NamedTuple):
     steps: int
     step_seconds: dict[str, Spread]  # stock, and patched by scope
     speed_up: dict[str, Spread]  # by scope: stock / patched, of each run
-    unpacked: str | None  # why the model scope left the padding in, where it did in every run
+    unpacked: str | None  # why the auto scope left the padding in, where it did in every run
     peak_memory_bytes: Spread | None  # None where it wasn't measured
     train_seconds: Spread
     sites: list[dict[str, Any]]

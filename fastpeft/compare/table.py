@@ -10,7 +10,7 @@ from rich.table import Table
 
 from fastpeft.compare.page import percent
 from fastpeft.compare.summary import Summary, ranking, speed_shown, summarise
-from fastpeft.patch import SCOPES
+from fastpeft.compare.timing import SCOPES
 
 
 def table(results: dict[str, Any]) -> RenderableType:

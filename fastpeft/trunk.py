@@ -1,0 +1,212 @@
+"""Whether a GPT-2's trunk is plain: modules of known classes that treat each token by itself, and nobody looking on.
+
+Only then may its rows be other than the caller's grid. A class is known by exact comparison; whatever isn't known, a
+hook, a forward of an instance's own, a module used twice, keeps the trunk stock. Nothing is recognised by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from itertools import chain, repeat
+from operator import contains, itemgetter
+from types import CodeType
+from typing import Any, NamedTuple
+
+from peft.peft_model import PeftModel
+from peft.tuners.lora import Embedding as LoraEmbedding
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
+from peft.utils.other import ModulesToSaveWrapper, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.models.gpt2.modeling_gpt2 import (
+    GPT2MLP,
+    GPT2Attention,
+    GPT2Block,
+    GPT2Model,
+    GPT2SequenceSummary,
+)
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import output_capturing
+
+from fastpeft.adapters import Adapter, adapt_output
+from fastpeft.swap import is_fused, stock_class
+
+_ACTIVATIONS = ("gelu_new", "gelu", "gelu_fast", "quick_gelu", "relu", "silu", "tanh")
+#: Stock classes whose forward treats tokens one by one, or is one that packing replaces.
+_CALLED: set[Any] = {
+    GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, GPT2SequenceSummary,
+    Conv1D, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Identity,
+    LoraLinear, LoraEmbedding, DoraLinearLayer, ModulesToSaveWrapper, Adapter,
+    nn.GELU, nn.ReLU, nn.SiLU, *(type(ACT2FN[name]) for name in _ACTIVATIONS),
+}  # fmt: skip
+_HELD = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}  # never called
+#: These aren't only treated one by one: packing has a forward of its own for them.
+_REPLACED = {GPT2Model, GPT2Block, GPT2Attention, GPT2MLP}
+#: The forwards that classes had when fastpeft was imported: who replaces one for a whole class is seen.
+_FORWARDS = [(kind, kind.forward) for kind in _CALLED]
+
+
+def _code_of(function: Any, name: str) -> CodeType | None:
+    """The code of a function that `function` defines within itself."""
+    constants = getattr(getattr(function, "__code__", None), "co_consts", ())
+    return next((c for c in constants if isinstance(c, CodeType) and c.co_name == name), None)
+
+
+#: Hooks of libraries that change no value: they ask the embeddings for a gradient, or collect what the caller of
+#: GPT2Model asked to be collected, and such a call isn't packed.
+_INERT = {
+    _code_of(PreTrainedModel.enable_input_require_grads, "make_inputs_require_grads"),
+    _code_of(PeftModel._prepare_model_for_gradient_checkpointing, "make_inputs_require_grad"),
+    _code_of(prepare_model_for_kbit_training, "make_inputs_require_grad"),
+    _code_of(getattr(output_capturing, "install_output_capuring_hook", None), "output_capturing_hook"),
+} - {None}
+
+
+def why_not_module(module: Any, coming: Container[int] = ()) -> str | None:
+    """What about this module keeps that which it is part of from packing, to go on after its name; None for nothing.
+
+    Modules whose ids are in `coming` are taken for swapped.
+    """
+    kind: type = stock_class(type(module))
+    if kind in _HELD:
+        return None
+    swapped = is_fused(module) or id(module) in coming
+    if kind not in _CALLED and not swapped:
+        return f"is a {kind.__name__}, which isn't known to treat each token by itself"
+    if "forward" in vars(module):
+        return "has a forward of its own"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        kinds = (
+            module._forward_hooks,
+            module._forward_pre_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        )
+        hooks = chain.from_iterable(hooks.values() for hooks in kinds)
+        if any(hook is not adapt_output and getattr(hook, "__code__", None) not in _INERT for hook in hooks):
+            return "has a hook that looks on"
+    if kind in _REPLACED and not swapped:
+        return "isn't patched: call fastpeft.patch again"
+    if kind in (LoraLinear, LoraEmbedding):
+        variants = {type(v) for v in getattr(module, "lora_variant", {}).values()} - {DoraLinearVariant}
+        if variants:
+            return f"has a {variants.pop().__name__}"
+    return None
+
+
+class _Seen(NamedTuple):
+    """A trunk as it was walked; lists run in parallel with what a call compares them with."""
+
+    transformer: Any
+    handles: int  # how many hooks' handles torch had given out
+    holders: list[dict[str, Any]]  # the `_modules` of every module that has some
+    children: list[Any]  # what they held
+    called: list[Any]  # every module that is called
+    kinds: list[type]  # their classes
+    attributes: list[dict[str, Any]]  # their `__dict__`s
+    trained: list[dict[str, Any]]  # the `_parameters` of those that train
+    attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
+    offender: Any  # the module that keeps the trunk stock, if one does
+
+
+class Trunk:
+    """What a GPT-2 was made of when it was last walked, for a call to ask cheaply whether it still is.
+
+    A call compares every module below with what was there, its class, whether it has a forward of its own, and the
+    classes of what trains. Hooks come only with handles, which torch numbers: while no number was given out since, none
+    has come.
+    """
+
+    def __init__(self) -> None:
+        self._seen: _Seen | None = None
+
+    def __deepcopy__(self, memo: Any) -> Trunk:
+        return Trunk()
+
+    def __reduce__(self) -> Any:
+        return Trunk, ()
+
+    def why_not(self, transformer: Any) -> str | None:
+        """Why this GPT-2 isn't plain now; None where it is."""
+        for kind, forward in _FORWARDS:
+            if kind.forward is not forward:
+                return f"the forward of {kind.__name__} was replaced"
+        seen = self._seen
+        if (
+            seen is not None
+            and seen.transformer is transformer
+            and seen.handles == RemovableHandle.next_id
+            and list(chain.from_iterable(map(dict.values, seen.holders))) == seen.children
+            and list(map(type, seen.called)) == seen.kinds
+            and not any(map(contains, seen.attributes, repeat("forward")))
+        ):
+            if seen.offender is None:
+                return _why_not_state(seen)
+            reason = why_not_module(seen.offender)
+            if reason:
+                return f"{_name_of(seen.offender, transformer)} {reason}"
+        return self.walk(transformer)
+
+    def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
+        """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""
+        handles = RemovableHandle.next_id
+        modules, children = [transformer], []
+        for module in modules:  # which grows: each after the one that holds it
+            children.extend(module._modules.values())
+            modules.extend(m for m in module._modules.values() if m is not None)
+        if len(set(map(id, modules))) < len(modules):
+            self._seen = None
+            return "a module is used twice"
+        if not all(isinstance(b, GPT2Block) and isinstance(b.attn, GPT2Attention) for b in transformer.h):
+            self._seen = None
+            return "its layers aren't all GPT-2's blocks"
+        called = [module for module in modules if type(module) not in _HELD]
+        offender = next((m for m in called if why_not_module(m, coming)), None)
+        self._seen = _Seen(
+            transformer,
+            handles,
+            [m._modules for m in modules if m._modules],
+            children,
+            called,
+            list(map(type, called)),
+            list(map(vars, called)),
+            [
+                m._parameters
+                for m in called
+                if any(p is not None and p.requires_grad for p in m._parameters.values())
+            ],
+            [vars(block.attn) for block in transformer.h],
+            offender,
+        )
+        if offender is None:
+            return _why_not_state(self._seen)
+        return f"{_name_of(offender, transformer)} {why_not_module(offender, coming)}"
+
+
+def _why_not_state(seen: _Seen) -> str | None:
+    """What a trunk of known modules is nevertheless kept stock by; None where nothing does."""
+    if list(map(_CAUSAL, seen.attentions)) != [(True, i) for i in range(len(seen.attentions))]:
+        return "an attention isn't causal, or its layer_idx isn't its place"
+    if not _PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, seen.trained)))):
+        return "parameters of a class of their own"
+    for table in (seen.transformer.wte, seen.transformer.wpe):
+        if getattr(table, "max_norm", None) is not None or getattr(table, "scale_grad_by_freq", False):
+            return "embeddings with max_norm or scale_grad_by_freq"
+    return None
+
+
+_CAUSAL = itemgetter("is_causal", "layer_idx")
+_PLAIN = {Tensor, nn.Parameter, type(None)}
+
+
+def _name_of(module: Any, transformer: Any) -> str:
+    return next(name for name, m in transformer.named_modules() if m is module) or "the model"

@@ -1,0 +1,660 @@
+"""The default scope: whatever a user's code does with a model, dropout off, it sees what the unpatched model shows.
+
+Every use here runs on a stock model and on a patched twin; the same inputs without the use are packed.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import assert_stock, gpt2, with_adapters, with_lora
+from peft import LoraConfig
+from test_packing import batch, packing_row
+from torch import nn
+from torch.nn.modules import module as torch_modules
+from transformers import (
+    GPT2DoubleHeadsModel,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+
+import fastpeft
+from fastpeft import swap
+
+LENGTHS = [12, 4, 9]
+
+
+def transformer(model):
+    return next(m for m in model.modules() if isinstance(m, GPT2Model))
+
+
+def seen(use, model, inputs):
+    """What a use of the model shows: tensors, and the gradients that it leaves."""
+    torch.manual_seed(0)
+    shown = use(model, inputs)
+    shown = list(shown) if isinstance(shown, (tuple, list)) else [shown]
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return shown, grads
+
+
+def assert_the_same(use, model, inputs, reason=None):
+    stock, patched = copy.deepcopy(model), fastpeft.patch(copy.deepcopy(model))
+    assert_stock(stock)
+    expected, result = seen(use, stock, dict(inputs)), seen(use, patched, dict(inputs))
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    row = packing_row(patched)
+    if reason is not None:
+        assert (row.path, row.calls) == ("stock", 0)
+        assert reason in row.reason, row.reason
+    return patched
+
+
+def classifier(**config):
+    return with_lora(gpt2(GPT2ForSequenceClassification, **config)).train()
+
+
+def logits(model, inputs):
+    return model(**inputs).logits
+
+
+def test_without_a_use_it_is_packed():
+    model = assert_the_same(logits, classifier(), batch(LENGTHS))
+    assert packing_row(model)[2:] == ("torch", "packed: no padding between the embeddings and the head", 1)
+
+
+HOOKED = {
+    "wte": lambda t: t.wte,
+    "drop": lambda t: t.drop,
+    "block": lambda t: t.h[0],
+    "ln_1": lambda t: t.h[1].ln_1,
+    "attention": lambda t: t.h[1].attn,
+    "c_fc": lambda t: t.h[0].mlp.c_fc,
+    "lora_A": lambda t: t.h[1].mlp.c_fc.lora_A["default"],
+    "base_layer": lambda t: t.h[0].attn.c_attn.base_layer,
+    "act": lambda t: t.h[0].mlp.act,
+    "ln_f": lambda t: t.ln_f,
+    "the model": lambda t: t,
+}
+KINDS = ["forward", "forward_pre", "full_backward", "full_backward_pre"]
+
+
+@pytest.mark.parametrize(
+    ("where", "kind"), [*((w, "forward") for w in HOOKED), *(("block", k) for k in KINDS[1:])]
+)
+def test_a_hook_sees_the_callers_rows(where, kind):
+    def use(model, inputs):
+        shapes = []
+
+        def look(module, *tensors):
+            first = tensors[-1][0] if isinstance(tensors[-1], tuple) else tensors[-1]
+            first = first if torch.is_tensor(first) else first[0]
+            shapes.append(torch.tensor(first.shape))
+
+        model.get_base_model().enable_input_require_grads()  # full backward hooks ask for it
+        getattr(HOOKED[where](transformer(model)), f"register_{kind}_hook")(look)
+        model(**inputs).logits.sum().backward()
+        assert shapes
+        return shapes
+
+    assert_the_same(use, classifier(), batch(LENGTHS, "left"), "has a hook that looks on")
+
+
+def test_hooks_that_come_and_go():
+    model = fastpeft.patch(classifier())
+    inputs = batch(LENGTHS)
+    for _ in range(2):
+        handle = transformer(model).h[1].mlp.register_forward_hook(lambda *_: None)
+        model(**inputs)
+        assert packing_row(model).reason == "h.1.mlp has a hook that looks on"
+        handle.remove()
+        model(**inputs)
+        assert packing_row(model).path == "torch"
+
+
+def test_global_hooks():
+    def use(model, inputs):
+        names = []
+        handle = torch_modules.register_module_forward_hook(
+            lambda module, args, output: names.append(type(module).__name__)
+        )
+        try:
+            return [model(**inputs).logits, torch.tensor([len(names), len(set(names))])]
+        finally:
+            handle.remove()
+
+    model = assert_the_same(use, classifier(), batch(LENGTHS), "global module hooks")
+    assert {row.reason for row in fastpeft.report(model) if row.kind == "lora"} == {"global module hooks"}
+
+
+def test_a_captured_hidden_state_packs_again_after():
+    model = fastpeft.patch(classifier())
+    assert len(model(**batch(LENGTHS), output_hidden_states=True).hidden_states) == 3
+    assert packing_row(model).reason == "output_hidden_states"
+    model(**batch(LENGTHS))
+    assert packing_row(model).calls == 1, (
+        "transformers' own hooks stay on the blocks, and collect nothing now"
+    )
+
+
+class Around(nn.Module):
+    """A causal convolution around a module."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        torch.manual_seed(2)
+        self.conv = nn.Conv1d(48, 48, 3)
+
+    def forward(self, h):
+        return self.inner(h) + self.conv(F.pad(h.transpose(1, 2), (2, 0))).transpose(1, 2)
+
+
+def around(name):
+    def change(t):
+        parent, _, last = name.rpartition(".")
+        setattr(t.get_submodule(parent), last, Around(t.get_submodule(name)))
+
+    return change
+
+
+def forward_of_its_own(t):
+    mlp = t.h[0].mlp
+    mlp.forward = lambda h: type(mlp).forward(mlp, h).cumsum(1)
+
+
+def replaced(t):
+    torch.manual_seed(3)
+    t.h[1] = GPT2Block(t.config, layer_idx=1)
+
+
+def appended(t):
+    t.h.append(copy.deepcopy(t.h[-1]))
+
+
+def shared(t):
+    t.h[1] = t.h[0]
+
+
+def bidirectional(t):
+    for block in t.h:
+        block.attn.is_causal = False
+
+
+def counted(t):
+    t.wte.scale_grad_by_freq = True
+    t.wte.weight.requires_grad_(True)
+
+
+CHANGES = {
+    "around the MLP": (around("h.0.mlp"), "h.0.mlp is a Around"),
+    "around the norm": (around("ln_f"), "ln_f is a Around"),
+    "around a LoRA layer's dropout": (around("h.0.mlp.c_fc.lora_dropout.default"), "which isn't known"),
+    "a forward of its own": (forward_of_its_own, "h.0.mlp has a forward of its own"),
+    "a block replaced": (replaced, ""),
+    "a block appended": (appended, "layer_idx"),
+    "a block shared": (shared, "a module is used twice"),
+    "bidirectional": (bidirectional, "isn't causal"),
+    "an embedding's gradient counted": (counted, "scale_grad_by_freq"),
+}
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before patch", "after patch"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_trunk(change, before):
+    make, reason = CHANGES[change]
+    model = classifier()
+    if before:
+        make(transformer(model))
+        reason = "" if change == "a block replaced" else reason
+
+    def use(model, inputs):
+        if not before:
+            make(transformer(model))
+        loss = model(**inputs, use_cache=False).logits.square().sum()
+        loss.backward()
+        return loss
+
+    changed = assert_the_same(use, model, batch(LENGTHS), reason if reason else None)
+    if change == "a block replaced":
+        after = ("torch", 1) if before else ("stock", 0)
+        assert packing_row(changed)[2::2] == after
+        assert before or packing_row(changed).reason == "h.1 isn't patched: call fastpeft.patch again"
+
+
+def test_strict_names_what_keeps_the_trunk_stock_and_changes_nothing():
+    model = classifier()
+    around("h.0.mlp")(transformer(model))
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(ValueError, match=r"transformer: h\.0\.mlp is a Around, which isn't known"):
+        fastpeft.patch(model, strict=True)
+    assert [type(module) for module in model.modules()] == before
+    fastpeft.patch(model, strict=True, scope="layers")
+
+
+def test_a_forward_replaced_for_a_whole_class(monkeypatch):
+    real = modeling_gpt2.GPT2MLP.forward
+
+    def use(model, inputs):
+        with monkeypatch.context() as patch:
+            patch.setattr(modeling_gpt2.GPT2MLP, "forward", lambda self, h: real(self, h).cumsum(1))
+            return model(**inputs).logits
+
+    assert_the_same(
+        use, gpt2(GPT2ForSequenceClassification), batch(LENGTHS), "the forward of GPT2MLP was replaced"
+    )
+
+
+def labels_of(inputs, **counts):
+    """Labels that count at no position whose token, or the one before it, is hidden."""
+    mask = inputs["attention_mask"].bool()
+    before = F.pad(mask[:, :-1], (1, 0))
+    return inputs["input_ids"].masked_fill(~(mask & before), -100)
+
+
+HEADS = {
+    "classifier": (GPT2ForSequenceClassification, lambda i: {"labels": torch.tensor([0, 1, 0])}, True),
+    "classifier without labels": (GPT2ForSequenceClassification, lambda i: {}, True),
+    "language model": (GPT2LMHeadModel, lambda i: {"labels": labels_of(i)}, True),
+    "language model, num_items_in_batch": (
+        GPT2LMHeadModel, lambda i: {"labels": labels_of(i), "num_items_in_batch": 5}, True
+    ),
+    "language model without labels": (GPT2LMHeadModel, lambda i: {}, False),
+    "language model, labels over the padding": (GPT2LMHeadModel, lambda i: {"labels": i["input_ids"]}, False),
+    "language model, logits_to_keep": (GPT2LMHeadModel, lambda i: {"logits_to_keep": 2}, False),
+    "language model, another ignore_index": (
+        GPT2LMHeadModel, lambda i: {"labels": i["input_ids"], "ignore_index": 0}, False
+    ),
+    "token classifier": (GPT2ForTokenClassification, lambda i: {
+        "labels": (i["input_ids"] % 2).masked_fill(i["attention_mask"] == 0, -100)
+    }, True),
+    "token classifier, labels over the padding": (
+        GPT2ForTokenClassification, lambda i: {"labels": i["input_ids"] % 2}, False
+    ),
+    "question answering": (GPT2ForQuestionAnswering, lambda i: {
+        "start_positions": torch.tensor([1, 2, 1]), "end_positions": torch.tensor([3, 3, 2])
+    }, False),
+    "double heads": (
+        GPT2DoubleHeadsModel, lambda i: {"labels": labels_of(i), "mc_token_ids": i["attention_mask"].argmax(1) + 2},
+        True,
+    ),
+    "double heads, the last position": (GPT2DoubleHeadsModel, lambda i: {"labels": labels_of(i)}, False),
+    "a bare model": (GPT2Model, lambda i: {}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["right", "left", "full", "one row"])
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_a_head_is_packed_where_it_reads_no_padding(name, side, training):
+    head, arguments, packs = HEADS[name]
+    lengths = {"full": [12] * 3, "one row": [7]}.get(side, LENGTHS)
+    inputs = batch(lengths, "left" if side == "left" else "right")
+    given = arguments(inputs)
+    given = {k: v[:1] if torch.is_tensor(v) and len(v) > len(lengths) else v for k, v in given.items()}
+    kept = inputs["attention_mask"].bool()
+    packs = packs or (side == "full" and "ignore_index" not in name)
+    # Rightmost columns are hidden under right padding alone.
+    packs = packs or (name == "double heads, the last position" and side == "left")
+
+    def use(model, inputs):
+        with torch.set_grad_enabled(training):
+            output = model.train(training)(**inputs, **given, use_cache=False)
+        tensors = {key: value for key, value in output.items() if torch.is_tensor(value)}
+        if packs:  # in words in README: zero at hidden positions
+            tensors = {k: t[kept] if t.shape[:2] == kept.shape else t for k, t in tensors.items()}
+        if training:
+            sum(t.double().sin().sum() for t in tensors.values()).backward()
+        return [t.detach() for t in tensors.values()]
+
+    model = with_lora(gpt2(head, classifier_dropout=0.0, summary_first_dropout=0.0), task_type=None)
+    patched = assert_the_same(use, model.double(), inputs)
+    row = packing_row(patched)
+    assert (row.path, row.calls) == (("torch", 1) if packs else ("stock", 0)), row.reason
+
+
+def pooled(self, input_ids=None, attention_mask=None, **_):
+    h = self.transformer(input_ids, attention_mask=attention_mask).last_hidden_state
+    share = attention_mask[..., None] / attention_mask.sum(1)[:, None, None]
+    return types.SimpleNamespace(logits=self.score((h * share).sum(1)))
+
+
+def test_a_pooling_of_ones_own():
+    model = gpt2(GPT2ForSequenceClassification)
+    model.forward = types.MethodType(pooled, model)
+    stock, patched = copy.deepcopy(model), copy.deepcopy(model)
+    for each in (stock, patched):
+        each.forward = types.MethodType(pooled, each)
+    fastpeft.patch(patched)
+    torch.testing.assert_close(patched(**batch(LENGTHS)).logits, stock(**batch(LENGTHS)).logits)
+    assert "called by itself" in packing_row(patched).reason
+
+
+class Wide(GPT2ForSequenceClassification):
+    """A head of one's own, by inheritance."""
+
+    def forward(self, input_ids=None, attention_mask=None, **given):
+        return types.SimpleNamespace(
+            logits=self.score(self.transformer(input_ids, attention_mask=attention_mask)[0].mean(1))
+        )
+
+
+class OwnLanguageModel(nn.Module):
+    """A module around GPT2Model that decodes from its cache."""
+
+    def __init__(self):
+        super().__init__()
+        self.transformer, self.lm_head = gpt2(GPT2Model), nn.Linear(48, 61)
+
+    def forward(self, input_ids, attention_mask, **given):
+        output = self.transformer(input_ids, attention_mask=attention_mask, **given)
+        more = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
+        after = self.transformer(
+            input_ids[:, :1], past_key_values=output.past_key_values, attention_mask=more
+        )
+        return types.SimpleNamespace(logits=self.lm_head(after.last_hidden_state))
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [12] * 3], ids=["padded", "full"])
+@pytest.mark.parametrize(
+    "make", [lambda: gpt2(Wide), OwnLanguageModel], ids=["a subclass", "a module around it"]
+)
+def test_a_head_of_ones_own(make, lengths):
+    torch.manual_seed(0)
+    patched = assert_the_same(logits, make().eval(), batch(lengths))
+    assert packing_row(patched).calls == (lengths != LENGTHS)
+
+
+@pytest.mark.parametrize("part", ["score", "a hook on score"])
+def test_what_reads_the_last_hidden_state_may_look_along_the_sequence(part):
+    def use(model, inputs):
+        head = model.get_base_model()
+        if part == "score":
+            head.score = nn.Sequential(nn.Conv1d(12, 12, 1), nn.Linear(48, 2, bias=False))
+        shapes = []
+        if part != "score":
+            head.score.register_forward_hook(lambda module, args, output: shapes.append(output.detach()))
+        return [model(**inputs).logits, *shapes]
+
+    assert_the_same(use, classifier(), batch(LENGTHS), "score")
+
+
+def test_a_loss_function_of_its_own():
+    """It gets stock's arguments, and no more."""
+
+    def use(model, inputs):
+        names = []
+
+        def loss(logits, labels, vocab_size, **given):
+            names.append(sorted(given))
+            return logits.logsumexp(-1).mean()
+
+        model.get_base_model().loss_function = loss
+        output = model(**inputs, labels=labels_of(inputs))
+        assert "reads" not in names[0]
+        assert len(names) == 1
+        output.loss.backward()
+        return output.loss
+
+    assert_the_same(use, with_lora(gpt2()), batch(LENGTHS), "called by itself")
+
+
+def test_an_argument_that_packing_does_not_know():
+    def use(model, inputs):
+        return model(**inputs, something_new=torch.ones(3)).logits
+
+    assert_the_same(use, classifier(), batch(LENGTHS), "something_new, which packing doesn't know")
+
+
+def test_errors_of_the_padding_are_stocks():
+    inputs = batch(LENGTHS)
+    inputs["input_ids"][inputs["attention_mask"] == 0] = -1
+    long = {
+        "input_ids": torch.ones(2, 40, dtype=torch.long),
+        "attention_mask": torch.ones(2, 40, dtype=torch.long),
+    }
+    long["attention_mask"][:, 5:] = 0
+    for given in (inputs, long):
+        messages = []
+        for model in (gpt2(GPT2LMHeadModel), fastpeft.patch(gpt2(GPT2LMHeadModel))):
+            with pytest.raises(IndexError) as caught:
+                model(**given, labels=torch.full_like(given["input_ids"], -100))
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+
+
+def test_adapter_names():
+    def use(model, inputs):
+        return model.eval()(**inputs, adapter_names=["default", "b", "__base__"]).logits
+
+    model = classifier()
+    model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
+    assert_the_same(use, model, batch(LENGTHS), "has a hook that looks on")
+
+
+def test_an_alora_batch_of_one_row():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True, r=4)
+    config.alora_invocation_tokens = [5, 6]
+    from peft import get_peft_model
+
+    model = get_peft_model(gpt2(), config).eval()
+    inputs = batch([12])
+    inputs["input_ids"][0, 6:8] = torch.tensor([5, 6])
+    assert_the_same(logits, model, inputs, "")
+
+
+# Derivatives
+
+
+def flat(tensors):
+    return torch.cat([t.flatten() for t in tensors if t is not None])
+
+
+def trained(model):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def by_grad(model, inputs):
+    loss = model(**inputs).logits.square().sum()
+    first = torch.autograd.grad(loss, trained(model), create_graph=True)
+    return flat(torch.autograd.grad(flat(first).square().sum(), trained(model), allow_unused=True))
+
+
+def by_backward(model, inputs):
+    model(**inputs).logits.square().sum().backward(create_graph=True)
+    first = [p.grad for p in trained(model)]
+    model.zero_grad()
+    flat(first).square().sum().backward()
+    result = flat([p.grad.detach() for p in trained(model)])
+    model.zero_grad()
+    return result
+
+
+def by_hessian_vector_product(model, inputs):
+    ps = dict(model.named_parameters())
+    names = [n for n, p in ps.items() if p.requires_grad][:2]
+
+    def loss(*values):
+        given = dict(zip(names, values, strict=True))
+        return torch.func.functional_call(model, given, (), inputs).logits.square().sum()
+
+    values = tuple(ps[n].detach() for n in names)
+    return flat(torch.autograd.functional.hvp(loss, values, tuple(torch.ones_like(v) for v in values))[1])
+
+
+def by_a_maml_step(model, inputs):
+    ps = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    loss = torch.func.functional_call(model, ps, (), inputs).logits.square().sum()
+    grads = torch.autograd.grad(loss, list(ps.values()), create_graph=True)
+    stepped = {n: p - 0.01 * g for (n, p), g in zip(ps.items(), grads, strict=True)}
+    outer = torch.func.functional_call(model, stepped, (), inputs).logits.square().sum()
+    return flat(torch.autograd.grad(outer, list(ps.values())))
+
+
+def by_batched_gradients(model, inputs):
+    y = model(**inputs).logits.flatten()
+    rows = torch.eye(len(y))
+    return flat(torch.autograd.grad(y, trained(model), rows, is_grads_batched=True))
+
+
+def by_torch_func(model, inputs):
+    ps = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def loss(ps):
+        return torch.func.functional_call(model, ps, (), inputs).logits.square().sum()
+
+    return flat(torch.func.grad(loss)(ps).values())
+
+
+def by_jvp(model, inputs):
+    ps = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    tangents = {n: torch.ones_like(p) for n, p in ps.items()}
+
+    def run(ps):
+        return torch.func.functional_call(model, ps, (), inputs).logits
+
+    return torch.func.jvp(run, (ps,), (tangents,))[1].detach()
+
+
+def by_dual_numbers(model, inputs):
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level():
+        ps = {
+            n: forward_ad.make_dual(p.detach(), torch.ones_like(p))
+            for n, p in model.named_parameters()
+            if p.requires_grad
+        }
+        return forward_ad.unpack_dual(
+            torch.func.functional_call(model, ps, (), inputs).logits
+        ).tangent.detach()
+
+
+SECOND = [by_grad, by_backward, by_hessian_vector_product, by_a_maml_step, by_batched_gradients]
+OTHER = [by_torch_func, by_jvp, by_dual_numbers]
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [12, 12]], ids=["padded", "full"])
+@pytest.mark.parametrize("adapted", ["lora", "adapter"])
+@pytest.mark.parametrize("how", SECOND + OTHER, ids=lambda how: how.__name__)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # forward mode's own
+def test_derivatives_by_every_road(how, adapted, lengths):
+    model = gpt2(GPT2ForSequenceClassification, attn_implementation="eager")
+    model = with_lora(model) if adapted == "lora" else with_adapters(model, "post_mlp", activation="gelu")
+    patched = assert_the_same(how, model.train().double(), batch(lengths))
+    if how in SECOND:
+        assert packing_row(patched).calls, packing_row(patched)
+    else:
+        assert packing_row(patched).path == "stock"
+
+
+@pytest.mark.parametrize("how", [by_grad, by_backward], ids=lambda how: how.__name__)
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+def test_second_derivatives_through_dropout_are_an_error(how):
+    model = with_lora(gpt2(GPT2ForSequenceClassification, attn_implementation="eager"), lora_dropout=0.5)
+    fastpeft.patch(model).train()
+    with pytest.raises(RuntimeError, match=r"differentiable once.*model\.eval\(\), or fastpeft\.unpatch"):
+        how(model, batch(LENGTHS))
+
+
+def test_a_learnable_scaling_gets_its_gradient():
+    def use(model, inputs):
+        scalings = []
+        for layer in model.modules():
+            if isinstance(getattr(layer, "scaling", None), dict):
+                layer.s = layer.scaling["default"] = nn.Parameter(torch.tensor(2.0))
+                scalings.append(layer.s)
+        model(**inputs).logits.sum().backward()
+        return torch.stack([s.grad for s in scalings])
+
+    patched = assert_the_same(use, classifier(), batch(LENGTHS))
+    reasons = {row.reason for row in fastpeft.report(patched) if row.kind == "lora"}
+    assert reasons == {"adapter 'default' has a Parameter for scaling, not a number"}
+
+
+def test_a_learnable_scale_of_an_adapter_gets_its_gradient():
+    def use(model, inputs):
+        scales = []
+        for module in model.modules():
+            if isinstance(module, fastpeft.adapters.Adapter):
+                del module.scale
+                module.scale = nn.Parameter(torch.tensor(2.0))
+                scales.append(module.scale)
+        model(**inputs).logits.sum().backward()
+        return torch.stack([s.grad for s in scales])
+
+    assert_the_same(use, with_adapters(gpt2(GPT2ForSequenceClassification), "post_mlp"), batch(LENGTHS))
+
+
+# Classes
+
+
+def test_fused_classes_bear_stocks_names():
+    stock = with_adapters(classifier(), "post_mlp")
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    assert repr(patched) == repr(stock)
+    assert [type(m).__qualname__ for m in patched.modules()] == [
+        type(m).__qualname__ for m in stock.modules()
+    ]
+    assert [str(type(m)) for m in patched.modules()] == [str(type(m)) for m in stock.modules()]
+    assert sum(swap.is_fused(m) for m in patched.modules()) == 2 + 2 * (3 + 4 + 1 + 1)
+    assert patched.get_layer_status() == stock.get_layer_status()
+    for model in (stock, patched):
+        with pytest.raises(
+            TypeError, match=r"^Linear\.forward\(\) missing 1 required positional argument: 'x'"
+        ):
+            transformer(model).h[0].mlp.c_fc()
+
+
+def test_a_gpt2_of_no_layers():
+    model = gpt2(n_layer=0)
+    with pytest.warns(UserWarning, match="found nothing to fuse"):
+        patched = fastpeft.patch(copy.deepcopy(model))
+    torch.testing.assert_close(logits(patched, batch(LENGTHS)), logits(model, batch(LENGTHS)))
+
+
+def test_unpatch_below_a_parametrization_names_the_remedy():
+    model = fastpeft.patch(classifier())
+    layer = transformer(model).h[0].mlp.act
+    torch.nn.utils.parametrizations.weight_norm(transformer(model).h[0].mlp.c_fc.lora_A["default"])
+    fastpeft.unpatch(model)
+    fastpeft.patch(model)
+    layer.register_parameter("weight", nn.Parameter(torch.ones(3, 3)))
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=r"act: parametrizations were put on top .*remove_parametrizations"):
+        fastpeft.unpatch(model)
+    assert [type(m) for m in model.modules()] == before
+    torch.nn.utils.parametrize.remove_parametrizations(layer, "weight")
+    fastpeft.unpatch(model)
+    assert not any(swap.is_below(m) for m in model.modules())
+
+
+def test_the_report_runs_no_code_of_the_users():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.act, self.up = nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 48)
+
+        def forward(self, x):
+            calls.append(x)
+            return x + self.up(self.act(self.down(x)))
+
+    calls = []
+    model = gpt2(n_layer=1)
+    model.transformer.h[0].mlp.adapter = Counting()
+    fastpeft.report(model)
+    assert not calls
+    fastpeft.patch(model)
+    probed = len(calls)
+    assert probed
+    fastpeft.report(model)
+    assert len(calls) == probed
