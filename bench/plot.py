@@ -103,7 +103,7 @@ def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
             axes.text(furthest * 0.03, place, "failed", va="center", fontsize=7)
             continue
         value, slow, fast = (row["tokens_per_second"][part] for part in ("median", "q20", "q80"))
-        whiskers = [[value - slow], [fast - value]]
+        whiskers = [[max(value - slow, 0)], [max(fast - value, 0)]]  # quantiles of like numbers round apart
         axes.barh(place, value, 0.75, color=COLOURS[variant], xerr=whiskers, error_kw={"linewidth": 0.8})
         speedup = row.get("speedup")
         if speedup and speedup["over"] != variant:
@@ -154,7 +154,7 @@ def _relative_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
                 place += 1
                 continue
             median, most, least = (1 / row["speedup"][name] for name in ("median", "q20", "q80"))
-            whiskers = [[median - least], [most - median]]
+            whiskers = [[max(median - least, 0)], [max(most - median, 0)]]
             axes.barh(
                 place,
                 median,

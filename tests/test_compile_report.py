@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.xdist_group("compile report")  # which is read once
 BENCH = Path(__file__).parents[1] / "bench"
 
 
@@ -47,6 +46,7 @@ def keys_of() -> dict[str, list[list]]:
     )
 
 
+@pytest.mark.xdist_group("committed report")  # which is read once
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_the_committed_report_holds_every_shipped_configuration_and_no_fault(arch):
     keys = keys_of()[str(arch)]
