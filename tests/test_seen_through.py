@@ -357,9 +357,8 @@ class OwnLanguageModel(nn.Module):
     def forward(self, input_ids, attention_mask, **given):
         output = self.transformer(input_ids, attention_mask=attention_mask, **given)
         more = torch.cat([attention_mask, torch.ones_like(attention_mask[:, :1])], 1)
-        after = self.transformer(
-            input_ids[:, :1], past_key_values=output.past_key_values, attention_mask=more
-        )
+        # By position: transformers 5.24 has another name for the cache.
+        after = self.transformer(input_ids[:, :1], output.past_key_values, more)
         return types.SimpleNamespace(logits=self.lm_head(after.last_hidden_state))
 
 
