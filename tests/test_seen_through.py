@@ -291,9 +291,11 @@ HEADS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("side", ["right", "left", "full", "one row"])
+@pytest.mark.parametrize(
+    ("side", "training"),
+    [("right", True), ("left", True), ("full", True), ("one row", False), ("right", False)],
+)
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_a_head_is_packed_where_it_reads_no_padding(name, side, training):
     head, arguments, packs = HEADS[name]
     lengths = {"full": [12] * 3, "one row": [7]}.get(side, LENGTHS)
