@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from itertools import chain, repeat
-from operator import contains, itemgetter
+from operator import contains, is_, itemgetter
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -109,11 +109,13 @@ class _Seen(NamedTuple):
     transformer: Any
     handles: int  # how many hooks' handles torch had given out
     holders: list[dict[str, Any]]  # the `_modules` of every module that has some
-    children: list[Any]  # what they held
+    children: list[dict[str, Any]]  # what they held
     called: list[Any]  # every module that is called
     kinds: list[type]  # their classes
     attributes: list[dict[str, Any]]  # their `__dict__`s
-    trained: list[dict[str, Any]]  # the `_parameters` of those that train
+    places: list[dict[str, Any]]  # the `_parameters` that hold what trains, once for each
+    names: list[str]  # its name there
+    trained: list[Any]  # the parameter itself
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
     offender: Any  # the module that keeps the trunk stock, if one does
 
@@ -145,7 +147,7 @@ class Trunk:
             seen is not None
             and seen.transformer is transformer
             and seen.handles == RemovableHandle.next_id
-            and list(chain.from_iterable(map(dict.values, seen.holders))) == seen.children
+            and seen.holders == seen.children
             and list(map(type, seen.called)) == seen.kinds
             and not any(map(contains, seen.attributes, repeat("forward")))
         ):
@@ -159,9 +161,8 @@ class Trunk:
     def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
         """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""
         handles = RemovableHandle.next_id
-        modules, children = [transformer], []
+        modules = [transformer]
         for module in modules:  # which grows: each after the one that holds it
-            children.extend(module._modules.values())
             modules.extend(m for m in module._modules.values() if m is not None)
         if len(set(map(id, modules))) < len(modules):
             self._seen = None
@@ -171,19 +172,23 @@ class Trunk:
             return "its layers aren't all GPT-2's blocks"
         called = [module for module in modules if type(module) not in _HELD]
         offender = next((m for m in called if why_not_module(m, coming)), None)
+        places = [
+            (m._parameters, name)
+            for m in called
+            for name, p in m._parameters.items()
+            if p is not None and p.requires_grad
+        ]
         self._seen = _Seen(
             transformer,
             handles,
             [m._modules for m in modules if m._modules],
-            children,
+            [dict(m._modules) for m in modules if m._modules],
             called,
             list(map(type, called)),
             list(map(vars, called)),
-            [
-                m._parameters
-                for m in called
-                if any(p is not None and p.requires_grad for p in m._parameters.values())
-            ],
+            [place[0] for place in places],
+            [place[1] for place in places],
+            [parameters[name] for parameters, name in places],
             [vars(block.attn) for block in transformer.h],
             offender,
         )
@@ -196,7 +201,8 @@ def _why_not_state(seen: _Seen) -> str | None:
     """What a trunk of known modules is nevertheless kept stock by; None where nothing does."""
     if list(map(_CAUSAL, seen.attentions)) != [(True, i) for i in range(len(seen.attentions))]:
         return "an attention isn't causal, or its layer_idx isn't its place"
-    if not _PLAIN.issuperset(map(type, chain.from_iterable(map(dict.values, seen.trained)))):
+    trained = list(map(dict.get, seen.places, seen.names))
+    if not all(map(is_, trained, seen.trained)) and not _PLAIN.issuperset(map(type, trained)):
         return "parameters of a class of their own"
     for table in (seen.transformer.wte, seen.transformer.wpe):
         if getattr(table, "max_norm", None) is not None or getattr(table, "scale_grad_by_freq", False):

@@ -52,7 +52,7 @@ class MeanHead(GPT2ForSequenceClassification):
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **given):
         hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]
-        return types.SimpleNamespace(logits=self.score(hidden.mean(1)), loss=hidden.square().mean())
+        return types.SimpleNamespace(logits=self.score(hidden.mean(1)), loss=hidden.sin().mean())
 
 
 def gpt2_of(model):
