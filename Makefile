@@ -6,7 +6,7 @@ INSTALLED := .venv/installed
 WORKERS ?= auto
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=loadgroup
 
-.PHONY: demo test test-full test-versions test-oldest test-newest test-gpu fuzz bench bench-gpu lint clean
+.PHONY: demo test test-full test-peers test-versions test-oldest test-newest test-gpu fuzz bench bench-gpu lint clean
 
 demo: $(INSTALLED)
 	$(BIN)/fastpeft compare --out demo-report
@@ -23,6 +23,13 @@ test-versions: test-oldest test-newest
 test-oldest test-newest: test-%: .venv-%/installed
 	@.venv-$*/bin/python -m pip list | grep -E '^(torch|triton|transformers|peft|accelerate|numpy) '
 	.venv-$*/bin/python -m pytest
+
+# Peers' own tests on patched models, from checkouts of theirs: make test-peers PEFT=... TRANSFORMERS=..., or one of them.
+test-peers: $(INSTALLED)
+	@[ -n "$(PEFT)$(TRANSFORMERS)" ] || { echo "name a checkout: make test-peers PEFT=../peft TRANSFORMERS=../transformers"; exit 2; }
+	$(BIN)/python -m pip install --quiet parameterized scipy datasets
+	[ -z "$(PEFT)" ] || $(BIN)/python tests/peers.py $(PEFT) tests/test_custom_models.py -k "lora or LoRA or Conv1D"
+	[ -z "$(TRANSFORMERS)" ] || $(BIN)/python tests/peers.py $(TRANSFORMERS) tests/models/gpt2/test_modeling_gpt2.py
 
 fuzz: $(INSTALLED)
 	FASTPEFT_FUZZ_SEQUENCES=5000 $(BIN)/python -m pytest tests/test_fuzz.py

@@ -20,7 +20,7 @@ LABELS = {
     "compile": "torch.compile",
     "eager": "eager module",
     "fastpeft": "fastpeft",
-    "fastpeft_model": "fastpeft, auto scope",
+    "fastpeft_model": "fastpeft, packed",
     "fastpeft_fp32": "fastpeft, fp32 factors",
     "exact": "fastpeft, exact",
 }

@@ -1,6 +1,7 @@
 """GPT-2's block with its neighbours in its kernels: GELU, dropouts, residuals, gradients that meet at a norm.
 
-Where no kernel serves them, or something listens in between, each part runs by itself, as in stock.
+Only packed blocks run so, whose trunk is plain (trunk.py): nothing listens in between. Where no kernel serves a part,
+it runs by itself, as in stock.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from fastpeft.modules import (
     FusedGelu,
     FusedLoraLinear,
     dropout_p,
-    is_plain,
     projection_of,
     why_not_lora,
     why_not_tensors,
@@ -96,10 +96,10 @@ class FusedBlock(GPT2Block):
 
     def _normed(self, norm: nn.Module, x: Tensor, branch: Any, first: str) -> tuple[Tensor, Tensor]:
         """The LayerNorm of x for `branch`, whose first layer is named, and x to go on with as the residual."""
-        if type(norm) is not nn.LayerNorm or not is_plain(norm):
+        if type(norm) is not nn.LayerNorm:
             return norm(x), x
-        layer: Any = getattr(branch, first, None)
-        given = _takes_shrunk(branch, layer, x)
+        layer: Any = getattr(branch, first)
+        given = _for_kernels(layer, x)
         strict = given is not None and layer._fastpeft.strict
         return ops.layer_norm(x, norm, self._fastpeft.backend, given, strict)
 
@@ -107,7 +107,7 @@ class FusedBlock(GPT2Block):
 def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
     """`dropout(c_proj(x))`, added to a residual if there is one, in one operation where that can be."""
     added = _residual(residual, dropout)
-    if added is not None and type(c_proj) is FusedLoraLinear and is_plain(c_proj):
+    if added is not None and type(c_proj) is FusedLoraLinear:
         return c_proj(x, residual=added)
     y = _dropped(c_proj(x), dropout)
     return y if residual is None else residual + y
@@ -115,25 +115,17 @@ def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | Non
 
 def _added(branch: Any, x: Tensor, h: Tensor, **given: Any) -> Tensor:
     """`x + branch(h)` for a block's attention or MLP, in one operation with what the branch ends with."""
-    if is_plain(branch):
-        return _first(branch(h, residual=x, **given))
     adapter = getattr(branch, "adapter", None)
-    adapted = list(branch._forward_hooks.values()) == [adapt_output] and is_plain(
-        branch, but_for=adapt_output
-    )
-    if adapted and isinstance(adapter, FusedAdapter) and is_plain(adapter):
+    if adapter is None:
+        return _first(branch(h, residual=x, **given))
+    if isinstance(adapter, FusedAdapter) and adapt_output in branch._forward_hooks.values():
         return adapter(_first(branch.forward(h, **given)), residual=x)
     return x + _first(branch(h, **given))
 
 
-def _takes_shrunk(branch: Any, layer: Any, x: Tensor) -> ops.Projection | None:
-    """The first layer of a branch, where the LayerNorm before can do a part of its work; else None."""
-    return _for_kernels(layer, x) if is_plain(branch, but_for=adapt_output) else None
-
-
 def _for_kernels(layer: Any, x: Tensor) -> ops.Projection | None:
     """What a call of this LoRA layer computes, where kernels may do it beside other work; else None."""
-    if type(layer) is not FusedLoraLinear or not is_plain(layer):
+    if type(layer) is not FusedLoraLinear:
         return None
     site = layer._fastpeft
     if ops.choose(site.backend, site.exact, x.device).path != "triton":
@@ -150,7 +142,7 @@ def _first(output: Any) -> Tensor:
 
 def _drops(dropout: nn.Module) -> float | None:
     """The probability with which `dropout` drops now; None where a call of it is more than that."""
-    return dropout_p(dropout) if type(dropout) is nn.Dropout and is_plain(dropout) else None
+    return dropout_p(dropout) if type(dropout) is nn.Dropout else None
 
 
 def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | None:
@@ -167,7 +159,7 @@ def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
 def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tensor | None:
     """`c_proj(act(c_fc(x)))`, added to a residual if there is one; None where its layers had better go one by one."""
     fc, act, proj = mlp.c_fc, mlp.act, mlp.c_proj
-    if type(act) is not FusedGelu or not is_plain(act) or act._fastpeft.exact:
+    if type(act) is not FusedGelu or act._fastpeft.exact:
         return None
     first, second = _for_kernels(fc, x), _for_kernels(proj, x)
     if first is None or second is None:

@@ -123,10 +123,12 @@ _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_
 _IGNORED = {"num_items_in_batch"}
 _FALSY = {"output_attentions", "output_hidden_states"}
 _NAMES = list(inspect.signature(GPT2Model.forward).parameters)[1:]
+_NO_IDS = "input_ids (batch, length) are needed to see the padding"
 _KINDS = {"past_key_values": "past keys and values, of a cache or a prefix"} | dict.fromkeys(
     ("encoder_hidden_states", "encoder_attention_mask"), "cross-attention"
 )
 _KINDS["cache"] = _KINDS["past_key_values"]  # as later versions of transformers name it
+_KINDS["inputs_embeds"] = _NO_IDS
 _UNREAD = "GPT2Model was called by itself: what of its padding is read isn't known"
 
 
@@ -195,7 +197,7 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
     if reason:
         return reason
     if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
-        return "input_ids (batch, length) are needed to see the padding"
+        return _NO_IDS
     if mask is None and arguments.get("position_ids") is not None:
         return "position_ids without an attention_mask"  # where they begin again, stock sees another sequence
     if mask is not None and (

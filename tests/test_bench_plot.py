@@ -111,7 +111,7 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         "dropout 0.05, GPT-2's own 0.1, fp32, batch 32 of rotten-tomatoes, 49% padding, CPU | fastpeft : peft |"
         in text
     )
-    assert "\n|  | fastpeft, auto scope : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
+    assert "\n|  | fastpeft, packed : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
     assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |" in text
     page = (results / "report.html").read_text()
     assert page.count("<td>failed: RuntimeError: no / memory</td>") == 2

@@ -260,9 +260,6 @@ def test_replicas_for_data_parallel():
     assert stock is not None
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Could not find a config file in  -"
-)  # peft 0.19, of a base without a name
 @pytest.mark.fidelity("save_pretrained patched, loaded in plain peft, and back", "same keys, same bytes")
 def test_save_pretrained_both_ways(tmp_path):
     models = pair()
