@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,11 @@ class Recorder:
             pytest.skip("the time is up")
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    def pytest_runtest_makereport(
+        self, item: pytest.Item, call: pytest.CallInfo[None]
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
         report = yield
-        benchmark = getattr(item, "funcargs", {}).get("benchmark")
+        benchmark: Any = getattr(item, "funcargs", {}).get("benchmark")
         timed = benchmark is not None and (benchmark.stats or call.excinfo)  # not under --benchmark-disable
         if call.when == "call" and timed and not report.skipped:
             row: dict[str, Any] = {"id": item.name, **benchmark.extra_info}

@@ -19,6 +19,7 @@ import tables
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -66,7 +67,7 @@ def roofline(record: dict[str, Any]) -> Figure:
     left.set_ylabel("MB moved, forward and backward")
     right.set_ylabel("kernel launches, forward and backward")
     seen = dict.fromkeys(v for rows in layers.values() for v in rows if v != "bound")
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[v]) for v in seen]
+    handles: list[Artist] = [plt.Rectangle((0, 0), 1, 1, color=COLOURS[v]) for v in seen]
     handles.append(plt.Line2D([], [], color="black", linewidth=1.4))
     names = [*(tables.LABELS[v] for v in seen), "each tensor once (least)"]
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), frameon=False, fontsize=8)
@@ -110,7 +111,7 @@ def _tokens_per_second(axes: Axes, point: dict[str, Any]) -> None:
             text = f"{speedup['median']:.2f} x {tables.LABELS[speedup['over']]}"
             axes.text(fast + furthest * 0.03, place, text, va="center", fontsize=7)
     axes.set_xlim(0, furthest * 1.5)
-    axes.xaxis.get_major_locator().set_params(nbins=4)
+    axes.locator_params(axis="x", nbins=4)
     axes.set_yticks(range(len(point["variants"])), [tables.LABELS[v] for v in point["variants"]])
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s")
@@ -188,7 +189,7 @@ def main() -> None:
         draw[record["kind"]](record).savefig(figures[name])
         print(figures[name])
     if args.table:
-        tables.rewrite(args.table, tables.short(records))
+        tables.rewrite(args.table, list(tables.short(records)))
     if args.report:
         report.write(args.report, args.results, records, figures)
 

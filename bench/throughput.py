@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import record
 import sentences
@@ -99,7 +99,12 @@ def inference_step(model: nn.Module, batch: Batch) -> None:
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
     """Bytes that autograd keeps from forward to backward, parameters left out, each storage once."""
     saved: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = model(**batch).loss
     own = {p.untyped_storage()._cdata for p in model.parameters()}
     kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
@@ -117,10 +122,10 @@ def step_peak_bytes(step: Callable[[], None], device: str) -> int | None:
     return None if before is None or after is None else after - before
 
 
-def batches_of(setting: variants.Setting, data: str, batch: int, seq: int | None, rounds: int) -> list[Batch]:
-    """The batch of each round, those that warm up first."""
+def batches_of(setting: variants.Setting, batch: int, seq: int | None, rounds: int) -> list[Batch]:
+    """The batch of each round, those that warm up first: of random tokens, or of sentences where `seq` is None."""
     count = WARM_UP + rounds
-    if data == RANDOM:
+    if seq is not None:
         return [variants.batch_of(setting, [seq] * batch)] * count
     vocabulary, longest = (variants.size_of(setting, name) for name in ("vocab_size", "n_positions"))
     return sentences.batches(count, batch, vocabulary, longest, setting.device)
@@ -144,9 +149,8 @@ def point(
         if name == "compile":
             torch._dynamo.reset()  # each point its own graph, below the limit on recompilations
             same_shape = len({batch["input_ids"].shape for batch in batches}) == 1
-            model = torch.compile(model, dynamic=not same_shape)
-        run = training_step if mode == "training" else inference_step
-        steps[name] = lambda batch, run=run, model=model: run(model, batch)
+            model = cast(nn.Module, torch.compile(model, dynamic=not same_shape))
+        steps[name] = partial(training_step if mode == "training" else inference_step, model)
     packed = {name: variants.packed_calls(model) for name, model in models.items()}
     taken = seconds(steps, batches, setting.device, failed)
     packed = {name: variants.packed_calls(model) - packed[name] for name, model in models.items()}
@@ -259,7 +263,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if not models and not failed:
                 models = variants.build(setting, names, failed)
                 models = variants.check(models, setting, failed)
-            batches = batches_of(setting, each["data"], each["batch"], each["seq"], args.rounds)
+            batches = batches_of(setting, each["batch"], each["seq"], args.rounds)
             lines = dict(failed)
             rows = point(models, setting, each["mode"], batches, lines)
             rows |= {name: {"failed": line} for name, line in lines.items()}

@@ -70,9 +70,10 @@ def build(setting: Setting, names: list[str], failed: dict[str, str] | None = No
     """The models of the named variants, in training mode; one that can't be built is noted in `failed`."""
     torch.manual_seed(0)
     tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), setting.model_dropout)
-    config = GPT2Config(**MODELS[setting.model], **drops, **tokens, use_cache=False)
-    base = HEADS[setting.head](config).to(setting.device, DTYPES[setting.dtype])
+    drops: dict[str, Any] = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), setting.model_dropout)
+    config = GPT2Config(**{**MODELS[setting.model], **drops, **tokens}, use_cache=False)
+    head: Any = HEADS[setting.head]
+    base: nn.Module = head(config).to(setting.device, DTYPES[setting.dtype])
     base.requires_grad_(False)
     stock = with_lora(base, setting) if setting.method == "lora" else with_adapters(base)
     models: dict[str, nn.Module] = {}
@@ -82,7 +83,7 @@ def build(setting: Setting, names: list[str], failed: dict[str, str] | None = No
     return models
 
 
-def _variant(name: str, model: nn.Module, setting: Setting) -> nn.Module:
+def _variant(name: str, model: Any, setting: Setting) -> nn.Module:
     model = twin(model)
     if name == "frozen":
         model.enable_input_require_grads()

@@ -125,7 +125,7 @@ def test_a_ratio_is_taken_within_its_round(monkeypatch):
     rounds = {"frozen": [1.0, 10.0, 1.0], "peft": [2.0, 20.0, 2.0], "fastpeft": [1.0, 10.0, 1.0]}
     monkeypatch.setattr(throughput, "seconds", lambda *_: rounds)
     models = variants.build(LORA, list(rounds))
-    batches = throughput.batches_of(LORA, "random", batch=2, seq=8, rounds=3)
+    batches = throughput.batches_of(LORA, batch=2, seq=8, rounds=3)
     rows = throughput.point(models, LORA, "training", batches)
     assert rows["fastpeft"]["speedup"] == {"over": "peft", "median": 2.0, "q20": 2.0, "q80": 2.0}
     assert rows["peft"]["over_frozen"]["q80"] == 2.0
@@ -150,7 +150,7 @@ def test_every_variant_meets_every_batch_and_warm_up_is_not_timed():
 
 def test_a_model_scope_that_leaves_padding_in_is_refused(monkeypatch):
     models = variants.build(CLASSIFIER, ["peft", "fastpeft", "fastpeft_model"])
-    batches = throughput.batches_of(CLASSIFIER, "rotten-tomatoes", batch=8, seq=None, rounds=1)
+    batches = throughput.batches_of(CLASSIFIER, batch=8, seq=None, rounds=1)
     rows = throughput.point(models, CLASSIFIER, "training", batches)
     assert rows["fastpeft_model"]["saved_bytes"] < rows["fastpeft"]["saved_bytes"]
     assert rows["fastpeft_model"]["over_layers"]["median"] > 0

@@ -133,7 +133,7 @@ def imported(*paths: Path) -> set[str]:
     trees = (ast.walk(ast.parse(path.read_text(encoding="utf-8"))) for path in paths)
     nodes = [node for tree in trees for node in tree]
     modules = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    modules |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
+    modules |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and not node.level}
     tops = {module.partition(".")[0] for module in modules}
     return tops - sys.stdlib_module_names - {"fastpeft"}
 
