@@ -167,19 +167,25 @@ def recorded(case: Case) -> launch.Launch:
         if case.kernel == "linear":
             form, variant = case.variant.split()[:2]
             how = tiling.Linear(tiling.Tile(*case.tile), form == "descriptor", variant == "single", 132)
-            given: dict[str, Any] = {"dropout": mask, "tickets": new_tickets(seed, 60)}
+            tickets = new_tickets(seed, 60)
+            given: dict[str, Any] = {}
+            kind: dict[str, Any] = {"drops": drop, "tickets": len(tickets)}
             if "transposed" in case.variant:  # dx
                 given |= {"a": rows(N, rank).T} if how.single else {"u": rows(M, rank)}
-                given["pre"] = rows(M, K) if gelu else None
-                low_rank.linear(rows(M, N), rows(K, N).T, None, factor(rank, K), 1.0, how, **given)
+                epilogue = low_rank.Epilogue(pre=rows(M, K) if gelu else None)
+                operands = rows(M, N), rows(K, N).T, None, factor(rank, K)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
-                given["stores"] = "h" if "alone" in case.variant else "yh" if gelu else "y"
-                given["residual"] = rows(M, N) if "residual" in case.variant else None
-                f = factor(N, rank).T
-                low_rank.linear(rows(M, K), rows(K, N), rows(N), f, 2.0, how, **given)
+                stores = "h" if "alone" in case.variant else "yh" if gelu else "y"
+                residual = rows(M, N) if "residual" in case.variant else None
+                epilogue = low_rank.Epilogue(stores, residual=residual)
+                operands = rows(M, K), rows(K, N), rows(N), factor(N, rank).T
+            kind |= {"epilogue": epilogue, "a": given.get("a")}
+            given |= {"epilogue": epilogue, "dropout": mask, "tickets": tickets}
+            low_rank.Linear(*operands, how, **kind)(*operands, 2.0, **given)
         elif case.kernel == "shrink":
-            low_rank.shrink(rows(M, K), factor(rank, K).T, dropout=mask, strip=tiling.Strip(*case.tile))
+            operands = rows(M, K), factor(rank, K).T
+            low_rank.Shrink(*operands, tiling.Strip(*case.tile), drops=drop)(*operands, mask)
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)
         elif case.kernel == "layer_norm_shrink":
@@ -189,11 +195,12 @@ def recorded(case: Case) -> launch.Launch:
             wide = rows(M, case.tile[1] * 3 // 4)
             layer_norm.backward(wide, wide, wide[0], wide, 1e-5)
         elif case.kernel == "gradient":
-            tall = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
-            tickets = new_tickets(seed, 60)
-            low_rank.gradients(
-                *tall, factor(N, rank), factor(rank, K), 2.0, tickets, dropout=mask, activated=gelu, splits=16
+            dy, xa, x, dxa = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
+            d_b, d_a = factor(N, rank), factor(rank, K)
+            prepared = low_rank.Gradients(
+                dy, x, rank, d_b.dtype, d_a.dtype, drops=drop, activated=gelu, splits=16
             )
+            prepared(dy, xa, x, dxa, d_b, d_a, 2.0, new_tickets(seed, 60), mask)
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)
             activation, *more = case.variant.split()
@@ -218,14 +225,15 @@ def source(recorded: launch.Launch) -> ASTSource:
     for index, parameter in enumerate(recorded.kernel.params):
         value = recorded.args[parameter.name]
         kind, divisible = "constexpr", False
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and specialised):
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             kind, divisible = f"*{DTYPES[value.dtype]}", True
         elif isinstance(value, float):
             kind = "fp32"
         elif isinstance(value, int):
-            kind, divisible = "i32" if value < 2**31 else "i64", value % 16 == 0
+            kind, divisible = "i32" if value < 2**31 else "i64", value % 16 == 0 and specialised
         else:  # a tensor descriptor
             kind = f"tensordesc<{DTYPES[value.base.dtype]}{value.block_shape}>".replace(" ", "")
         signature[parameter.name] = kind

@@ -38,6 +38,8 @@ COLOURS = {
     "fastpeft_fp32": "#0072B2",
     "exact": "#F0E442",
 }
+#: Of a step's host time: planning, dispatch and autograd, launching, the rest.
+PARTS = ("#E69F00", "#0072B2", "#009E73", "#999999")
 RESULTS = Path(__file__).parent / "results"
 plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "figure.dpi": 150})
 
@@ -76,6 +78,28 @@ def roofline(record: dict[str, Any]) -> Figure:
         f"dropout {shapes['dropout']:g}, bottleneck {shapes['bottleneck']}: counted from what is launched",
         fontsize=10,
     )
+    return figure
+
+
+def host(record: dict[str, Any]) -> Figure:
+    """Host time of a training and of a decoding step, by variant and part."""
+    figure, both = plt.subplots(2, 1, figsize=(7, 4.6), layout="constrained")
+    for axes, key, title in zip(both, ("variants", "decoding"), ("training", "decoding"), strict=True):
+        names = list(record[key])
+        left = [0.0] * len(names)
+        for part, colour in zip(next(iter(record[key].values()))["parts"], PARTS, strict=True):
+            values = [record[key][name]["parts"][part] / 1e3 for name in names]
+            axes.barh(names, values, 0.7, left=left, color=colour, label=part)
+            left = [a + b for a, b in zip(left, values, strict=True)]
+        for place, name in enumerate(names):
+            axes.text(
+                left[place], place, f" {record[key][name]['of_peft']:.2f} x peft", va="center", fontsize=7
+            )
+        axes.set_xlim(0, 1.2 * max(left))
+        axes.invert_yaxis()
+        axes.set_xlabel("ms of the host, by part")
+        axes.set_title(f"a {title} step, {record['shapes']['layers']} layers", fontsize=9)
+    both[0].legend(fontsize=7, frameon=False, loc="lower right")
     return figure
 
 
@@ -183,7 +207,7 @@ def main() -> None:
     if not records:
         parser.error(f"no record in {args.results}: `make bench` makes them")
     figures = {}
-    draw = {"traffic": roofline, "throughput": throughput, "micro": micro}
+    draw = {"traffic": roofline, "host": host, "throughput": throughput, "micro": micro}
     for name, record in records.items():
         figures[name] = args.results / f"{name}.png"
         draw[record["kind"]](record).savefig(figures[name])

@@ -27,7 +27,7 @@ LABELS = {
 
 
 #: Of records, in the order in which they are shown.
-KINDS = ("traffic", "throughput", "micro")
+KINDS = ("traffic", "host", "throughput", "micro")
 
 
 class Table(NamedTuple):
@@ -79,7 +79,7 @@ def steps(folder: Path) -> Iterator[Table]:
 
 def every(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
     """All tables that the records give."""
-    make = {"traffic": traffic, "throughput": throughput, "micro": micro}
+    make = {"traffic": traffic, "host": host, "throughput": throughput, "micro": micro}
     for record in records.values():
         yield from make[record["kind"]](record)
 
@@ -89,6 +89,8 @@ def short(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
     for record in records.values():
         if record["kind"] == "traffic":
             yield from traffic(record)
+        elif record["kind"] == "host":
+            yield from host(record)
         elif record["kind"] == "throughput":
             yield speedups(record)
 
@@ -120,6 +122,31 @@ def traffic(record: dict[str, Any]) -> Iterator[Table]:
             moved, saved = mega(row["bytes"]), mega(row["saved_bytes"])
             cells.append([LABELS[variant], str(row["launches"]), moved, f"{row['bytes'] / least:.2f}", saved])
         yield Table(title, note.format(what), header, cells)
+
+
+def host(record: dict[str, Any]) -> Iterator[Table]:
+    """What issuing a step takes the host, by variant."""
+    shapes = record["shapes"]
+    counts = "token counts that vary" if shapes["vary"] else "one token count"
+    note = (
+        f"Of {shapes['layers']} layers, LoRA everywhere, {{}}{counts}, float32, one thread. Kernels are compiled for "
+        f"{record['architecture']} and launched on nothing, and tensors are so small that an operator costs its "
+        f"dispatch. {provenance(record)}"
+    )
+    header = ["", "ms", "x peft (20-80 %)", "operators", "launches"]
+    training = f"dropout {shapes['dropout']:g}, GPT-2's own 0.1, "
+    for key, title, drops in (("variants", "training", training), ("decoding", "decoding", "")):
+        parts = list(next(iter(record[key].values()))["parts"])
+        rows = []
+        for name, row in record[key].items():
+            over = "" if name == "peft" else ratio(row["spread"])
+            shares = [f"{row['parts'][part] / 1e3:.1f}" for part in parts]
+            rows.append(
+                [name, f"{row['host_ms']:.1f}", over, str(row["operators"]), str(row["launches"]), *shares]
+            )
+        yield Table(
+            f"Host time of a {title} step", note.format(drops), [*header, *(f"{p}, ms" for p in parts)], rows
+        )
 
 
 def throughput(record: dict[str, Any]) -> Iterator[Table]:

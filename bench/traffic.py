@@ -15,7 +15,6 @@ stores. `bound` is one launch each way that reads and writes each tensor of the 
 from __future__ import annotations
 
 import argparse
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -36,7 +35,7 @@ from transformers.activations import NewGELUActivation
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, tiling
+from fastpeft.kernels import launch, layer_norm, tiling
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
@@ -101,9 +100,7 @@ class EagerKernels(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func.namespace == "fastpeft":
-            self.kernels += launched(func.overloadpacket.__name__, args)
-        elif not func.is_view and func.overloadpacket not in (*ALLOCATIONS, *VIEWS):
+        if not func.is_view and func.overloadpacket not in (*ALLOCATIONS, *VIEWS):
             # A GEMM with beta=0 leaves its first operand alone.
             read = args[1:] if kwargs.get("beta") == 0 else args
             moved = distinct_bytes(tree_leaves((read, kwargs))) + distinct_bytes(tree_leaves(out))
@@ -111,28 +108,16 @@ class EagerKernels(TorchDispatchMode):
         return out
 
 
-def launched(operator: str, args: tuple[Any, ...]) -> list[Kernel]:
-    """What runs behind an operator that fastpeft registers with torch."""
-    launchers: dict[str, Callable[..., Any]] = {
-        "lora_linear": lora_linear.forward,
-        "lora_linear_backward": lora_linear.backward,
-        "dropped": dropout.dropped,
-        "layer_norm_shrink": layer_norm.shrink,
-        "layer_norm_backward": layer_norm.backward,
-        "adapter": adapter.forward,
-        "adapter_backward": adapter.backward,
-    }
-    launcher = launchers[operator]
-    kernels: list[Kernel] = []
-    taken = len(inspect.signature(launcher).parameters)  # what follows is autograd's alone
+@contextmanager
+def counted(kernels: list[Kernel]) -> Iterator[None]:
+    """Collects the kernels of eager operators and those of fastpeft, which are launched on nothing."""
     with launch.record() as launches, EagerKernels(kernels):
-        launcher(*args[:taken])
+        yield
     for one in launches:
         # A descriptor stands for its tensor. Only partial sums are read by the kernel that writes them.
         tensors = [getattr(value, "base", value) for value in one.args.values()]
         moved = distinct_bytes(tensors) + distinct_bytes([one.args.get("partials_ptr")])
         kernels.append(Kernel(one.kernel.__name__, moved))
-    return kernels
 
 
 @contextmanager
@@ -140,7 +125,7 @@ def on_an_h100() -> Iterator[None]:
     """Within it fastpeft takes the route and the tiles that it takes on an H100."""
     with (
         mock.patch.object(ops, "choose", return_value=ops.Route("triton", "counted")),
-        mock.patch.object(ops, "_confirm", new=lambda route, *_: route),
+        mock.patch.object(ops, "_confirm", new=lambda route, *_: ops.Confirmed(route)),
         mock.patch.object(launch, "unsupported", return_value=None),
         mock.patch.object(layer_norm, "ready", return_value=None),
         mock.patch.object(layer_norm, "ready_to_shrink", return_value=None),
@@ -171,10 +156,10 @@ def traffic(operation: Callable[..., Any], x: Tensor | list[Tensor], parameters:
     forward, backward, saved = [], [], []  # `saved` keeps storages alive, so that each has its own identity
     keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
     with on_an_h100(), DropoutAsOnCuda():
-        with keeping, EagerKernels(forward):
+        with keeping, counted(forward):
             y = tree_leaves(operation(*inputs))
         dy = [torch.empty_like(each) for each in y]
-        with EagerKernels(backward):
+        with counted(backward):
             torch.autograd.grad(y, [*inputs, *(p for p in parameters if p.requires_grad)], dy)
     own = {p.untyped_storage()._cdata for p in parameters}
     kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in saved}
@@ -197,15 +182,15 @@ def projection(layer: Any, dropout_p: float) -> ops.Projection:
     return ops.Projection(base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
 
 
-def fused_lora(layer: Any, dropout_p: float, x: Tensor, residual: ops.Residual | None = None) -> Tensor:
-    """A peft layer by `fastpeft.lora_linear`, added to a residual if there is one."""
-    return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False, residual=residual)[0]
+def fused_lora(layer: Any, dropout_p: float, x: Tensor, **neighbours: Any) -> Tensor:
+    """A peft layer by `fastpeft.lora_linear`, with what is beside it."""
+    return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False, **neighbours)[0]
 
 
-def fused_mlp(fc: Any, proj: Any, dropout_p: float, x: Tensor, residual: ops.Residual) -> Tensor:
-    """Two peft layers, the GELU between them and the residual by `ops.lora_mlp`."""
+def fused_mlp(fc: Any, proj: Any, dropout_p: float, x: Tensor, **neighbours: Any) -> Tensor:
+    """Two peft layers, the GELU between them and what is beside them by `ops.lora_mlp`."""
     layers = (projection(layer, dropout_p) for layer in (fc, proj))
-    served = ops.lora_mlp(x, *layers, "auto", residual=residual)
+    served = ops.lora_mlp(x, *layers, "auto", **neighbours)
     assert served is not None
     return served[0]
 
@@ -247,21 +232,22 @@ def adapter_variants(tokens: int, dtype: str) -> dict[str, Traffic]:
 
 
 def with_neighbours(
-    c_attn: Callable[[Tensor], Tensor],
+    c_attn: Callable[..., Tensor],
     c_proj: Callable[..., Tensor],
     mlp: Callable[..., Tensor],
-    norms: list[Callable[[Tensor], tuple[Tensor, Tensor]]],
+    norms: list[Callable[[Tensor], tuple[Tensor, Tensor, ops.Shrunk | None]]],
     x: Tensor,
     attended: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """A block but for its attention, which makes `attended` of the first result; the second goes to the next block.
 
-    A norm gives its result and its residual; `c_proj` and `mlp` take one, and the dropout before it.
+    A norm gives its result, its residual and what it computed for the layer after it; `c_proj` and `mlp` take a
+    residual, and the dropout before it.
     """
-    h, x = norms[0](x)
-    qkv = c_attn(h)
-    h, x = norms[1](c_proj(attended, ops.Residual(x, RESIDUAL_DROPOUT)))
-    return qkv, mlp(h, ops.Residual(x, RESIDUAL_DROPOUT))
+    h, x, shrunk = norms[0](x)
+    qkv = c_attn(h, shrunk=shrunk)
+    h, x, shrunk = norms[1](c_proj(attended, residual=ops.Residual(x, RESIDUAL_DROPOUT)))
+    return qkv, mlp(h, residual=ops.Residual(x, RESIDUAL_DROPOUT), shrunk=shrunk)
 
 
 def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Traffic]:
@@ -284,10 +270,10 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
         """Every layer, and every neighbour, by itself."""
         c_attn, c_proj, c_fc, mlp_c_proj = layers
         return run(
-            c_attn,
+            lambda x, shrunk: c_attn(x),
             lambda x, residual: ops.added(c_proj(x), residual),
-            lambda x, residual: ops.added(mlp_c_proj(gelu(c_fc(x))), residual),
-            [lambda x: (norm(x), x)] * 2,
+            lambda x, residual, shrunk: ops.added(mlp_c_proj(gelu(c_fc(x))), residual),
+            [lambda x: (norm(x), x, None)] * 2,
         )
 
     model = (*one_by_one[:2], partial(fused_mlp, *every[2:], dropout_p))

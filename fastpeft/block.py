@@ -14,15 +14,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from fastpeft import ops
 from fastpeft.adapters import adapt_output
-from fastpeft.modules import (
-    FusedAdapter,
-    FusedGelu,
-    FusedLoraLinear,
-    dropout_p,
-    projection_of,
-    why_not_lora,
-    why_not_tensors,
-)
+from fastpeft.lora import FusedLoraLinear, Plan, dropout_p, for_kernels
+from fastpeft.modules import FusedAdapter, FusedGelu
 from fastpeft.swap import Site, stands_for
 
 
@@ -54,16 +47,24 @@ class Packed(NamedTuple):
 class FusedMLP(GPT2MLP):
     """GPT-2's MLP, in one operation where Triton serves both projections; stock's forward, unless packed."""
 
+    _fastpeft: Site
+
     def forward(  # type: ignore[override]
-        self, hidden_states: Any, residual: Tensor | None = None, *, packed: bool = False
+        self,
+        hidden_states: Any,
+        residual: Tensor | None = None,
+        *,
+        packed: bool = False,
+        shrunk: ops.Shrunk | None = None,
     ) -> Tensor:
         """The MLP of hidden_states (..., width), added to `residual`, of the same shape, if there is one."""
         if not packed:
             return super().forward(hidden_states)
         added = _residual(residual, self.dropout)
-        y = _through_kernels(self, hidden_states, added)
+        y = _through_kernels(self, hidden_states, added, shrunk)
         if y is None:
-            return projected(self.c_proj, self.dropout, self.act(self.c_fc(hidden_states)), residual)
+            h = first_of(self.c_fc, hidden_states, shrunk)
+            return projected(self.c_proj, self.dropout, self.act(h), residual)
         if added is not None:
             return y
         y = self.dropout(y)
@@ -89,19 +90,26 @@ class FusedBlock(GPT2Block):
             pooled = hidden_states.index_select(1, packed.pooled) + attended
             pooled = _added(self.mlp, pooled, self.ln_2(pooled), packed=True)
             return torch.zeros_like(hidden_states).index_copy(1, packed.pooled, pooled)
-        h, x = self._normed(self.ln_1, hidden_states, self.attn, "c_attn")
-        x = _added(self.attn, x, h, packed=packed, kept=kept)
-        h, x = self._normed(self.ln_2, x, self.mlp, "c_fc")
-        return _added(self.mlp, x, h, packed=True)
+        h, x, shrunk = self._normed(self.ln_1, hidden_states, self.attn.c_attn)
+        x = _added(self.attn, x, h, packed=packed, kept=kept, shrunk=shrunk)
+        h, x, shrunk = self._normed(self.ln_2, x, self.mlp.c_fc)
+        return _added(self.mlp, x, h, packed=True, shrunk=shrunk)
 
-    def _normed(self, norm: nn.Module, x: Tensor, branch: Any, first: str) -> tuple[Tensor, Tensor]:
-        """The LayerNorm of x for `branch`, whose first layer is named, and x to go on with as the residual."""
+    def _normed(self, norm: nn.Module, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, ops.Shrunk | None]:
+        """The LayerNorm of x for `layer`, x to go on with as the residual, and what was computed for the layer."""
         if type(norm) is not nn.LayerNorm:
-            return norm(x), x
-        layer: Any = getattr(branch, first)
-        given = _for_kernels(layer, x)
-        strict = given is not None and layer._fastpeft.strict
-        return ops.layer_norm(x, norm, self._fastpeft.backend, given, strict)
+            return norm(x), x, None
+        plan = for_kernels(layer, x)
+        following, strict = (None, False) if plan is None else (plan.projection(), layer._fastpeft.strict)
+        site = self._fastpeft
+        if site.plan is None:
+            site.plan = ops.Decided()
+        return ops.layer_norm(x, norm, site.backend, following, strict, site.plan)
+
+
+def first_of(layer: Any, h: Tensor, shrunk: ops.Shrunk | None) -> Tensor:
+    """A branch's first layer of h, with what the LayerNorm of h computed for it."""
+    return layer(h) if shrunk is None else layer(h, shrunk=shrunk)
 
 
 def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -121,19 +129,6 @@ def _added(branch: Any, x: Tensor, h: Tensor, **given: Any) -> Tensor:
     if isinstance(adapter, FusedAdapter) and adapt_output in branch._forward_hooks.values():
         return adapter(_first(branch.forward(h, **given)), residual=x)
     return x + _first(branch(h, **given))
-
-
-def _for_kernels(layer: Any, x: Tensor) -> ops.Projection | None:
-    """What a call of this LoRA layer computes, where kernels may do it beside other work; else None."""
-    if type(layer) is not FusedLoraLinear:
-        return None
-    site = layer._fastpeft
-    if ops.choose(site.backend, site.exact, x.device).path != "triton":
-        return None
-    if why_not_lora(layer) or why_not_tensors(x, layer.base_layer.weight):
-        return None
-    projection, rest = projection_of(layer)
-    return None if rest else projection
 
 
 def _first(output: Any) -> Tensor:
@@ -156,17 +151,37 @@ def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
     return dropout(x) if p is None else ops.dropped(x, p)
 
 
-def _through_kernels(mlp: Any, x: Tensor, residual: ops.Residual | None) -> Tensor | None:
+class _Both(NamedTuple):
+    """What was found out about an MLP whose layers have these plans."""
+
+    layers: tuple[Plan, Plan]
+    decided: ops.Decided
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def _through_kernels(
+    mlp: Any, x: Tensor, residual: ops.Residual | None, shrunk: ops.Shrunk | None
+) -> Tensor | None:
     """`c_proj(act(c_fc(x)))`, added to a residual if there is one; None where its layers had better go one by one."""
     fc, act, proj = mlp.c_fc, mlp.act, mlp.c_proj
     if type(act) is not FusedGelu or act._fastpeft.exact:
         return None
-    first, second = _for_kernels(fc, x), _for_kernels(proj, x)
+    first = for_kernels(fc, x)
+    second = None if first is None else for_kernels(proj, x, first.width)
     if first is None or second is None:
         return None
+    both = mlp._fastpeft.plan
+    if both is None or both.layers != (first, second):
+        both = mlp._fastpeft.plan = _Both((first, second), ops.Decided())
     site = fc._fastpeft
+    layers = first.projection(), second.projection()
     try:
-        served = ops.lora_mlp(x, first, second, site.backend, site.strict, residual)
+        served = ops.lora_mlp(x, *layers, site.backend, site.strict, residual, shrunk, both.decided)
     except ValueError as error:
         raise ValueError(f"{site.name} and {proj._fastpeft.name}: {error}") from None
     if served is None:

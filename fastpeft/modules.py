@@ -1,4 +1,4 @@
-"""The fused modules: stock modules whose class was swapped, with no maths and no tensors of their own."""
+"""The fused modules but for LoRA's, with no maths or tensors of their own; what a module must be to be fused."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numbers
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import NewGELUActivation
@@ -15,106 +14,6 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import gemm, ops, reference
 from fastpeft.adapters import Adapter, activation_name
 from fastpeft.swap import Site, stands_for
-
-
-@stands_for(LoraLinear)
-class FusedLoraLinear(LoraLinear):
-    """peft's `lora.Linear` with the frozen GEMM and the LoRA update fused; same parameters, same keys.
-
-    Where the contract of `why_not_lora` doesn't hold at a call, peft's own forward runs.
-    """
-
-    _fastpeft: Site
-    base_layer: Any
-    lora_A: Any
-    lora_B: Any
-    lora_dropout: Any
-
-    def forward(self, x: Tensor, *args: Any, residual: ops.Residual | None = None, **kwargs: Any) -> Tensor:
-        """x (..., in_features) → (..., out_features), added to a residual if the block gives one."""
-        site = self._fastpeft
-        reason = why_not_here() or ("called with extra arguments" if args or kwargs else why_not_lora(self))
-        reason = reason or why_not_tensors(x, self.base_layer.weight)
-        if reason:
-            site.record(ops.Route("stock", reason))
-            return ops.added(super().forward(x, *args, **kwargs), residual)
-        projection, rest = projection_of(self)
-        fused = None if rest else residual
-        try:
-            y, route = ops.routed_lora_linear(x, projection, site.backend, site.exact, site.strict, fused)
-        except ValueError as error:
-            raise ValueError(f"{site.name}: {error}") from None
-        for name in rest:
-            dropped = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
-            y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
-        site.record(route)
-        return ops.added(y, residual) if rest else y
-
-
-def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
-    """What a call of this LoRA layer fuses, as its state is now, and the adapters that it has to add one by one."""
-    base = module.base_layer
-    weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-    bias = base.bias
-    names, rest = _active(module), []
-    dropouts = [dropout_p(module.lora_dropout[name]) for name in names]
-    if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
-        names, rest = names[:1], names[1:]
-    for name in names:
-        lora_bias = module.lora_B[name].bias
-        if lora_bias is not None:
-            update = (module.scaling[name] * lora_bias).to(weight.dtype)
-            bias = update if bias is None else bias + update
-    if len(names) == 1:
-        lora_a, lora_b = module.lora_A[names[0]].weight, module.lora_B[names[0]].weight
-        scaling = module.scaling[names[0]]
-    else:  # without dropout, several adapters are one of the summed rank
-        lora_a = torch.cat([module.lora_A[name].weight for name in names])
-        lora_b = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in names], dim=1)
-        scaling = 1.0
-    return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
-
-
-def dropout_p(dropout: nn.Module) -> float:
-    """The probability with which a call of `nn.Dropout` or `nn.Identity` drops now."""
-    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-
-
-def _active(module: Any) -> list[str]:
-    """The adapters that a call of this layer adds up."""
-    return [name for name in module.active_adapters if name in module.lora_A]
-
-
-def why_not_lora(module: Any) -> str | None:
-    """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same."""
-    base = module.base_layer
-    if type(base) not in (Conv1D, nn.Linear, *FROZEN):
-        return f"base layer is {type(base).__name__}, not Conv1D or nn.Linear"
-    if module.disable_adapters:
-        return "adapters are disabled"
-    if module.merged:
-        return "adapters are merged into the base weight"
-    if not is_plain(base):
-        return "base_layer has hooks or a replaced forward"
-    names = _active(module)
-    if not names:
-        return "no adapter is active here"
-    for name in names:
-        if name in module.lora_variant:
-            return f"adapter {name!r} is {type(module.lora_variant[name]).__name__}, not plain LoRA"
-        lora_a, lora_b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
-        if not (is_plain(lora_a) and is_plain(lora_b) and is_plain(dropout)):
-            return f"adapter {name!r} has hooks or a replaced forward"
-        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
-            return f"adapter {name!r} has factors other than nn.Linear"
-        if type(dropout) not in (nn.Dropout, nn.Identity):
-            return f"adapter {name!r} has {type(dropout).__name__} for dropout"
-        if not isinstance(module.scaling[name], numbers.Real):
-            return f"adapter {name!r} has a {type(module.scaling[name]).__name__} for scaling, not a number"
-        reason = why_not_tensors(base.weight, lora_a.weight, lora_b.weight, same_dtype=False)
-        if reason:
-            return reason
-    return None
 
 
 class FusedAdapter(nn.Module):
@@ -218,7 +117,7 @@ FROZEN = (FusedConv1D, FusedLinear)
 
 def _is_served(module: Any, x: Tensor) -> bool:
     """Whether this call of a fused frozen layer goes to oneDNN itself, noted in its site."""
-    if not module.weight.is_cpu:  # moved since; a GPU doesn't wait for notes
+    if not ops.on_cpu(module.weight):  # moved since; a GPU doesn't wait for notes
         return False
     reason = _why_not_frozen_call(module, x) or why_not_frozen(module)
     module._fastpeft.record(ops.Route("stock", reason) if reason else ops.Route("torch", "oneDNN"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,13 +45,65 @@ class Residual(NamedTuple):
 
 
 class Shrunk(NamedTuple):
-    """`xa = dropout(x) Aᵀ` that the kernel of a LayerNorm left beside its x, on x itself, for the layer of this A."""
+    """`xa = dropout(x) Aᵀ` that the kernel of a LayerNorm computed beside x, for the layer of this A."""
 
     xa: Tensor
-    seeds: Tensor  # of this mask, and of two more that the layer's operation may draw
+    seeds: Sequence[Tensor]  # of this mask, and of two more that the layer's operation may draw
     lora_a: Tensor
     dropout_p: float
-    version: int  # of x, which nothing may have written to since
+
+
+class Confirmed:
+    """The route that was confirmed for a call, and what its kernels prepared for such calls."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self.prepared: list[Any] = []
+
+
+class Decided:
+    """What was found out about a kind of call, for the next of its kind not to ask again.
+
+    Whoever holds one vouches for the operands' shapes, dtypes, strides and device, and for its options; what else
+    counts is in the keys. They hold no number of rows but the steps in which tiles are chosen: there are few.
+    """
+
+    def __init__(self) -> None:
+        self.route: Route | None = None
+        self.confirmed: dict[Hashable, Confirmed] = {}
+        self.norms: dict[Hashable, str] = {}
+
+    def chosen(self, backend: str, exact: bool, device: torch.device) -> Route:
+        """`choose`, asked once."""
+        if self.route is None:
+            self.route = choose(backend, exact, device)
+        return self.route
+
+    def found(self, rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) -> Confirmed | None:
+        """What was confirmed for such rows, a residual or none, and dropouts that drop or don't; None if nothing."""
+        return self.confirmed.get(_kind_of(rows, residual, drops))
+
+    def keep(
+        self, confirmed: Confirmed, rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]
+    ) -> None:
+        """Keep what `found` is to find."""
+        self.confirmed[_kind_of(rows, residual, drops)] = confirmed
+
+    def __deepcopy__(self, memo: Any) -> Decided:
+        return Decided()
+
+    def __reduce__(self) -> Any:
+        return Decided, ()
+
+
+def _kind_of(rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) -> Hashable:
+    """Of a call, what counts for its kernels beside the operands that a `Decided` is for."""
+    from fastpeft.kernels import launch, tiling
+
+    aligned = (rows.data_ptr() | (0 if residual is None else residual.data_ptr())) % 16 == 0
+    tf32 = rows.dtype == torch.float32 and launch.tf32_allowed()
+    some = tuple(p > 0.0 for p in drops)
+    return tiling.steps(rows.shape[0]), rows.dtype, rows.stride(), aligned, residual is None, some, tf32
 
 
 def lora_linear(
@@ -140,64 +192,124 @@ def routed_lora_linear(
     exact: bool,
     strict: bool = False,
     residual: Residual | None = None,
+    shrunk: Shrunk | None = None,
+    decided: Decided | None = None,
 ) -> tuple[Tensor, Route]:
-    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record."""
-    _check_lora_linear(x, projection)
-    x, (weight, bias, lora_a, lora_b, scaling, dropout_p) = _as_autocast(x, projection)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    route = _route(backend, exact, x.device)
+    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record.
+
+    `shrunk` is what `layer_norm` gave with x for this projection.
+    """
+    if decided is None:
+        _check_lora_linear(x, projection)
+        route = _route(backend, exact, x.device)
+    else:
+        route = decided.chosen(backend, exact, x.device)
+    x, projection = _as_autocast(x, projection)
+    rows = _rows(x)
     if route.path == "triton":
-        from fastpeft.kernels import launch, tuning
-        from fastpeft.kernels import lora_linear as kernels
-
         residual_rows, residual_p = _rows_of(residual, x.dtype)
-
-        def through_kernels(
-            x: Any,
-            weight: Any,
-            bias: Any,
-            lora_a: Any,
-            lora_b: Any,
-            rows_added: Any,
-            shrunk: Shrunk | None = None,
-        ) -> Tensor:
-            seed, residual_seed = _new_seeds(rows, dropout_p, residual_p, drawn=shrunk and shrunk.seeds)
-            rest = {"residual": rows_added, "residual_dropout": residual_p, "residual_seed": residual_seed}
-            rest |= {"xa": shrunk and shrunk.xa}
-            return kernels.lora_linear(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, **rest)
-
-        def through_pytorch(*tensors: Any) -> Any:
-            y = autograd.LoraLinear.apply(*tensors[:5], scaling, dropout_p, False)
-            return y if residual_rows is None else added(y, Residual(tensors[5], residual_p))
-
-        given = (rows, weight, bias, lora_a, lora_b, residual_rows)
-        drops = (dropout_p, residual_p)
-        route = _confirm(
-            route,
-            backend,
-            strict,
-            launch.unsupported(rows, lora_a.shape[0], *given),
-            lambda: kernels.ready(*given[:5], dropout_p, residual_rows, residual_p),
-            lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
-        )
+        drops = projection.dropout_p, residual_p
+        confirmed = None if decided is None else decided.found(rows, residual_rows, drops)
+        if confirmed is None:
+            confirmed = _confirmed_layer(route, backend, strict, rows, projection, residual_rows, residual_p)
+            if decided is not None:
+                decided.keep(confirmed, rows, residual_rows, drops)
+        route = confirmed.route
         if route.path == "triton":
-            shrunk = _shrunk(x, projection)
-            y = through_kernels(*given, shrunk).view(*x.shape[:-1], weight.shape[1])
-            route = route._replace(reason="fused kernels, LayerNorm included") if shrunk else route
+            shrunk = _fitting(shrunk, projection)
+            prepared = None if decided is None else confirmed.prepared
+            y = _layer_by_kernels(rows, projection, residual_rows, residual_p, shrunk, prepared)
+            route = _INCLUDED if shrunk else route
+            y = _unrowed(y, x)
             return y if residual_rows is not None else added(y, residual), route
+    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         y = (F.linear(x, weight.T, bias) + update).to(x.dtype)
     else:
         y = autograd.LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, exact)
-    return added(y.view(*x.shape[:-1], weight.shape[1]), residual), route
+    return added(_unrowed(y, x), residual), route
+
+
+def _layer_by_kernels(
+    rows: Tensor,
+    projection: Projection,
+    residual: Tensor | None,
+    residual_p: float,
+    shrunk: Shrunk | None = None,
+    prepared: list[Any] | None = None,
+) -> Tensor:
+    """A layer of rows (M, K) by the kernels; `prepared`, empty at first, keeps what they prepare for such calls."""
+    from fastpeft.kernels import lora_linear as kernels
+
+    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
+    layer = weight, bias, lora_a, lora_b
+    xa, drawn = (None, None) if shrunk is None else (shrunk.xa, shrunk.seeds)
+    seed, residual_seed = _new_seeds(rows, dropout_p, residual_p, drawn=drawn)
+    call = kernels.call_of(scaling, dropout_p, seed, residual_p, residual_seed, xa=xa)
+    if prepared is not None and not prepared and rows.numel() > 0:
+        prepared.append(kernels.Layer(rows, *layer, call, residual))
+    y, _ = kernels.applied(rows, layer, call, residual, None, *(prepared or ()))
+    assert y is not None
+    return y
+
+
+def _with(projection: Projection, weight: Any, bias: Any, lora_a: Any, lora_b: Any) -> Projection:
+    return projection._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+
+
+def _confirmed_layer(
+    route: Route,
+    backend: str,
+    strict: bool,
+    rows: Tensor,
+    projection: Projection,
+    residual: Tensor | None,
+    residual_p: float,
+) -> Confirmed:
+    """`_confirm` for a layer's call."""
+    from fastpeft.kernels import launch, tuning
+    from fastpeft.kernels import lora_linear as kernels
+
+    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
+    layer = weight, bias, lora_a, lora_b
+
+    def through_kernels(x: Any, *tensors: Any) -> Tensor:
+        return _layer_by_kernels(x, _with(projection, *tensors[:4]), tensors[4], residual_p)
+
+    def through_pytorch(*tensors: Any) -> Any:
+        y = autograd.LoraLinear.apply(*tensors[:5], scaling, dropout_p, False)
+        return y if residual is None else added(y, Residual(tensors[5], residual_p))
+
+    given = (rows, *layer, residual)
+    drops = (dropout_p, residual_p)
+    return _confirm(
+        route,
+        backend,
+        strict,
+        launch.unsupported(rows, projection.lora_a.shape[0], *layer, residual),
+        lambda: kernels.ready(rows, *layer, dropout_p, residual, residual_p),
+        lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
+    )
+
+
+_INCLUDED = Route("triton", "fused kernels, LayerNorm included")
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x (..., K) as (M, K)."""
+    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
+def _unrowed(y: Tensor, x: Tensor) -> Tensor:
+    """y (M, N) in the grid of x (..., K)."""
+    return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W + b`, x (..., K) and weight (K, N) as `Conv1D` has it, by `gemm.mm`; differentiable by x alone."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    return autograd.Linear.apply(rows, weight, bias).view(*x.shape[:-1], weight.shape[1])
+    return _unrowed(autograd.Linear.apply(_rows(x), weight, bias), x)
 
 
 def lora_mlp(
@@ -207,50 +319,94 @@ def lora_mlp(
     backend: str,
     strict: bool = False,
     residual: Residual | None = None,
+    shrunk: Shrunk | None = None,
+    decided: Decided | None = None,
 ) -> tuple[Tensor, Route] | None:
     """`proj(gelu(fc(x)))`, the tanh GELU, added to a residual if there is one, and its route, by the kernels.
 
     For devices that `choose` gives to Triton; None where it won't serve this call after all. Outside the kernels
-    there is nothing to gain over layer by layer.
+    there is nothing to gain over layer by layer. `shrunk` is what `layer_norm` gave with x for `fc`.
     """
-    _check_lora_linear(x, fc)
+    if decided is None:
+        _check_lora_linear(x, fc)
+    shrunk = _fitting(shrunk, fc)
     (x, fc), (_, proj) = _as_autocast(x, fc), _as_autocast(x, proj)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-
-    from fastpeft.kernels import launch, tuning
-    from fastpeft.kernels import lora_mlp as kernels
-
+    rows = _rows(x)
     residual_rows, residual_p = _rows_of(residual, x.dtype)
+    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *fc[:4]))
+    drops = fc.dropout_p, proj.dropout_p, residual_p, float(trains)
+    confirmed = None if decided is None else decided.found(rows, residual_rows, drops)
+    if confirmed is None:
+        confirmed = _confirmed_mlp(backend, strict, rows, fc, proj, residual_rows, residual_p)
+        if decided is not None:
+            decided.keep(confirmed, rows, residual_rows, drops)
+    route = confirmed.route
+    if route.path != "triton":
+        return None
+    prepared = None if decided is None else confirmed.prepared
+    y = _unrowed(_mlp_by_kernels(rows, fc, proj, residual_rows, residual_p, shrunk, prepared), x)
+    route = _MLP_INCLUDED if shrunk else route
+    return y if residual_rows is not None else added(y, residual), route
 
-    def through_kernels(x: Any, *tensors: Any, shrunk: Shrunk | None = None) -> Tensor:
-        drops = (fc.dropout_p, proj.dropout_p, residual_p)
-        first, second, last = _new_seeds(rows, *drops, drawn=shrunk and shrunk.seeds)
-        layers = (tensors[:4], *fc[4:], first, tensors[4:8], *proj[4:], second)
-        return kernels.lora_mlp(x, *layers, tensors[8], residual_p, last, shrunk and shrunk.xa)
+
+def _mlp_by_kernels(
+    rows: Tensor,
+    fc: Projection,
+    proj: Projection,
+    residual: Tensor | None,
+    residual_p: float,
+    shrunk: Shrunk | None = None,
+    prepared: list[Any] | None = None,
+) -> Tensor:
+    """An MLP of rows (M, K) by the kernels; `prepared` as in `_layer_by_kernels`."""
+    from fastpeft.kernels import lora_linear, lora_mlp
+
+    xa, drawn = (None, None) if shrunk is None else (shrunk.xa, shrunk.seeds)
+    first, second, last = _new_seeds(rows, fc.dropout_p, proj.dropout_p, residual_p, drawn=drawn)
+    stores = lora_linear.stored(rows, *fc[:4])
+    calls = (
+        lora_linear.call_of(fc.scaling, fc.dropout_p, first, stores=stores, xa=xa),
+        lora_linear.call_of(proj.scaling, proj.dropout_p, second, residual_p, last),
+    )
+    return lora_mlp.applied(rows, fc[:4], proj[:4], calls, residual, prepared)
+
+
+def _confirmed_mlp(
+    backend: str,
+    strict: bool,
+    rows: Tensor,
+    fc: Projection,
+    proj: Projection,
+    residual: Tensor | None,
+    residual_p: float,
+) -> Confirmed:
+    """`_confirm` for an MLP's call."""
+    from fastpeft.kernels import launch, lora_mlp, tuning
+
+    def through_kernels(x: Any, *tensors: Any) -> Tensor:
+        layers = _with(fc, *tensors[:4]), _with(proj, *tensors[4:8])
+        return _mlp_by_kernels(x, *layers, tensors[8], residual_p)
 
     def through_pytorch(x: Any, *tensors: Any) -> Any:
         h = reference.gelu_new(autograd.LoraLinear.apply(x, *tensors[:4], *fc[4:], False))
         y = autograd.LoraLinear.apply(h, *tensors[4:8], *proj[4:], False)
-        return y if residual_rows is None else added(y, Residual(tensors[8], residual_p))
+        return y if residual is None else added(y, Residual(tensors[8], residual_p))
 
-    given = (rows, *fc[:4], *proj[:4], residual_rows)
+    given = (rows, *fc[:4], *proj[:4], residual)
     drops = (fc.dropout_p, proj.dropout_p, residual_p)
-    route = _confirm(
-        Route("triton", "fused kernels, GELU included"),
+    rank = max(fc.lora_a.shape[0], proj.lora_a.shape[0])
+    return _confirm(
+        _MLP,
         backend,
         strict,
-        launch.unsupported(rows, max(fc.lora_a.shape[0], proj.lora_a.shape[0]), *given),
-        lambda: kernels.ready(
-            rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p, residual_rows, residual_p
-        ),
+        launch.unsupported(rows, rank, *given[1:]),
+        lambda: lora_mlp.ready(rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p, residual, residual_p),
         lambda: tuning.slower_than("lora_mlp", given, drops, through_kernels, through_pytorch),
     )
-    if route.path != "triton":
-        return None
-    shrunk = _shrunk(x, fc)
-    y = through_kernels(*given, shrunk=shrunk).view(*x.shape[:-1], proj.weight.shape[1])
-    route = route._replace(reason="fused kernels, LayerNorm and GELU included") if shrunk else route
-    return y if residual_rows is not None else added(y, residual), route
+
+
+_MLP = Route("triton", "fused kernels, GELU included")
+_MLP_INCLUDED = Route("triton", "fused kernels, LayerNorm and GELU included")
 
 
 def layer_norm(
@@ -259,63 +415,86 @@ def layer_norm(
     backend: str,
     following: Projection | None = None,
     strict: bool = False,
-) -> tuple[Tensor, Tensor]:
+    decided: Decided | None = None,
+) -> tuple[Tensor, Tensor, Shrunk | None]:
     """The LayerNorm of x, and x to go on with as the residual; by Triton, their gradients meet in one kernel.
 
     Where the norm trains, or Triton won't serve it, torch does. Where a layer that drops is known to come next, the
-    same kernel computes its `dropout(h) Aᵀ`, which that layer finds on h.
+    same kernel computes its `dropout(h) Aᵀ`, the third, for that layer to be given.
     """
-    frozen = all(t is not None and not t.requires_grad for t in (norm.weight, norm.bias))
     # The compiler fuses the plain formula by itself.
-    if frozen and not torch.compiler.is_compiling() and choose(backend, False, x.device).path == "triton":
-        from fastpeft.kernels import launch
+    if not torch.compiler.is_compiling() and choose(backend, False, x.device).path == "triton":
         from fastpeft.kernels import layer_norm as kernels
 
-        if (
-            x.shape[-1] <= kernels.MAX_WIDTH
-            and not launch.unsupported(x, 1)
-            and not kernels.ready(x, norm.weight)
-        ):
-            given = (x, norm.weight, norm.bias, norm.eps)
-            if following is None or not _shrinks(x, norm, following, strict):
-                return kernels.layer_norm(*given)
-            _, _, lora_a, _, _, dropout_p = following
+        weight, bias = norm.weight, norm.bias
+        if weight is None or bias is None or weight.requires_grad or bias.requires_grad:
+            return norm(x), x, None
+        given = (x, weight, bias, norm.eps)
+        lora_a = following.lora_a if following is not None and following.dropout_p > 0.0 else None
+        decided = decided or Decided()
+        kind = _norm_kind(x, weight, bias, lora_a)
+        served = decided.norms.get(kind)
+        if served is None:
+            served = decided.norms[kind] = _norm_served(x, weight, bias, following, strict)
+        if served == "shrunk" and lora_a is not None and following is not None:
             seeds = _drawn(x, 3)
-            h, x, xa = kernels.layer_norm_shrink(*given, lora_a, dropout_p, seeds[0, :1])
-            vars(h)["_fastpeft_shrunk"] = Shrunk(xa, seeds, lora_a, dropout_p, h._version)
-            return h, x
-    return norm(x), x
+            h, x, xa = kernels.layer_norm_shrink(*given, lora_a, following.dropout_p, seeds[0])
+            return h, x, Shrunk(xa, seeds, lora_a, following.dropout_p)
+        if served != "stock":
+            return *kernels.layer_norm(*given), None
+    return norm(x), x, None
 
 
-def _shrinks(x: Tensor, norm: torch.nn.LayerNorm, following: Projection, strict: bool) -> bool:
+def _norm_kind(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor | None) -> Hashable:
+    """All that it depends on how this LayerNorm is served."""
+    from fastpeft.kernels import launch
+
+    autocast = torch.is_autocast_enabled(x.device.type)
+    flags = x.numel() > 0, autocast, torch.is_inference_mode_enabled(), launch.tf32_allowed()
+    return (
+        x.shape[-1], x.dtype, x.device, x.stride(), x.data_ptr() % 16, *launch.fixed(weight, bias, lora_a),
+        weight.shape, lora_a if lora_a is None else lora_a.shape, *flags,
+    )  # fmt: skip
+
+
+def _norm_served(x: Tensor, weight: Tensor, bias: Tensor, following: Projection | None, strict: bool) -> str:
+    """How a LayerNorm is served: "stock", "alone", or "shrunk" with what follows."""
+    from fastpeft.kernels import launch
+    from fastpeft.kernels import layer_norm as kernels
+
+    if x.shape[-1] > kernels.MAX_WIDTH or launch.unsupported(x, 1) or kernels.ready(x, weight):
+        return "stock"
+    if following is None or following.dropout_p == 0.0 or not _shrinks(x, weight, bias, following, strict):
+        return "alone"
+    return "shrunk"
+
+
+def _shrinks(x: Tensor, weight: Tensor, bias: Tensor, following: Projection, strict: bool) -> bool:
     """Whether the LayerNorm's kernel can compute what `following` needs, which drops its result."""
     from fastpeft.kernels import launch, tiling
     from fastpeft.kernels import layer_norm as kernels
 
-    weight, _, lora_a, lora_b, _, dropout_p = following
-    given = (norm.weight, norm.bias, weight)
-    if dropout_p == 0.0 or torch.is_inference_mode_enabled():
+    lora_a, lora_b = following.lora_a, following.lora_b
+    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type):
         return False
-    if torch.is_autocast_enabled(x.device.type) or any(t.dtype != x.dtype for t in given):
+    if any(t.dtype != x.dtype for t in (weight, bias, following.weight)):
         return False
-    if x.numel() == 0 or not norm.weight.shape == lora_a.shape[1:] == x.shape[-1:]:
+    if x.numel() == 0 or not weight.shape == lora_a.shape[1:] == x.shape[-1:]:
         return False
     rank = lora_a.shape[0]
     if launch.unsupported(x, rank, lora_a, lora_b) or tiling.layer_norm_shrink(x, rank) is None:
         return False
-    failure = kernels.ready_to_shrink(x, norm.weight, norm.bias, lora_a)
+    failure = kernels.ready_to_shrink(x, weight, bias, lora_a)
     if failure and strict:
         raise RuntimeError(failure)
     return failure is None
 
 
-def _shrunk(x: Tensor, projection: Projection) -> Shrunk | None:
-    """What a LayerNorm left on x for this layer, which takes it off; None where it left nothing, or not for it."""
-    shrunk = None if torch.compiler.is_compiling() else vars(x).get("_fastpeft_shrunk")
+def _fitting(shrunk: Shrunk | None, projection: Projection) -> Shrunk | None:
+    """What a LayerNorm computed for this very projection; None where it was for another."""
     if shrunk is None or shrunk.lora_a is not projection.lora_a or shrunk.dropout_p != projection.dropout_p:
         return None
-    del vars(x)["_fastpeft_shrunk"]
-    return shrunk if x._version == shrunk.version else None
+    return shrunk
 
 
 def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | None, float]:
@@ -332,7 +511,7 @@ def added(y: Tensor, residual: Residual | None) -> Tensor:
 
 def dropped(x: Tensor, dropout_p: float) -> Tensor:
     """`F.dropout(x, dropout_p)`, on the CPU with fewer random numbers."""
-    if dropout_p == 0.0 or x.device.type != "cpu" or torch.compiler.is_compiling() or transformed():
+    if dropout_p == 0.0 or not on_cpu(x) or torch.compiler.is_compiling() or transformed():
         return F.dropout(x, dropout_p)
     return autograd.Dropout.apply(x, dropout_p)
 
@@ -354,7 +533,7 @@ def routed_adapter(
     outer = None if residual is None else Residual(residual, 0.0)
     _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
     route = _route(backend, exact, x.device)
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    rows = _rows(x)
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
@@ -377,7 +556,7 @@ def routed_adapter(
             launch.unsupported(rows, down_weight.shape[0], *given),
             lambda: kernels.ready(*given[:5], activation, residual_rows),
             lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
-        )
+        ).route
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
@@ -393,6 +572,11 @@ def routed_adapter(
     with torch.autocast(x.device.type, enabled=False):
         y = autograd.Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, float(scale))
     return added(y.to(x.dtype).view(x.shape), outer), route
+
+
+def on_cpu(t: Tensor) -> bool:
+    """Whether what is written for the CPU alone serves t."""
+    return t.is_cpu
 
 
 def transformed() -> str | None:
@@ -462,30 +646,30 @@ def _confirm(
     unsupported: str | None,
     ready: Callable[[], str | None],
     slower: Callable[[], str | None],
-) -> Route:
+) -> Confirmed:
     """`route` where the kernels serve the call, are built and not measured slower; before a seed is drawn."""
     if unsupported:
-        return _refuse(backend, unsupported)
+        return Confirmed(_refuse(backend, unsupported))
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
-        return route
+        return Confirmed(route)
     failure = ready()
     if failure and strict:
         raise RuntimeError(failure)
     reason = failure or (slower() if backend == "auto" else None)
-    return Route("torch", reason) if reason else route
+    return Confirmed(Route("torch", reason) if reason else route)
 
 
-def _new_seeds(x: Tensor, *dropouts: float, drawn: Tensor | None = None) -> list[Tensor | None]:
+def _new_seeds(x: Tensor, *dropouts: float, drawn: Sequence[Tensor] | None = None) -> list[Tensor | None]:
     """A seed for each of these dropouts that drops, of those `drawn` already or drawn at once."""
     count = sum(p > 0.0 for p in dropouts)
     seeds = iter(drawn if drawn is not None else _drawn(x, count) if count else ())
-    return [next(seeds)[:1] if p > 0.0 else None for p in dropouts]
+    return [next(seeds) if p > 0.0 else None for p in dropouts]
 
 
-def _drawn(x: Tensor, count: int) -> Tensor:
-    """Seeds (count, 2) from torch's generator on x's device, of which the first column is used."""
+def _drawn(x: Tensor, count: int) -> Sequence[Tensor]:
+    """Seeds from torch's generator on x's device, int64, of which a kernel reads the first element."""
     # 16 bytes apart: kernels are built for pointers so aligned.
-    return torch.randint(2**63 - 1, (count, 2), device=x.device)
+    return torch.randint(2**63 - 1, (count, 2), device=x.device).unbind()
 
 
 def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:

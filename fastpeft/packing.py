@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, ops
-from fastpeft.block import Packed, projected
+from fastpeft.block import Packed, first_of, projected
 from fastpeft.modules import why_not_here
 from fastpeft.swap import Site, stands_for
 from fastpeft.trunk import Trunk
@@ -51,6 +51,7 @@ class PackedAttention(GPT2Attention):
         kept: Any = None,
         pool: bool = False,
         residual: Tensor | None = None,
+        shrunk: ops.Shrunk | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
         """hidden_states (1, T, width), or the whole grid → the output at every token, or at the pooled ones, and None.
@@ -61,7 +62,7 @@ class PackedAttention(GPT2Attention):
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
         batch, longest = packed.view
-        rows = self.c_attn(hidden_states).flatten(0, 1)
+        rows = first_of(self.c_attn, hidden_states, shrunk).flatten(0, 1)
         qkv = rows
         if len(qkv) < batch * longest:  # else the packed rows are the view
             qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy_(0, packed.slots, qkv)
@@ -74,7 +75,7 @@ class PackedAttention(GPT2Attention):
             else:
                 grid = packed.in_grid(rows).view(-1, rows.shape[1])
                 kept.update(*self._heads(grid, packed.grid)[1:], self.layer_idx)
-        if qkv.device.type == "cpu" and longest <= _SHORT:
+        if ops.on_cpu(qkv) and longest <= _SHORT:
             query, key, value = (
                 part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value)
             )
@@ -88,7 +89,7 @@ class PackedAttention(GPT2Attention):
             mask = torch.zeros_like(later, dtype=query.dtype).masked_fill(later, torch.finfo(query.dtype).min)
             mask = mask[:, None, None]
         dropout = self.attn_dropout.p if self.training else 0.0
-        if qkv.device.type == "cpu" and dropout > 0.0 and not torch.compiler.is_compiling():
+        if ops.on_cpu(qkv) and dropout > 0.0 and not torch.compiler.is_compiling():
             output = attention.dropping(query, key, value, mask, dropout, self.scaling)
         else:
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(

@@ -27,6 +27,7 @@ class Site:
     strict: bool
     last: ops.Route | None = None
     calls: int = 0
+    plan: Any = None  # what its last call found out, for the next to compare; copies begin without
 
     def record(self, route: ops.Route) -> None:
         """Note a call; not while compiling, where a changing counter would recompile each call."""

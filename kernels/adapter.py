@@ -12,6 +12,9 @@ All gradients of weights and biases are a third kernel's, one pass over x and dy
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,9 +30,18 @@ from .blocks import (
     new_tickets,
     rounded,
     sum_in_order,
-    ticket_arguments,
 )
-from .launch import build, describe, differentiable_once, launch, on_device_of
+from .launch import (
+    Launcher,
+    build,
+    describe,
+    differentiable_once,
+    differentiated,
+    eager,
+    fixed,
+    kept,
+    on_device_of,
+)
 
 
 @triton.jit
@@ -93,7 +105,7 @@ def residual_plus(
         offsets += BLOCK_K
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def adapter_forward_kernel(
     x_ptr, down_ptr, down_bias_ptr, up_ptr, up_bias_ptr, residual_ptr, z_ptr, y_ptr,
     M, K, R,
@@ -127,7 +139,7 @@ def adapter_forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def adapter_backward_kernel(
     dy_ptr, down_ptr, up_ptr, z_ptr, h_ptr, dz_ptr, dx_ptr, tickets_ptr,
     M, K, R,
@@ -164,7 +176,7 @@ def adapter_backward_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def adapter_gradient_kernel(
     dy_ptr, x_ptr, h_ptr, dz_ptr, out_ptr, partials_ptr, tickets_ptr,
     M, K, R, rows_each,
@@ -241,6 +253,17 @@ def adapter_gradient_kernel(
         tl.store(out_ptr + up_bias_offsets, rounded(sums, dtype), mask=mask_k)
 
 
+_FORWARD = (
+    "x_ptr", "down_ptr", "down_bias_ptr", "up_ptr", "up_bias_ptr", "residual_ptr", "z_ptr", "y_ptr", "M", "scale"
+)  # fmt: skip
+_BACKWARD = (
+    "dy_ptr", "down_ptr", "up_ptr", "z_ptr", "h_ptr", "dz_ptr", "dx_ptr", "tickets_ptr", "M", "scale"
+)  # fmt: skip
+_GRADIENT = (
+    "dy_ptr", "x_ptr", "h_ptr", "dz_ptr", "out_ptr", "partials_ptr", "tickets_ptr", "M", "rows_each", "scale"
+)  # fmt: skip
+
+
 def forward(
     x: Tensor,
     down_weight: Tensor,
@@ -267,13 +290,26 @@ def forward(
                 x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual, each
             ),
         )
-    args = {
-        "x_ptr": x, "down_ptr": down_weight, "down_bias_ptr": down_bias,
-        "up_ptr": up_weight, "up_bias_ptr": up_bias, "residual_ptr": residual, "z_ptr": z, "y_ptr": y,
-        "stride_xm": x.stride(0), "stride_xk": x.stride(1),
-        **_common(x, down_weight, up_weight, activation, scale, strip),
-    }  # fmt: skip
-    launch(adapter_forward_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
+    parameters, chosen = (down_weight, down_bias, up_weight, up_bias), strip
+
+    def launcher() -> Launcher:
+        args = {
+            "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+            **_common(x, down_weight, up_weight, activation, chosen),
+        }  # fmt: skip
+        return Launcher(adapter_forward_kernel, _FORWARD, args, chosen.num_warps, chosen.num_stages)
+
+    key = (
+        "adapter",
+        strip,
+        k,
+        rank,
+        activation,
+        input_precision(x.dtype),
+        residual is None,
+        *fixed(x, *parameters),
+    )
+    kept(key, launcher)((-(-m // strip.block_m), 1, 1), x, *parameters, residual, z, y, m, float(scale))
     return y, z
 
 
@@ -307,49 +343,60 @@ def backward(
                 dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, False, each
             ),
         )
-    common = _common(x, down_weight, up_weight, activation, scale, strip)
     gradient_strip = gradient_strip or tiling.adapter_gradient(x, rank)
-    columns = triton.cdiv(k, gradient_strip.block_c)
+    columns = -(-k // gradient_strip.block_c)
     tickets = new_tickets(x, columns)
-    h, dz = torch.empty_like(z), torch.empty_like(z)
-    args = {
-        "dy_ptr": dy, "down_ptr": down_weight, "up_ptr": up_weight,
-        "z_ptr": z, "h_ptr": h, "dz_ptr": dz, "dx_ptr": dx,
-        "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
-        **common, **ticket_arguments(tickets),
-    }  # fmt: skip
-    launch(adapter_backward_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
+    h, dz, chosen = torch.empty_like(z), torch.empty_like(z), strip
+
+    def launcher() -> Launcher:
+        args = {
+            "stride_ym": dy.stride(0), "stride_yk": dy.stride(1), "TICKETS": len(tickets),
+            **_common(x, down_weight, up_weight, activation, chosen),
+        }  # fmt: skip
+        return Launcher(adapter_backward_kernel, _BACKWARD, args, chosen.num_warps, chosen.num_stages)
+
+    precision = input_precision(x.dtype)
+    sizes = k, rank, precision, len(tickets)
+    key = ("adapter backward", strip, activation, dx is None, *sizes, *fixed(dy, down_weight, up_weight))
+    changing = dy, down_weight, up_weight, z, h, dz, dx, tickets, m, float(scale)
+    kept(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
     if not need_parameters:
         return dx, None
 
-    strip = gradient_strip
     splits = splits or tiling.splits(x.device, 2 * columns, rank)
-    rows_each = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
-    splits = triton.cdiv(m, rows_each)
+    rows_each = -(-m // (splits * gradient_strip.block_m)) * gradient_strip.block_m
+    splits = -(-m // rows_each)
     out = x.new_empty(2 * k * rank + k + rank, dtype=dtype)
-    args = {
-        "dy_ptr": dy, "x_ptr": x, "h_ptr": h, "dz_ptr": dz, "out_ptr": out,
-        "partials_ptr": x.new_empty(splits, out.numel(), dtype=torch.float32), "tickets_ptr": tickets,
-        "M": m, "K": k, "R": rank, "rows_each": rows_each,
-        "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
-        "stride_xm": x.stride(0), "stride_xk": x.stride(1),
-        "scale": scale, "INPUT_PRECISION": input_precision(x.dtype),
-        "BLOCK_M": strip.block_m, "BLOCK_K": strip.block_c, "RANK": tiling.padded_rank(rank),
-    }  # fmt: skip
-    launch(adapter_gradient_kernel, (columns, splits), args, strip.num_warps, strip.num_stages)
+
+    def gradient_launcher() -> Launcher:
+        args = {
+            "K": k, "R": rank,
+            "stride_ym": dy.stride(0), "stride_yk": dy.stride(1),
+            "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+            "INPUT_PRECISION": precision,
+            "BLOCK_M": gradient_strip.block_m, "BLOCK_K": gradient_strip.block_c,
+            "RANK": tiling.padded_rank(rank),
+        }  # fmt: skip
+        how = gradient_strip.num_warps, gradient_strip.num_stages
+        return Launcher(adapter_gradient_kernel, _GRADIENT, args, *how)
+
+    key = ("adapter gradient", gradient_strip, *sizes, dtype, *fixed(dy, x))
+    partials = x.new_empty(splits, out.numel(), dtype=torch.float32)
+    changing = dy, x, h, dz, out, partials, tickets, m, rows_each, float(scale)
+    kept(key, gradient_launcher)((columns, splits, 1), *changing)
     return dx, out
 
 
 def _common(
-    x: Tensor, down_weight: Tensor, up_weight: Tensor, activation: str, scale: float, strip: tiling.Strip
-) -> dict[str, object]:
-    """The arguments that the two kernels over rows share."""
-    (m, k), rank = x.shape, down_weight.shape[0]
+    x: Tensor, down_weight: Tensor, up_weight: Tensor, activation: str, strip: tiling.Strip
+) -> dict[str, Any]:
+    """The staying arguments that the two kernels over rows share."""
+    k, rank = x.shape[1], down_weight.shape[0]
     return {
-        "M": m, "K": k, "R": rank,
+        "K": k, "R": rank,
         "stride_dr": down_weight.stride(0), "stride_dk": down_weight.stride(1),
         "stride_uk": up_weight.stride(0), "stride_ur": up_weight.stride(1),
-        "scale": scale, "ACTIVATION": activation, "INPUT_PRECISION": input_precision(x.dtype),
+        "ACTIVATION": activation, "INPUT_PRECISION": input_precision(x.dtype),
         "BLOCK_M": strip.block_m, "BLOCK_K": strip.block_c, "RANK": tiling.padded_rank(rank),
     }  # fmt: skip
 
@@ -407,17 +454,17 @@ def _(dy, x, down_weight, up_weight, z, activation, scale, dtype, need_x, need_p
     return [tensor for tensor, need in ((dx, need_x), (flat, need_parameters)) if need]
 
 
-def _save(ctx, inputs, output):
-    x, down_weight, down_bias, up_weight, up_bias, activation, scale, _ = inputs
-    _, z = output
-    ctx.mark_non_differentiable(z)
+def _note(ctx: Any, given: Sequence[Any], z: Tensor) -> None:
+    """What backward needs of a call."""
+    x, down_weight, down_bias, up_weight, up_bias, activation, scale, _ = given
     ctx.save_for_backward(x, down_weight, up_weight, z)
     ctx.dtypes = [None if p is None else p.dtype for p in (down_weight, down_bias, up_weight, up_bias)]
     ctx.activation, ctx.scale = activation, scale
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, _):
+def _gradients(ctx: Any, dy: Tensor | None, by_operator: bool) -> tuple[Any, ...]:
+    """The gradients of x, of the four parameters and of the residual, in the places that the operation takes them."""
     if dy is None:
         return (None,) * 8
     x, down_weight, up_weight, z = ctx.saved_tensors
@@ -425,16 +472,39 @@ def _gradients(ctx, dy, _):
     dtypes = {dtype for dtype in ctx.dtypes if dtype is not None}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     need_any = any(need_each)
-    fused = iter(
-        _backward(dy, x, down_weight, up_weight, z, ctx.activation, ctx.scale, dtype, need_x, need_any)
-    )
-    dx = next(fused) if need_x else None
-    each = split_gradients(next(fused), *reversed(down_weight.shape)) if need_any else (None,) * 4
-    each = (g.to(own) if need else None for g, own, need in zip(each, ctx.dtypes, need_each, strict=True))
-    return dx, *each, None, None, dy if ctx.needs_input_grad[7] else None
+    given = dy, x, down_weight, up_weight, z, ctx.activation, ctx.scale, dtype, need_x, need_any
+    if by_operator:
+        fused = iter(_backward(*given))
+        dx, out = next(fused) if need_x else None, next(fused) if need_any else None
+    else:
+        with on_device_of(x):
+            dx, out = backward(*given)
+    each = (None,) * 4 if out is None else split_gradients(out, *reversed(down_weight.shape))
+    cast = (g.to(own) if need else None for g, own, need in zip(each, ctx.dtypes, need_each, strict=True))
+    return dx, *cast, None, None, dy if ctx.needs_input_grad[7] else None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+class _Adapter(torch.autograd.Function):
+    """An adapter's call as eager code runs it: an operator of torch's own takes the host three times as long."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:  # type: ignore[override]
+        with on_device_of(given[0]):
+            y, z = forward(*given)
+        _note(ctx, given, z)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        return _gradients(ctx, dy, differentiated())
+
+
+def _save(ctx, inputs, output):
+    ctx.mark_non_differentiable(output[1])
+    _note(ctx, inputs, output[1])
+
+
+_forward.register_autograd(lambda ctx, dy, _: _gradients(ctx, dy, True), setup_context=_save)
 differentiable_once(_backward)
 
 
@@ -460,8 +530,8 @@ def adapter(
     Returns:
         (M, K) in x's dtype.
     """
-    y, _ = _forward(x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual)
-    return y
+    given = x, down_weight, down_bias, up_weight, up_bias, activation, scale, residual
+    return _Adapter.apply(*given) if eager(x) else _forward(*given)[0]
 
 
 def ready(

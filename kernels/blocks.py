@@ -94,9 +94,4 @@ def sum_in_order(ptrs, mask, stride, count):
 
 def new_tickets(t: Tensor, count: int) -> Tensor:
     """Tickets for `count` sums on t's device, which an earlier kernel clears; few sizes: it is compiled for each."""
-    return t.new_empty(max(64, triton.next_power_of_2(count)), dtype=torch.int32)
-
-
-def ticket_arguments(tickets: Tensor | None) -> dict[str, object]:
-    """What a kernel that clears `tickets` is launched with."""
-    return {"tickets_ptr": tickets, "TICKETS": 1 if tickets is None else tickets.numel()}
+    return t.new_empty(max(64, 1 << (count - 1).bit_length()), dtype=torch.int32)

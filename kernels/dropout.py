@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import rounded
-from .launch import launch
+from .launch import Launcher, fixed, kept
 
 ROUNDS = 7
 STRIP = (32, 128, 4, 1)  # rows, columns, warps and stages of a program of `dropped`
@@ -39,10 +39,9 @@ class Dropout(NamedTuple):
     seed: Tensor
 
 
-def dropout_arguments(dropout: Dropout | None) -> dict[str, object]:
-    """What a kernel that applies `dropout`'s mask is launched with."""
-    seed, drop_below = (None, 0) if dropout is None else (dropout.seed, threshold(dropout.p))
-    return {"seed_ptr": seed, "drop_below": drop_below, "DROPOUT": dropout is not None}
+def mask_arguments(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
+    """The seed, the threshold and the scale that a kernel which applies `dropout`'s mask is launched with."""
+    return (None, 0, 1.0) if dropout is None else (dropout.seed, threshold(dropout.p), keep_scale(dropout.p))
 
 
 @triton.jit
@@ -58,7 +57,7 @@ def keep_tile(seed_ptr, start_m, start_k, drop_below, BLOCK_M: tl.constexpr, BLO
     return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= drop_below
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "drop_below"])
 def dropout_kernel(
     t_ptr, out_ptr, seed_ptr,
     M, N,
@@ -82,14 +81,19 @@ def dropped(t: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     """Inverted dropout of t (M, N), contiguous."""
     (m, n), out = t.shape, torch.empty_like(t, memory_format=torch.contiguous_format)
     block_m, block_n, *how = STRIP
-    args = {
-        "t_ptr": t, "out_ptr": out, "seed_ptr": seed,
-        "M": m, "N": n, "stride_tm": t.stride(0), "stride_tn": t.stride(1),
-        "drop_below": threshold(dropout_p), "drop_scale": keep_scale(dropout_p),
-        "BLOCK_M": block_m, "BLOCK_N": block_n,
-    }  # fmt: skip
+
+    def launcher() -> Launcher:
+        args = {
+            "N": n, "stride_tm": t.stride(0), "stride_tn": t.stride(1),
+            "BLOCK_M": block_m, "BLOCK_N": block_n,
+        }  # fmt: skip
+        changing = ("t_ptr", "out_ptr", "seed_ptr", "M", "drop_below", "drop_scale")
+        return Launcher(dropout_kernel, changing, args, *how)
+
     if t.numel() > 0:
-        launch(dropout_kernel, (triton.cdiv(m, block_m), triton.cdiv(n, block_n)), args, *how)
+        grid = -(-m // block_m), -(-n // block_n), 1
+        changing = t, out, seed, m, threshold(dropout_p), keep_scale(dropout_p)
+        kept(("dropped", n, *fixed(t)), launcher)(grid, *changing)
     return out
 
 

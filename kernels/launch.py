@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import warnings
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -36,15 +36,77 @@ class Launch(NamedTuple):
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
 
 
+def _options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    # Fusing products with sums is Triton's default up to 3.9, which warns that it won't be later.
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], num_warps: int, num_stages: int) -> None:
     """Run `kernel` over `grid`; under `record`, only note that it would run."""
-    # Fusing products with sums is Triton's default up to 3.9, which warns that it won't be later.
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = _options(num_warps, num_stages)
     launches = _recorded.get()
     if launches is None:
         kernel[grid](**args, **options)
     else:
         launches.append(Launch(kernel, grid, args, options))
+
+
+class Launcher:
+    """A kernel with the arguments that stay as they are; the others come with each call.
+
+    It is compiled at the first call, and from then on launched without Triton's binder, which takes the host longer
+    than all else in a call. What a kernel is specialised on is either among the arguments that stay, and so in the key
+    of `kept`, or excluded from specialisation (`do_not_specialize`); where a pointer isn't 16 bytes aligned, the binder
+    decides.
+    """
+
+    def __init__(
+        self, kernel: Any, changing: tuple[str, ...], staying: dict[str, Any], num_warps: int, num_stages: int
+    ) -> None:
+        self._kernel, self._how = kernel, (num_warps, num_stages)
+        self._names = kernel.arg_names
+        self._arguments = [staying.get(name) for name in self._names]
+        self._slots = [self._names.index(name) for name in changing]
+        self._pointers = [i for i, name in enumerate(changing) if name.endswith("_ptr")]
+        self._compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], *changing: Any) -> None:
+        """Launch over `grid`, with what changes in the order in which it was named."""
+        arguments = self._arguments.copy()
+        for slot, value in zip(self._slots, changing):  # noqa: B905 - as many, by construction
+            arguments[slot] = value
+        pointers = 0
+        for i in self._pointers:
+            pointer = changing[i]
+            if pointer is not None:
+                pointers |= pointer.data_ptr()
+        if INTERPRETED or _recorded.get() is not None:
+            launch(self._kernel, grid, dict(zip(self._names, arguments, strict=True)), *self._how)
+        elif self._compiled is None or pointers % 16:
+            compiled = self._kernel[grid](*arguments, **_options(*self._how))
+            self._compiled = None if pointers % 16 else compiled
+        else:
+            self._compiled[grid](*arguments)
+
+
+#: Launchers by what their kernels are specialised on: a few for each kind of layer, whatever the number of rows.
+_launchers: dict[Hashable, Launcher] = {}
+_MOST = 1024
+
+
+def kept(key: Hashable, make: Callable[[], Launcher]) -> Launcher:
+    """The launcher of this key, which names everything that `make` puts into it."""
+    launcher = _launchers.get(key)
+    if launcher is None:
+        if len(_launchers) >= _MOST:  # strides without end
+            _launchers.clear()
+        launcher = _launchers[key] = make()
+    return launcher
+
+
+def fixed(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """Of operands (M, columns), or factors and weights, what doesn't change with the number of rows."""
+    return tuple(t if t is None else (t.dtype, t.get_device(), t.stride()) for t in tensors)
 
 
 def recording() -> bool:
@@ -108,6 +170,16 @@ def tf32_allowed() -> bool:
     return matmul.allow_tf32 if precision is None else precision == "tf32"
 
 
+def eager(x: Tensor) -> bool:
+    """Whether a call on x runs as it is written: not traced, nor on tensors of a class that must see operators."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def differentiated() -> bool:
+    """Whether the backward pass that runs now is differentiated in turn, or mapped over: operators refuse that."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
+
+
 def differentiable_once(operator: Any) -> None:
     """Make a second derivative through the custom operator of a backward pass an error that says so."""
 
@@ -119,9 +191,19 @@ def differentiable_once(operator: Any) -> None:
     operator.register_autograd(refuse)
 
 
-def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+def on_device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Makes x's GPU current: Triton launches there."""
-    return torch.cuda.device_of(x)
+    return _HERE if x.get_device() <= 0 and _gpus() <= 1 else torch.cuda.device_of(x)
+
+
+_HERE = nullcontext()
+_counted: list[int] = []
+
+
+def _gpus() -> int:
+    if not _counted:
+        _counted.append(torch.cuda.device_count())
+    return _counted[0]
 
 
 def describe(*tensors: Tensor | None) -> Hashable:

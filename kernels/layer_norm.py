@@ -21,13 +21,23 @@ from torch import Tensor
 from . import tiling
 from .blocks import dot, input_precision, rounded
 from .dropout import keep_tile, threshold
-from .launch import build, describe, differentiable_once, launch, on_device_of
+from .launch import (
+    Launcher,
+    build,
+    describe,
+    differentiable_once,
+    differentiated,
+    eager,
+    fixed,
+    kept,
+    on_device_of,
+)
 
 MAX_WIDTH = 2048  # a program holds whole rows; GPT-2 XL has 1600
 ELEMENTS = 4096  # of a program's tile: four float32 tiles of it fit the registers of its four warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "drop_below"])
 def layer_norm_shrink_kernel(
     x_ptr, weight_ptr, bias_ptr, a_ptr, h_ptr, xa_ptr, seed_ptr,
     M, K, R,
@@ -81,7 +91,7 @@ def layer_norm_shrink_kernel(
     tl.store(xa_ptrs, rounded(acc, xa_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def layer_norm_backward_kernel(
     dh_ptr, x_ptr, weight_ptr, residual_ptr, dx_ptr,
     M, K,
@@ -122,19 +132,26 @@ def shrink(
     k, rank = x.shape[-1], lora_a.shape[0]
     m, h = x.numel() // max(k, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
     xa = x.new_empty(m, rank)
-    strip = tiling.layer_norm_shrink(x, rank)
-    args = {
-        "x_ptr": x.contiguous(), "weight_ptr": weight, "bias_ptr": bias, "a_ptr": lora_a, "h_ptr": h, "xa_ptr": xa,
-        "seed_ptr": seed,
-        "M": m, "K": k, "R": rank,
-        "stride_ar": lora_a.stride(0), "stride_ak": lora_a.stride(1),
-        "eps": eps, "drop_below": threshold(dropout_p), "INPUT_PRECISION": input_precision(x.dtype),
-        "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c,
-        "RANK": tiling.padded_rank(rank),
-    }  # fmt: skip
+    strip, precision = tiling.layer_norm_shrink(x, rank), input_precision(x.dtype)
+    assert strip is not None, f"a LayerNorm leaves no {rank} numbers a row"  # the caller has asked
+
+    def launcher() -> Launcher:
+        args = {
+            "K": k, "R": rank,
+            "stride_ar": lora_a.stride(0), "stride_ak": lora_a.stride(1),
+            "INPUT_PRECISION": precision,
+            "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
+        }  # fmt: skip
+        changing = (
+            "x_ptr", "weight_ptr", "bias_ptr", "a_ptr", "h_ptr", "xa_ptr", "seed_ptr", "M", "eps", "drop_below"
+        )  # fmt: skip
+        return Launcher(layer_norm_shrink_kernel, changing, args, strip.num_warps, strip.num_stages)
+
     if m > 0:
-        grid = (triton.cdiv(m, strip.block_m),)
-        launch(layer_norm_shrink_kernel, grid, args, strip.num_warps, strip.num_stages)
+        dtypes = x.dtype, weight.dtype, bias.dtype
+        key = ("layer_norm_shrink", k, rank, precision, *dtypes, *fixed(lora_a))
+        changing = x.contiguous(), weight, bias, lora_a, h, xa, seed, m, float(eps), threshold(dropout_p)
+        kept(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
     return h, xa
 
 
@@ -142,15 +159,19 @@ def backward(dh: Tensor, x: Tensor, weight: Tensor, d_residual: Tensor, eps: flo
     """dx, of x's shape and dtype."""
     k = x.shape[-1]
     m, dx = x.numel() // max(k, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
-    block_k = triton.next_power_of_2(k)
+    if m == 0 or k == 0:
+        return dx
+    block_k = 1 << (k - 1).bit_length()
     block_m = max(1, ELEMENTS // block_k)
-    args = {
-        "dh_ptr": dh.contiguous(), "x_ptr": x.contiguous(), "weight_ptr": weight,
-        "residual_ptr": d_residual.contiguous(), "dx_ptr": dx,
-        "M": m, "K": k, "eps": eps, "BLOCK_M": block_m, "BLOCK_K": block_k,
-    }  # fmt: skip
-    if m > 0 and k > 0:
-        launch(layer_norm_backward_kernel, (triton.cdiv(m, block_m),), args, 4, 1)
+
+    def launcher() -> Launcher:
+        args = {"K": k, "BLOCK_M": block_m, "BLOCK_K": block_k}
+        changing = ("dh_ptr", "x_ptr", "weight_ptr", "residual_ptr", "dx_ptr", "M", "eps")
+        return Launcher(layer_norm_backward_kernel, changing, args, 4, 1)
+
+    key = ("layer_norm_backward", k, x.get_device(), *(t.dtype for t in (dh, x, weight, d_residual)))
+    changing = dh.contiguous(), x.contiguous(), weight, d_residual.contiguous(), dx, m, float(eps)
+    kept(key, launcher)((-(-m // block_m), 1, 1), *changing)
     return dx
 
 
@@ -188,13 +209,17 @@ class _LayerNorm(torch.autograd.Function):
         ctx.eps = eps
         if not mask:
             return F.layer_norm(x, weight.shape, weight, bias, eps), x.view_as(x)
-        h, xa = _shrink(x, weight, bias, eps, *mask)
+        with on_device_of(x):
+            h, xa = (shrink if eager(x) else _shrink)(x, weight, bias, eps, *mask)
         return h, x.view_as(x), (xa,)  # which autograd doesn't look into, nor fill zeros in for
 
     @staticmethod
     def backward(ctx: Any, dh: Tensor, d_residual: Tensor, *_: Any) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        return _backward(dh, x, weight, d_residual, ctx.eps), *(None,) * 6
+        by_operator = differentiated() or not eager(x)
+        with on_device_of(x):
+            dx = (_backward if by_operator else backward)(dh, x, weight, d_residual, ctx.eps)
+        return dx, *(None,) * 6
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

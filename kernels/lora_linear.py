@@ -14,14 +14,127 @@ all: y and dx are one GEMM with a rank-r term each, dA and dB one pass over x an
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
 import torch
-import triton
 from torch import Tensor
 
-from . import low_rank, tiling
-from .blocks import new_tickets
+from . import low_rank
+from .blocks import input_precision
 from .dropout import Dropout, dropped, keep_scale
-from .launch import build, describe, differentiable_once, on_device_of
+from .launch import build, describe, differentiable_once, differentiated, eager, on_device_of
+
+
+class Call(NamedTuple):
+    """What a call of a layer computes, beside the tensors that gradients go to."""
+
+    scaling: float
+    dropout: Dropout | None = None  # of x, before lora_a
+    stores: str = "y"  # of y and gelu(y), as `low_rank.Epilogue` has it
+    residual_dropout: Dropout | None = None  # of y, before a residual
+    xa: Tensor | None = None  # (M, R), contiguous: `dropout(x) Aᵀ`, where it is known
+
+
+class Layer:
+    """The kernels of a layer, forward and backward, for operands of one kind.
+
+    It is called with any that differ from those which it was prepared with in values, or in the number of rows within
+    one of `tiling.steps`.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        call: Call,
+        residual: Tensor | None = None,
+    ) -> None:
+        self._updated = low_rank.Updated(
+            x, weight, bias, lora_a, lora_b.T,
+            inner=call.dropout is not None, outer=call.residual_dropout is not None,
+            epilogue=low_rank.Epilogue(call.stores, residual=residual),
+        )  # fmt: skip
+        self._backward: dict[
+            Hashable, tuple[Any, ...]
+        ] = {}  # a few: by what is needed, and the strides of dy
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        call: Call,
+        residual: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """What the function `forward` gives, for at least one row and column."""
+        scaling, dropout, stores, residual_dropout, xa = call
+        return self._updated(
+            x, weight, bias, lora_a, lora_b.T, _scaled(scaling, dropout), dropout, residual_dropout,
+            u=xa, epilogue=low_rank.Epilogue(stores, None, residual),
+        )  # fmt: skip
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        xa: Tensor,
+        scaling: float,
+        dropout: Dropout | None,
+        need_x: bool,
+        need_a: bool,
+        need_b: bool,
+        activated: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """What the function `backward` gives, for at least one row."""
+        scaling = _scaled(scaling, dropout)
+        d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
+        d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
+        epilogue = low_rank.Epilogue("y", x, None) if activated else low_rank.PLAIN
+        w, f = weight.T, lora_b.T
+        key = need_x, need_a, need_b, dy.dtype, dy.stride(), input_precision(x.dtype)
+        prepared = self._backward.get(key)
+        if prepared is None:
+            drops, gradients, count = dropout is not None, None, 0
+            if need_a or need_b:
+                dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
+                gradients = low_rank.Gradients(dy, x, len(lora_a), *dtypes, drops=drops, activated=activated)
+                count = gradients.tickets
+            updated = shrink = None
+            if need_x:
+                given = dy, w, None, f, lora_a
+                updated = low_rank.Updated(*given, outer=drops, tickets=count, epilogue=epilogue)
+            elif need_a:
+                shrink = low_rank.Shrink(
+                    dy, lora_b, low_rank.shrink_strip(dy, lora_b, drops=False), tickets=count
+                )
+            prepared = self._backward[key] = updated, shrink, gradients, count
+        updated, shrink, gradients, count = prepared
+        tickets = dy.new_empty(count, dtype=torch.int32) if count else None
+        dx, dxa = None, xa
+        if updated is not None:
+            dx, dxa, _ = updated(
+                dy, w, None, f, lora_a, scaling, None, dropout, tickets=tickets, epilogue=epilogue
+            )
+        elif shrink is not None:
+            dxa = shrink(dy, lora_b, None, tickets)
+        elif tickets is not None:
+            tickets.zero_()
+        if gradients is not None:
+            gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout)
+        return dx, d_lora_a, d_lora_b
+
+
+def _scaled(scaling: float, dropout: Dropout | None) -> float:
+    return scaling if dropout is None else scaling * keep_scale(dropout.p)
 
 
 def forward(
@@ -30,27 +143,21 @@ def forward(
     bias: Tensor | None,
     lora_a: Tensor,
     lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    stores: str = "y",
+    call: Call,
     residual: Tensor | None = None,
-    residual_dropout: float = 0.0,
-    residual_seed: Tensor | None = None,
-    xa: Tensor | None = None,
+    layer: Layer | None = None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where `stores` lacks "y" or "h".
+    """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where it isn't stored.
 
-    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. An `xa` that is given, contiguous,
-    is what x, `dropout_p` and `seed` make.
+    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. A `layer` was prepared for such
+    operands.
     """
-    inner = None if seed is None else Dropout(dropout_p, seed)
-    outer = None if residual_seed is None else Dropout(residual_dropout, residual_seed)
-    scaling *= keep_scale(dropout_p)
-    return low_rank.updated(
-        x, weight, bias, lora_a, lora_b.T, scaling,
-        inner=inner, outer=outer, residual=residual, stores=stores, u=xa,
-    )  # fmt: skip
+    m, n = x.shape[0], weight.shape[1]
+    if m == 0 or n == 0:
+        y, h = (x.new_empty(m, n) if name in call.stores else None for name in "yh")
+        return y, x.new_zeros(m, len(lora_a)) if call.xa is None else call.xa, h
+    given = x, weight, bias, lora_a, lora_b, call, residual
+    return (layer or Layer(*given)).forward(*given)
 
 
 def backward(
@@ -61,46 +168,105 @@ def backward(
     lora_b: Tensor,
     xa: Tensor,
     scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
     need_x: bool,
     need_a: bool,
     need_b: bool,
     activated: bool = False,
+    layer: Layer | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
 
     Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it.
     """
-    (m, n), (rank, k) = dy.shape, lora_a.shape
-    if m == 0:
+    if dy.numel() == 0:
         empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
         dx, d_lora_a, d_lora_b = (torch.zeros_like(t) if need else None for t, need in empty)
         return dx, d_lora_a, d_lora_b
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    scaling *= keep_scale(dropout_p)
-    d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
-    d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
-    block_c = tiling.gradient(x, rank).block_c
-    tickets = new_tickets(dy, triton.cdiv(n, block_c) + triton.cdiv(k, block_c))
-    dx, dxa = None, xa
-    if need_x:
-        pre = x if activated else None
-        dx, dxa, _ = low_rank.updated(
-            dy, weight.T, None, lora_b.T, lora_a, scaling, outer=dropout, tickets=tickets, pre=pre
-        )
-    elif need_a:
-        dxa = low_rank.shrink(dy, lora_b, tickets=tickets)
-    else:
-        tickets.zero_()
-    if need_a or need_b:
-        low_rank.gradients(
-            dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout=dropout, activated=activated
-        )
-    return dx, d_lora_a, d_lora_b
+    layer = layer or Layer(x, weight, None, lora_a, lora_b, Call(scaling, dropout))
+    return layer.backward(
+        dy, x, weight, lora_a, lora_b, xa, scaling, dropout, need_x, need_a, need_b, activated
+    )
 
 
-# --- the operators
+# --- for autograd
+
+
+def _saved(
+    x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, xa: Tensor, call: Call, pre: Tensor | None
+) -> Any:
+    """What backward needs of a call; gelu(pre) is cheaper to compute again than to keep."""
+    seeds = (drop and drop.seed for drop in (call.dropout, call.residual_dropout))
+    return x if pre is None else pre, weight, lora_a, lora_b, xa, *seeds
+
+
+def _note(ctx: Any, call: Call, activated: bool) -> None:
+    """What backward needs that is no tensor."""
+    ctx.scaling, ctx.activated = call.scaling, activated
+    ctx.drops = [drop.p if drop else 0.0 for drop in (call.dropout, call.residual_dropout)]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, dy: Tensor, needed: Sequence[bool], by_operators: bool) -> list[Tensor | None]:
+    """The gradients of x (or pre), weight, bias, lora_a, lora_b and residual, each None unless needed."""
+    x, weight, lora_a, lora_b, xa, seed, residual_seed = ctx.saved_tensors
+    need_x, need_weight, need_bias, need_a, need_b, need_residual = needed
+    dropout_p, residual_dropout = ctx.drops
+    d_residual = dy if need_residual else None
+    if residual_seed is not None and any(needed[:5]):
+        dy = (_dropped if by_operators else dropped)(dy, residual_dropout, residual_seed)
+    dx = d_weight = d_bias = d_lora_a = d_lora_b = None
+    needs = need_x, need_a, need_b
+    tensors = dy, x, weight, lora_a, lora_b, xa
+    if any(needs) and by_operators:
+        fused = iter(_backward(*tensors, ctx.scaling, dropout_p, seed, *needs, ctx.activated))
+        dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in needs)
+    elif any(needs):
+        dropout = None if seed is None else Dropout(dropout_p, seed)
+        given = *tensors, ctx.scaling, dropout, *needs, ctx.activated
+        dx, d_lora_a, d_lora_b = backward(*given, ctx.layer)
+    if need_weight:
+        kept = torch.nn.functional.gelu(x, approximate="tanh") if ctx.activated else x
+        d_weight = kept.T @ dy
+    if need_bias:
+        d_bias = dy.sum(0)
+    return [dx, d_weight, d_bias, d_lora_a, d_lora_b, d_residual]
+
+
+class _Function(torch.autograd.Function):
+    """A layer's call as eager code runs it: an operator of torch's own takes the host three times as long."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        residual: Tensor | None,
+        pre: Tensor | None,
+        call: Call,
+        layer: Layer | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        with on_device_of(x):
+            y, xa, h = forward(x, weight, bias, lora_a, lora_b, call, residual, layer)
+        ctx.save_for_backward(*_saved(x, weight, lora_a, lora_b, xa, call, pre))
+        _note(ctx, call, pre is not None)
+        ctx.layer = layer
+        if h is not None:
+            ctx.mark_non_differentiable(h)
+        return y, h
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 9
+        need_x, *needs, need_pre, _, _ = ctx.needs_input_grad
+        needs = [need_pre if ctx.activated else need_x, *needs]
+        with on_device_of(dy):
+            dx, *others = _gradients(ctx, dy, needs, differentiated())
+        return *((None, *others, dx) if ctx.activated else (dx, *others, None)), None, None
 
 
 @torch.library.custom_op("fastpeft::lora_linear", mutates_args=())
@@ -120,12 +286,27 @@ def _forward(
     xa: Tensor | None,
     pre: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    added = (residual, residual_dropout, residual_seed, xa)
+    call = call_of(scaling, dropout_p, seed, residual_dropout, residual_seed, stores, xa)
     with on_device_of(x):
-        results = forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *added)
+        results = forward(x, weight, bias, lora_a, lora_b, call, residual)
     # An operator returns neither None nor what it was given.
     y, xa, h = (x.new_empty(0) if each is None or each is xa else each for each in results)
     return y, xa, h
+
+
+def call_of(
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    residual_dropout: float = 0.0,
+    residual_seed: Tensor | None = None,
+    stores: str = "y",
+    xa: Tensor | None = None,
+) -> Call:
+    """A call whose dropouts have a seed where they drop."""
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    of_residual = None if residual_seed is None else Dropout(residual_dropout, residual_seed)
+    return Call(scaling, dropout, stores, of_residual, xa)
 
 
 @_forward.register_fake
@@ -152,10 +333,10 @@ def _backward(
     need_b: bool,
     activated: bool,
 ) -> list[Tensor]:
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    needs = need_x, need_a, need_b
     with on_device_of(x):
-        gradients = backward(
-            dy, x, weight, lora_a, lora_b, xa, scaling, dropout_p, seed, need_x, need_a, need_b, activated
-        )
+        gradients = backward(dy, x, weight, lora_a, lora_b, xa, scaling, dropout, *needs, activated)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -177,46 +358,61 @@ def _(t, dropout_p, seed):
 
 
 def _save(ctx, inputs, output):
-    x, weight, _, lora_a, lora_b, scaling, dropout_p, seed, *rest = inputs
-    _, _, residual_dropout, residual_seed, given_xa, pre = rest
-    _, xa, h = output
-    ctx.mark_non_differentiable(xa, h)
-    xa = xa if given_xa is None else given_xa
-    # gelu(pre) is cheaper to compute again than to keep.
-    ctx.save_for_backward(x if pre is None else pre, weight, lora_a, lora_b, xa, seed, residual_seed)
-    ctx.scaling, ctx.dropout_p, ctx.residual_dropout = scaling, dropout_p, residual_dropout
-    ctx.activated = pre is not None
-    ctx.set_materialize_grads(False)
+    (
+        x,
+        weight,
+        _,
+        lora_a,
+        lora_b,
+        scaling,
+        dropout_p,
+        seed,
+        stores,
+        _,
+        residual_dropout,
+        residual_seed,
+        xa,
+        pre,
+    ) = inputs
+    call = call_of(scaling, dropout_p, seed, residual_dropout, residual_seed, stores, xa)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*_saved(x, weight, lora_a, lora_b, output[1] if xa is None else xa, call, pre))
+    _note(ctx, call, pre is not None)
 
 
-def _gradients(ctx, dy, *_):
+def _operators_gradients(ctx, dy, *_):
     if dy is None:
         return (None,) * 14
-    x, weight, lora_a, lora_b, xa, seed, residual_seed = ctx.saved_tensors
-    need_x, need_weight, need_bias, need_a, need_b, *_, need_residual, _, _, _, need_pre = (
-        ctx.needs_input_grad
-    )
-    d_residual = dy if need_residual else None
-    needs = need_pre if ctx.activated else need_x, need_a, need_b
-    fused = iter(())
-    if residual_seed is not None and any((*needs, need_weight, need_bias)):
-        dy = _dropped(dy, ctx.residual_dropout, residual_seed)
-    if any(needs):
-        masks = ctx.scaling, ctx.dropout_p, seed
-        fused = iter(_backward(dy, x, weight, lora_a, lora_b, xa, *masks, *needs, ctx.activated))
-    dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in needs)
-    if need_weight and ctx.activated:
-        x = torch.nn.functional.gelu(x, approximate="tanh")
-    d_weight = x.T @ dy if need_weight else None
-    d_bias = dy.sum(0) if need_bias else None
+    need_x, *needs, _, _, _, _, need_residual, _, _, _, need_pre = ctx.needs_input_grad
+    needs = [need_pre if ctx.activated else need_x, *needs, need_residual]
+    dx, d_weight, d_bias, d_lora_a, d_lora_b, d_residual = _gradients(ctx, dy, needs, True)
     dx, d_pre = (None, dx) if ctx.activated else (dx, None)
     rest = (None, None, None, None, d_residual, None, None, None, d_pre)
     return dx, d_weight, d_bias, d_lora_a, d_lora_b, *rest
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(_operators_gradients, setup_context=_save)
 differentiable_once(_backward)
 differentiable_once(_dropped)
+
+
+def applied(
+    x: Tensor,
+    layer: tuple[Any, ...],
+    call: Call,
+    residual: Tensor | None = None,
+    pre: Tensor | None = None,
+    prepared: Layer | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """y and gelu(y) of a call of a layer's weight, bias, lora_a and lora_b, as `lora_linear` takes them.
+
+    What it doesn't store is None, or empty where the call is traced.
+    """
+    if eager(x):
+        return _Function.apply(x, *layer, residual, pre, call, prepared)
+    drops = [(drop.p, drop.seed) if drop else (0.0, None) for drop in (call.dropout, call.residual_dropout)]
+    y, _, h = _forward(x, *layer, call.scaling, *drops[0], call.stores, residual, *drops[1], call.xa, pre)
+    return y, h
 
 
 def lora_linear(
@@ -253,8 +449,11 @@ def lora_linear(
     Returns:
         (M, N) in x's dtype.
     """
-    given = (residual, residual_dropout, residual_seed, xa, pre)
-    return _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, "y", *given)[0]
+    layer = weight, bias, lora_a, lora_b
+    call = call_of(scaling, dropout_p, seed, residual_dropout, residual_seed, xa=xa)
+    y, _ = applied(x, layer, call, residual, pre)
+    assert y is not None
+    return y
 
 
 def lora_linear_gelu(
@@ -272,9 +471,10 @@ def lora_linear_gelu(
 
     Where nothing here asks for a gradient, the first is None, and nothing is stored for it.
     """
-    stores = stored(x, weight, bias, lora_a, lora_b)
-    given = (None, 0.0, None, xa, None)  # neither a residual nor a pre-activation
-    y, _, h = _forward(x, weight, bias, lora_a, lora_b, scaling, dropout_p, seed, stores, *given)
+    layer = weight, bias, lora_a, lora_b
+    stores = stored(x, *layer)
+    y, h = applied(x, layer, call_of(scaling, dropout_p, seed, stores=stores, xa=xa))
+    assert h is not None
     return (y if "y" in stores else None), h
 
 
@@ -299,19 +499,18 @@ def exercise(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Launch every kernel that a layer can need, forward and backward; y and h. To be recorded, not run."""
 
-    def seed_of(p: float) -> Tensor | None:
-        return torch.empty(1, dtype=torch.int64, device=x.device) if p > 0 else None
+    def drop(p: float) -> Dropout | None:
+        return Dropout(p, torch.empty(1, dtype=torch.int64, device=x.device)) if p > 0 else None
 
-    seed, outer = seed_of(dropout_p), seed_of(residual_dropout)
-    added = (residual, residual_dropout, outer)
-    y, xa, h = forward(x, weight, bias, lora_a, lora_b, 1.0, dropout_p, seed, stores, *added)
+    call = Call(1.0, drop(dropout_p), stores, drop(residual_dropout))
+    y, xa, h = forward(x, weight, bias, lora_a, lora_b, call, residual)
     kept, activated = (x, False) if pre is None else (pre, True)
     dy = h if y is None else y
-    if outer is not None:
-        dy = dropped(dy, residual_dropout, outer)
+    assert dy is not None
+    if call.residual_dropout is not None:
+        dy = dropped(dy, *call.residual_dropout)
     for need_x in (True, False):  # without dx another kernel leaves dxa
-        needs = need_x, True, True
-        backward(dy, kept, weight, lora_a, lora_b, xa, 1.0, dropout_p, seed, *needs, activated)
+        backward(dy, kept, weight, lora_a, lora_b, xa, 1.0, call.dropout, need_x, True, True, activated)
     return y, h
 
 

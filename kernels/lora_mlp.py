@@ -37,18 +37,36 @@ def lora_mlp(
 
     Where a residual (M, N) is given, it is `residual + dropout(proj(gelu(fc(x))))`. An `xa` is the first layer's.
     """
-    pre, h = lora_linear.lora_linear_gelu(x, *fc, fc_scaling, fc_dropout, fc_seed, xa)
-    return lora_linear.lora_linear(
-        h,
-        *proj,
-        proj_scaling,
-        proj_dropout,
-        proj_seed,
-        pre=pre,
-        residual=residual,
-        residual_dropout=residual_dropout,
-        residual_seed=residual_seed,
+    call_of = lora_linear.call_of
+    calls = (
+        call_of(fc_scaling, fc_dropout, fc_seed, stores=lora_linear.stored(x, *fc), xa=xa),
+        call_of(proj_scaling, proj_dropout, proj_seed, residual_dropout, residual_seed),
     )
+    return applied(x, fc, proj, calls, residual)
+
+
+def applied(
+    x: Tensor,
+    fc: Layer,
+    proj: Layer,
+    calls: tuple[lora_linear.Call, lora_linear.Call],
+    residual: Tensor | None,
+    prepared: list[lora_linear.Layer] | None = None,
+) -> Tensor:
+    """`lora_mlp` of these calls; `prepared`, empty at first, keeps the layers that were prepared for such operands."""
+    first, second = prepared or (None, None)
+    if prepared is not None and first is None and x.shape[0] > 0:
+        first = lora_linear.Layer(x, *fc, calls[0])
+        prepared.append(first)
+    pre, h = lora_linear.applied(x, fc, calls[0], prepared=first)
+    assert h is not None
+    pre = pre if "y" in calls[0].stores else None
+    if prepared is not None and second is None and x.shape[0] > 0:
+        second = lora_linear.Layer(h, *proj, calls[1], residual)
+        prepared.append(second)
+    y, _ = lora_linear.applied(h, proj, calls[1], residual, pre, second)
+    assert y is not None
+    return y
 
 
 def ready(

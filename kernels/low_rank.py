@@ -10,7 +10,7 @@ the tiles that it loads anyway. `shrink_kernel` is a pass over wide rows that le
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -29,10 +29,9 @@ from .blocks import (
     load,
     rounded,
     sum_in_order,
-    ticket_arguments,
 )
-from .dropout import Dropout, dropout_arguments, keep_scale, keep_tile
-from .launch import launch
+from .dropout import Dropout, keep_tile, mask_arguments
+from .launch import Launcher, fixed, kept
 
 # --- kernels
 
@@ -141,7 +140,7 @@ def plus_residual(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "drop_below"])
 def linear_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, pre_ptr, residual_ptr, y_ptr, h_ptr, seed_ptr, tickets_ptr,
     M, N, K, R,
@@ -224,7 +223,7 @@ def linear_kernel(
         tl.store(h_ptr + offsets, gelu(y), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "drop_below"])
 def linear_descriptor_kernel(
     x_desc, w_desc, bias_ptr, u_ptr, f_ptr, pre_ptr, residual_ptr, y_desc, h_desc, seed_ptr,
     M, N, K, R,
@@ -275,7 +274,7 @@ def linear_descriptor_kernel(
             h_desc.store([start_m, start_n], gelu(y))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "drop_below"])
 def shrink_kernel(
     t_ptr, f_ptr, u_ptr, seed_ptr, tickets_ptr,
     M, C, R,
@@ -365,7 +364,7 @@ def column_gradient(
         tl.store(df_ptrs, rounded(total, df_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "drop_below"])
 def gradient_kernel(
     dy_ptr, xa_ptr, db_ptr, x_ptr, dxa_ptr, da_ptr, partials_ptr, tickets_ptr, seed_ptr,
     M, N, K, R, tiles_b, rows,
@@ -403,205 +402,323 @@ def gradient_kernel(
 # --- launchers: allocation and grid
 
 
-def linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    f: Tensor,
-    scaling: float,
-    how: tiling.Linear,
-    *,
-    u: Tensor | None = None,
-    a: Tensor | None = None,
-    dropout: Dropout | None = None,
-    tickets: Tensor | None = None,
-    pre: Tensor | None = None,
-    residual: Tensor | None = None,
-    stores: str = "y",
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """`y = x weight + bias + keep ⊙ (u (scaling · f))`, u, which is `x aᵀ` where `a` (R, K) is given, and h.
+class Epilogue(NamedTuple):
+    """What follows a GEMM of y (M, N) in its own kernel, and what is stored."""
 
-    There is no bias with dropout: the mask falls on all that the accumulator starts from. Where `pre` (M, N),
-    contiguous, is given, y is multiplied by gelu'(pre). Where `residual` (M, N), contiguous, is given, y becomes
-    `residual + dropout(y)`, and the mask falls on nothing else. h is gelu(y); `stores` names what is stored of the two,
-    "y", "yh" or "h", and the other is None.
+    stores: str = "y"  # what is stored of y and h = gelu(y): "y", "yh" or "h"
+    pre: Tensor | None = None  # (M, N), contiguous: y is multiplied by gelu'(pre)
+    residual: Tensor | None = None  # (M, N), contiguous: y becomes `residual + dropout(y)`
+
+
+PLAIN = Epilogue()
+
+_COMMON = (
+    "bias_ptr", "u_ptr", "f_ptr", "pre_ptr", "residual_ptr", "seed_ptr", "M", "scaling", "drop_below", "drop_scale"
+)  # fmt: skip
+_POINTERS = ("x_ptr", "w_ptr", "a_ptr", "y_ptr", "h_ptr", "tickets_ptr")
+_DESCRIPTORS = ("x_desc", "w_desc", "y_desc", "h_desc")
+
+
+class Linear:
+    """`y = x weight + bias + keep ⊙ (u (scaling · f))`, u, which is `x aᵀ` where `a` (R, K) is given, and h = gelu(y).
+
+    There is no bias with dropout: the mask falls on all that the accumulator starts from; with a residual it falls on y
+    instead, and on nothing else. It is prepared for operands of one kind, and called with any that differ from those in
+    values and in the number of rows.
     """
-    (m, k), n, rank = x.shape, weight.shape[1], f.shape[0]
-    y, h = (x.new_empty(m, n) if name in stores else None for name in "yh")
-    if u is None:
-        u = x.new_empty(m, rank)
-    tile = how.tile
-    args = {
-        "bias_ptr": bias, "u_ptr": u, "f_ptr": f, "pre_ptr": pre, "residual_ptr": residual,
-        "M": m, "N": n, "K": k, "R": rank,
-        "stride_fr": f.stride(0), "stride_fn": f.stride(1),
-        "scaling": scaling, "INPUT_PRECISION": input_precision(x.dtype),
-        "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-        "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
-        **dropout_arguments(dropout), "drop_scale": 1.0 if dropout is None else keep_scale(dropout.p),
-    }  # fmt: skip
-    tiles = triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
-    if how.descriptor:
-        transposed = weight.stride(1) != 1
-        stored, block = (
-            (weight.T, [tile.block_n, tile.block_k]) if transposed else (weight, [tile.block_k, tile.block_n])
-        )
-        out = [tile.block_m, tile.block_n]
-        args |= {
-            "x_desc": TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
-            "w_desc": TensorDescriptor.from_tensor(stored, block),
-            "y_desc": None if y is None else TensorDescriptor.from_tensor(y, out),
-            "h_desc": None if h is None else TensorDescriptor.from_tensor(h, out),
-            "W_TRANSPOSED": transposed,
-        }
-        grid = (min(tiles, how.programs),)
-        launch(linear_descriptor_kernel, grid, args, tile.num_warps, tile.num_stages)
-    else:
-        args |= {
-            "x_ptr": x, "w_ptr": weight, "a_ptr": a, "y_ptr": y, "h_ptr": h, "SINGLE": a is not None,
-            "stride_xm": x.stride(0), "stride_xk": x.stride(1),
-            "stride_wk": weight.stride(0), "stride_wn": weight.stride(1),
-            "stride_ar": 0 if a is None else a.stride(0), "stride_ak": 0 if a is None else a.stride(1),
-            "MASKED_N": n % tile.block_n != 0, "MASKED_K": k % tile.block_k != 0,
-            **ticket_arguments(tickets),
-        }  # fmt: skip
-        launch(linear_kernel, (tiles,), args, tile.num_warps, tile.num_stages)
-    return y, u, h
 
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        f: Tensor,
+        how: tiling.Linear,
+        *,
+        a: Tensor | None = None,
+        drops: bool = False,
+        tickets: int = 0,
+        epilogue: Epilogue = PLAIN,
+    ) -> None:
+        k, n, rank, tile = x.shape[1], weight.shape[1], f.shape[0], how.tile
+        precision = input_precision(x.dtype)
+        key = (
+            "linear", how, precision, k, n, rank, epilogue.stores, *fixed(x, weight, bias, f, a),
+            epilogue.pre is None, epilogue.residual is None, drops, tickets,
+        )  # fmt: skip
 
-def shrink(
-    t: Tensor,
-    f: Tensor,
-    *,
-    dropout: Dropout | None = None,
-    tickets: Tensor | None = None,
-    strip: tiling.Strip | None = None,
-) -> Tensor:
-    """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R)."""
-    (m, c), rank = t.shape, f.shape[1]
-    if strip is None:
-        strip = tuning.fastest(
-            "shrink",
-            t,
-            (rank, dropout is not None),
-            tiling.shrink(t, rank),
-            lambda each: shrink(t, f, dropout=dropout, tickets=tickets, strip=each),
-        )
-    u = t.new_empty(m, rank)
-    args = {
-        "t_ptr": t, "f_ptr": f, "u_ptr": u,
-        "M": m, "C": c, "R": rank,
-        "stride_tm": t.stride(0), "stride_tc": t.stride(1),
-        "stride_fc": f.stride(0), "stride_fr": f.stride(1),
-        "INPUT_PRECISION": input_precision(t.dtype),
-        "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
-        "MASKED_C": c % strip.block_c != 0,
-        **dropout_arguments(dropout), **ticket_arguments(tickets),
-    }  # fmt: skip
-    launch(shrink_kernel, (triton.cdiv(m, strip.block_m),), args, strip.num_warps, strip.num_stages)
-    return u
+        def launcher() -> Launcher:
+            args = {
+                "N": n, "K": k, "R": rank,
+                "stride_fr": f.stride(0), "stride_fn": f.stride(1),
+                "DROPOUT": drops, "INPUT_PRECISION": precision,
+                "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+                "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
+            }  # fmt: skip
+            built = tile.num_warps, tile.num_stages
+            if how.descriptor:
+                args["W_TRANSPOSED"] = weight.stride(1) != 1
+                return Launcher(linear_descriptor_kernel, (*_DESCRIPTORS, *_COMMON), args, *built)
+            args |= {
+                "SINGLE": a is not None,
+                "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+                "stride_wk": weight.stride(0), "stride_wn": weight.stride(1),
+                "stride_ar": 0 if a is None else a.stride(0), "stride_ak": 0 if a is None else a.stride(1),
+                "MASKED_N": n % tile.block_n != 0, "MASKED_K": k % tile.block_k != 0, "TICKETS": tickets or 1,
+            }  # fmt: skip
+            return Launcher(linear_kernel, (*_POINTERS, *_COMMON), args, *built)
 
+        self._launch = kept(key, launcher)
+        self._how, self._n, self._columns = how, n, -(-n // tile.block_n)
 
-def updated(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    a: Tensor,
-    f: Tensor,
-    scaling: float,
-    *,
-    inner: Dropout | None = None,
-    outer: Dropout | None = None,
-    tickets: Tensor | None = None,
-    pre: Tensor | None = None,
-    residual: Tensor | None = None,
-    stores: str = "y",
-    u: Tensor | None = None,
-    how: tiling.Linear | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        f: Tensor,
+        scaling: float,
+        *,
+        u: Tensor | None = None,
+        a: Tensor | None = None,
+        dropout: Dropout | None = None,
+        tickets: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(y, u, h); of y and h, what isn't stored is None."""
+        m, tile = x.shape[0], self._how.tile
+        stores, pre, residual = epilogue
+        y = x.new_empty(m, self._n) if "y" in stores else None
+        h = x.new_empty(m, self._n) if "h" in stores else None
+        if u is None:
+            u = x.new_empty(m, f.shape[0])
+        tiles = -(-m // tile.block_m) * self._columns
+        operands: tuple[Any, ...] = x, weight, a, y, h, tickets
+        if self._how.descriptor:
+            tiles = min(tiles, self._how.programs)
+            operands = self._described(x, weight, y, h)
+        seed, drop_below, drop_scale = mask_arguments(dropout)
+        common = bias, u, f, pre, residual, seed, m, scaling, drop_below, drop_scale
+        self._launch((tiles, 1, 1), *operands, *common)
+        return y, u, h
 
-    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What `pre`, `residual` and
-    `stores` change, and h, are as in `linear`. A u that is given is not computed again.
-    """
-    (m, _), n, rank = x.shape, weight.shape[1], a.shape[0]
-    if m == 0 or n == 0:
-        if tickets is not None:
-            tickets.zero_()
-        y, h = (x.new_empty(m, n) if name in stores else None for name in "yh")
-        return y, x.new_zeros(m, rank) if u is None else u, h
-    rest: dict[str, Any] = {"pre": pre, "residual": residual, "stores": stores}
-    if how is None:
-        drops = inner is not None, outer is not None
-        epilogue = pre is not None, residual is not None, stores
-        how = tuning.fastest(
-            "updated",
-            x,
-            (n, rank, drops, weight.stride(1) == 1, a.dtype, epilogue),
-            tiling.linear(x, weight, rank, *drops, epilogue != (False, False, "y"), pre is not None),
-            lambda each: updated(
-                x,
-                weight,
-                bias,
-                a,
-                f,
-                scaling,
-                inner=inner,
-                outer=outer,
-                tickets=tickets,
-                how=each,
-                u=u,
-                **rest,
+    def _described(
+        self, x: Tensor, weight: Tensor, *stored: Tensor | None
+    ) -> tuple[TensorDescriptor | None, ...]:
+        tile = self._how.tile
+        held, block = weight, [tile.block_k, tile.block_n]
+        if weight.stride(1) != 1:
+            held, block = weight.T, block[::-1]
+        return (
+            TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(held, block),
+            *(
+                t if t is None else TensorDescriptor.from_tensor(t, [tile.block_m, tile.block_n])
+                for t in stored
             ),
         )
-    if how.single:  # the loop has no room to round a wider factor
-        return linear(
-            x, weight, bias, f, scaling, how, a=a.to(x.dtype), dropout=outer, tickets=tickets, **rest
-        )
-    if u is None:
-        u = shrink(x, a.T, dropout=inner, tickets=tickets)
-    return linear(x, weight, bias, f, scaling, how, u=u, dropout=outer, **rest)
 
 
-def gradients(
-    dy: Tensor,
-    xa: Tensor,
-    x: Tensor,
-    dxa: Tensor,
-    d_lora_b: Tensor | None,
-    d_lora_a: Tensor | None,
-    scaling: float,
-    tickets: Tensor,
-    *,
-    dropout: Dropout | None = None,
-    activated: bool = False,
-    splits: int = 0,
-) -> None:
-    """Fill `d_lora_b` with `scaling · dyᵀ xa` and `d_lora_a` with `scaling · dxaᵀ (keep ⊙ x)`; None is left out.
+class Shrink:
+    """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R). It is prepared as `Linear` is."""
 
-    Where `activated`, x is the pre-activation, and gelu(x) stands for it.
-    dy (M, N), x (M, K), xa and dxa (M, R); d_lora_b (N, R) and d_lora_a (R, K) are contiguous. An earlier launch
-    has cleared the `tickets`, one for each BLOCK_C columns of what is filled.
+    def __init__(
+        self, t: Tensor, f: Tensor, strip: tiling.Strip, *, drops: bool = False, tickets: int = 0
+    ) -> None:
+        (c, rank), precision = f.shape, input_precision(t.dtype)
+
+        def launcher() -> Launcher:
+            args = {
+                "C": c, "R": rank,
+                "stride_tm": t.stride(0), "stride_tc": t.stride(1),
+                "stride_fc": f.stride(0), "stride_fr": f.stride(1),
+                "DROPOUT": drops, "INPUT_PRECISION": precision,
+                "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
+                "MASKED_C": c % strip.block_c != 0, "TICKETS": tickets or 1,
+            }  # fmt: skip
+            changing = ("t_ptr", "f_ptr", "u_ptr", "seed_ptr", "tickets_ptr", "M", "drop_below")
+            return Launcher(shrink_kernel, changing, args, strip.num_warps, strip.num_stages)
+
+        self._launch = kept(("shrink", strip, precision, c, rank, *fixed(t, f), drops, tickets), launcher)
+        self._rows, self._rank = strip.block_m, rank
+
+    def __call__(
+        self, t: Tensor, f: Tensor, dropout: Dropout | None = None, tickets: Tensor | None = None
+    ) -> Tensor:
+        """u."""
+        m = t.shape[0]
+        u = t.new_empty(m, self._rank)
+        seed, drop_below, _ = mask_arguments(dropout)
+        self._launch((-(-m // self._rows), 1, 1), t, f, u, seed, tickets, m, drop_below)
+        return u
+
+
+def shrink(t: Tensor, f: Tensor, *, dropout: Dropout | None = None, tickets: Tensor | None = None) -> Tensor:
+    """`Shrink`, prepared and called with the strip that is chosen for these operands."""
+    strip = shrink_strip(t, f, drops=dropout is not None)
+    count = 0 if tickets is None else len(tickets)
+    return Shrink(t, f, strip, drops=dropout is not None, tickets=count)(t, f, dropout, tickets)
+
+
+def shrink_strip(t: Tensor, f: Tensor, *, drops: bool) -> tiling.Strip:
+    """The strip with which t is shrunk by f: the table's, or the one measured to be fastest."""
+    rank = f.shape[1]
+
+    def run(strip: tiling.Strip) -> Tensor:
+        dropout = Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=t.device)) if drops else None
+        return Shrink(t, f, strip, drops=drops)(t, f, dropout)
+
+    return tuning.fastest("shrink", t, (rank, drops), tiling.shrink(t, rank), run)
+
+
+class Updated:
+    """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
+
+    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What the epilogue changes, and
+    h, are as in `Linear`. A u that is given is not computed again. It is prepared for operands of one kind, for as many
+    rows as tiles are chosen for (`tiling.steps`).
     """
-    (m, n), k, rank = dy.shape, x.shape[1], xa.shape[1]
-    strip = tiling.gradient(x, rank)
-    tiles_b = 0 if d_lora_b is None else triton.cdiv(n, strip.block_c)
-    tiles = tiles_b + (0 if d_lora_a is None else triton.cdiv(k, strip.block_c))
-    if tiles == 0:
-        return
-    splits = splits or tiling.splits(x.device, tiles, rank)
-    rows = triton.cdiv(triton.cdiv(m, splits), strip.block_m) * strip.block_m
-    splits = triton.cdiv(m, rows)
-    args = {
-        "dy_ptr": dy, "xa_ptr": xa, "db_ptr": d_lora_a if d_lora_b is None else d_lora_b,
-        "x_ptr": x, "dxa_ptr": dxa, "da_ptr": d_lora_b if d_lora_a is None else d_lora_a,
-        "partials_ptr": x.new_empty(tiles, splits, strip.block_c, rank, dtype=torch.float32),
-        "tickets_ptr": tickets,
-        "M": m, "N": n, "K": k, "R": rank, "tiles_b": tiles_b, "rows": rows,
-        "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
-        "stride_xm": x.stride(0), "stride_xk": x.stride(1),
-        "scaling": scaling, "ACTIVATED": activated, "INPUT_PRECISION": input_precision(x.dtype),
-        "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
-        **dropout_arguments(dropout),
-    }  # fmt: skip
-    launch(gradient_kernel, (tiles, splits), args, strip.num_warps, strip.num_stages)
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        f: Tensor,
+        *,
+        inner: bool = False,
+        outer: bool = False,
+        tickets: int = 0,
+        epilogue: Epilogue = PLAIN,
+        how: tiling.Linear | None = None,
+    ) -> None:
+        drops, shape = (
+            (inner, outer),
+            (epilogue.pre is not None, epilogue.residual is not None, epilogue.stores),
+        )
+        rest: dict[str, Any] = {"inner": inner, "outer": outer, "tickets": tickets, "epilogue": epilogue}
+        if how is None:
+
+            def run(each: tiling.Linear) -> object:
+                masks = (
+                    Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=x.device)) if d else None
+                    for d in drops
+                )
+                prepared = Updated(x, weight, bias, a, f, **rest, how=each)
+                cleared = x.new_empty(tickets, dtype=torch.int32) if tickets else None
+                return prepared(x, weight, bias, a, f, 1.0, *masks, tickets=cleared, epilogue=epilogue)
+
+            rank, n = f.shape
+            how = tuning.fastest(
+                "updated",
+                x,
+                (n, rank, drops, weight.stride(1) == 1, a.dtype, shape),
+                tiling.linear(x, weight, rank, *drops, shape != (False, False, "y"), shape[0]),
+                run,
+            )
+        given = x, weight, bias, f, how
+        self._single, self._shrink = how.single, None
+        if how.single:  # the loop has no room to round a wider factor
+            self._linear = Linear(*given, a=a.to(x.dtype), drops=outer, tickets=tickets, epilogue=epilogue)
+        else:
+            self._shrink = Shrink(x, a.T, shrink_strip(x, a.T, drops=inner), drops=inner, tickets=tickets)
+            self._linear = Linear(*given, drops=outer, epilogue=epilogue)
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        f: Tensor,
+        scaling: float,
+        inner: Dropout | None = None,
+        outer: Dropout | None = None,
+        *,
+        tickets: Tensor | None = None,
+        epilogue: Epilogue = PLAIN,
+        u: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """(y, u, h), for at least one row."""
+        given = x, weight, bias, f, scaling
+        if self._shrink is None:
+            a = a.to(x.dtype)
+            return self._linear(*given, a=a, dropout=outer, tickets=tickets, epilogue=epilogue)
+        if u is None:
+            u = self._shrink(x, a.T, inner, tickets)
+        return self._linear(*given, u=u, dropout=outer, epilogue=epilogue)
+
+
+_GRADIENT = (
+    "dy_ptr", "xa_ptr", "db_ptr", "x_ptr", "dxa_ptr", "da_ptr", "partials_ptr", "tickets_ptr", "seed_ptr",
+    "M", "rows", "scaling", "drop_below",
+)  # fmt: skip
+
+
+class Gradients:
+    """Fills `d_lora_b` (N, R) with `scaling · dyᵀ xa` and `d_lora_a` (R, K) with `scaling · dxaᵀ (keep ⊙ x)`.
+
+    dy (M, N), x (M, K), xa and dxa (M, R); where `activated`, x is the pre-activation, and gelu(x) stands for it. It is
+    prepared as `Linear` is, for those of the two that are needed, in these dtypes; `tickets` are so many that an
+    earlier launch must have cleared.
+    """
+
+    def __init__(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        rank: int,
+        dtype_b: torch.dtype | None,
+        dtype_a: torch.dtype | None,
+        *,
+        drops: bool = False,
+        activated: bool = False,
+        splits: int = 0,
+    ) -> None:
+        n, k, precision = dy.shape[1], x.shape[1], input_precision(x.dtype)
+        strip = tiling.gradient(x, rank)
+        tiles_b = 0 if dtype_b is None else -(-n // strip.block_c)
+        tiles = tiles_b + (0 if dtype_a is None else -(-k // strip.block_c))
+
+        def launcher() -> Launcher:
+            args = {
+                "N": n, "K": k, "R": rank, "tiles_b": tiles_b,
+                "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
+                "stride_xm": x.stride(0), "stride_xk": x.stride(1),
+                "ACTIVATED": activated, "DROPOUT": drops, "INPUT_PRECISION": precision,
+                "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
+            }  # fmt: skip
+            return Launcher(gradient_kernel, _GRADIENT, args, strip.num_warps, strip.num_stages)
+
+        sizes = strip, precision, n, k, rank, tiles_b
+        key = ("gradients", *sizes, *fixed(dy, x), dtype_b, dtype_a, drops, activated)
+        self._launch = kept(key, launcher)
+        self._strip, self._tiles, self._rank = strip, tiles, rank
+        self._splits = splits or tiling.splits(x.device, max(tiles, 1), rank)
+        self.tickets = max(64, 1 << (tiles - 1).bit_length())  # few sizes: a kernel is compiled for each
+
+    def __call__(
+        self,
+        dy: Tensor,
+        xa: Tensor,
+        x: Tensor,
+        dxa: Tensor,
+        d_lora_b: Tensor | None,
+        d_lora_a: Tensor | None,
+        scaling: float,
+        tickets: Tensor,
+        dropout: Dropout | None = None,
+    ) -> None:
+        """Fill what is given, contiguous."""
+        m, strip = dy.shape[0], self._strip
+        if self._tiles == 0:
+            return
+        rows = -(-m // (self._splits * strip.block_m)) * strip.block_m
+        splits = -(-m // rows)
+        db = d_lora_a if d_lora_b is None else d_lora_b
+        da = d_lora_b if d_lora_a is None else d_lora_a
+        partials = x.new_empty(self._tiles, splits, strip.block_c, self._rank, dtype=torch.float32)
+        seed, drop_below, _ = mask_arguments(dropout)
+        pointers = dy, xa, db, x, dxa, da, partials, tickets, seed
+        self._launch((self._tiles, splits, 1), *pointers, m, rows, scaling, drop_below)

@@ -20,7 +20,6 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from .launch import INTERPRETED
@@ -199,7 +198,7 @@ def architecture(device: torch.device) -> Architecture:
 
 def padded_rank(rank: int) -> int:
     """The rank a kernel is compiled for: the next power of two, at least a matrix instruction's 16."""
-    return max(16, triton.next_power_of_2(rank))
+    return max(16, 1 << (rank - 1).bit_length())
 
 
 def linear_tiles(
@@ -234,13 +233,37 @@ def linear(
     `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
     `epilogue`: whether a GELU, its `derivative` or a residual follows, with another tensor as large as y.
     """
-    m, n = x.shape[0], weight.shape[1]
     arch = architecture(x.device)
-    if x.dtype == torch.float32:
+    described = (
+        arch.name >= 90
+        and x.dtype != torch.float32
+        and weight.shape[1] % 8 == 0
+        and _describable(x)
+        and (_describable(weight) or _describable(weight.T))
+    )
+    shape = steps(x.shape[0]), weight.shape[1], x.shape[1], padded_rank(rank)
+    return _linear(arch, x.dtype == torch.float32, described, shape, (inner, outer, epilogue, derivative))
+
+
+def steps(rows: int) -> int:
+    """The number of rows for which tiles are chosen: rounded up to eight steps an octave, and to 32 at least."""
+    step = max(32, 1 << (max(rows, 1) - 1).bit_length() >> 4)
+    return -(-rows // step) * step
+
+
+@functools.lru_cache(maxsize=4096)
+def _linear(
+    arch: Architecture,
+    float32: bool,
+    descriptor: bool,
+    shape: tuple[int, int, int, int],
+    options: tuple[bool, bool, bool, bool],
+) -> list[Linear]:
+    """`linear` of `shape` (rows, N, K, padded rank), with tensor descriptors where they can describe the operands."""
+    (m, n, k, padded), (inner, outer, epilogue, derivative) = shape, options
+    if float32:
         tiles = _cheapest_first(linear_tiles_float32(epilogue), m, n, arch)
         return [Linear(tile, False, False, 0) for tile in tiles]
-    descriptor = arch.name >= 90 and n % 8 == 0 and _describable(x)
-    descriptor = descriptor and (_describable(weight) or _describable(weight.T))
     form = "descriptor" if descriptor else "pointer"
     tiles = _cheapest_first(
         linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue, derivative), m, n, arch
@@ -248,7 +271,6 @@ def linear(
     split = [Linear(tile, descriptor, False, arch.multiprocessors) for tile in tiles]
     if inner:
         return split
-    padded = padded_rank(rank)
     tiles = _cheapest_first(
         linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", epilogue, derivative),
         m,
@@ -261,7 +283,7 @@ def linear(
     # On the way, u costs RANK / BLOCK_N more products; before, another read of x and a launch of some 3 µs. All in
     # units of the GEMM's time. Only the pointer form does it on the way: with descriptors, whose loop is short, a
     # third operand makes it nearly twice as long.
-    read, launch = arch.flops_per_byte / n, 3e6 * arch.teraflops / (2 * m * n * max(x.shape[1], 1))
+    read, launch = arch.flops_per_byte / n, 3e6 * arch.teraflops / (2 * m * n * max(k, 1))
     return single + split if padded / single[0].tile.block_n <= read + launch else split + single
 
 
@@ -271,14 +293,14 @@ def single_pays(rank: int, tile: Tile) -> bool:
 
 
 def _programs(tile: Tile, m: int, n: int) -> int:
-    return triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n)
+    return -(-m // tile.block_m) * -(-n // tile.block_n)
 
 
 def _cheapest_first(tiles: tuple[Tile, ...], m: int, n: int, arch: Architecture) -> list[Tile]:
     """Tiles by their rounds over the multiprocessors, times the products and loads of a round."""
 
     def cost(tile: Tile) -> float:
-        rounds = triton.cdiv(_programs(tile, m, n), arch.multiprocessors)
+        rounds = -(-_programs(tile, m, n) // arch.multiprocessors)
         # Two bytes from L2 take about as long as 64 products of a multiprocessor's matrix units.
         return rounds * (tile.block_m * tile.block_n + 64 * (tile.block_m + tile.block_n))
 
@@ -328,5 +350,5 @@ def splits(device: torch.device, programs: int, rank: int) -> int:
 def _tallest_first(strips: tuple[Strip, ...], t: Tensor) -> list[Strip]:
     """Strips with the tallest that gives every multiprocessor a program first, else the lowest."""
     enough = architecture(t.device).multiprocessors
-    best = next((s for s in strips if triton.cdiv(t.shape[0], s.block_m) >= enough), strips[-1])
+    best = next((s for s in strips if -(-t.shape[0] // s.block_m) >= enough), strips[-1])
     return [best, *(s for s in strips if s != best)]

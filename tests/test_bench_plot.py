@@ -56,6 +56,18 @@ SENTENCES = {
     "fill": 0.508,
     "variants": {**POINT["variants"], "fastpeft_model": {**ROW, "over_layers": {**SPREAD, "median": 0.44}}},
 }  # fmt: skip
+ISSUED = {
+    "host_ms": 20.0, "of_peft": 0.6, "spread": SPREAD, "operators": 300, "launches": 91,
+    "parts": {"planning": 1000.0, "dispatch and autograd": 9000.0, "launching": 2000.0, "the rest": 8000.0},
+}  # fmt: skip
+HOST = {
+    "kind": "host",
+    "shapes": {"layers": 12, "width": 16, "rows": 4, "length": 12, "dropout": 0.05, "vary": True},
+    "architecture": "sm_90",
+    "variants": {"peft": ISSUED, "auto, triton": ISSUED},
+    "decoding": {"peft": ISSUED, "auto, triton": ISSUED},
+    **HEADER,
+}
 THROUGHPUT = {"kind": "throughput", "points": [POINT], **HEADER}
 LAYER = {
     "operation": "lora", "projection": "c_attn", "tokens": 1024, "rank": 8, "dropout": 0.1, "dtype": "fp32",
@@ -77,7 +89,7 @@ COMPILED = {
 
 @pytest.fixture
 def results(tmp_path):
-    records = {"traffic": TRAFFIC, "throughput": THROUGHPUT, "micro": MICRO}
+    records = {"traffic": TRAFFIC, "host": HOST, "throughput": THROUGHPUT, "micro": MICRO}
     records["sentences"] = {**THROUGHPUT, "points": [SENTENCES]}
     for name, content in records.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -100,7 +112,7 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         results / "report.html",
     ]
     subprocess.run([sys.executable, *command], check=True)
-    for name in ("traffic", "throughput", "sentences", "micro"):
+    for name in ("traffic", "host", "throughput", "sentences", "micro"):
         assert (results / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     text = readme.read_text()
     assert text.startswith("before\n")
@@ -112,11 +124,12 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         in text
     )
     assert "\n|  | fastpeft, packed : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
+    assert "| auto, triton | 20.0 | 0.50 (0.40-0.80) | 300 | 91 | 1.0 | 9.0 | 2.0 | 8.0 |" in text
     assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |" in text
     page = (results / "report.html").read_text()
     assert page.count("<td>failed: RuntimeError: no / memory</td>") == 2
     assert "<td>failed: Wrong: it is</td>" in page
-    assert page.count("data:image/png;base64,") == 4
+    assert page.count("data:image/png;base64,") == 5
     for part in ("3 passed", "sm_90", "0123456789ab", "c_attn, 1024 tokens, r=8, dropout 0.1, fp32, forward"):
         assert part in page
 

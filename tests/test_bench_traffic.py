@@ -100,7 +100,7 @@ def test_the_model_scope_makes_no_pass_for_gelu_or_residuals(neighbours):
     )  # passes of its own, less its result and the pre-activation beside the GEMMs
     forward = BF16 * 5 * row + MASK * row  # dropout and its mask, then the sum
     backward = BF16 * 2 * row + MASK * row
-    seeds = 2 * (16 + 8 + 8)  # of the residuals' dropouts, drawn, read forward and backward
+    seeds = 2 * (16 + 16 + 16)  # of the residuals' dropouts, drawn, read forward and backward
     residuals = 2 * (forward - BF16 * row + backward - BF16 * 2 * row) - seeds
     statistics = 2 * M * FP32  # a mean and a deviation, computed again instead
     norms = 2 * (BF16 * 2 * row + statistics + BF16 * 768)  # no sum of gradients after it, and no bias read

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GPT2ForSequenceClassification
 
 import fastpeft
-from fastpeft.modules import FusedLoraLinear
+from fastpeft.lora import FusedLoraLinear
 
 IDS = torch.arange(2, 14).view(2, 6)
 

@@ -206,7 +206,8 @@ class TestTheChoiceOfATile:
         tickets = dy.new_empty(64, dtype=torch.int32)
         with launch.record() as launches:
             low_rank.shrink(x, d_a.T)
-            low_rank.gradients(dy, u, x, u, d_b, d_a, 1.0, tickets)
+            kernel = low_rank.Gradients(dy, x, 16, d_b.dtype, d_a.dtype)
+            kernel(dy, u, x, u, d_b, d_a, 1.0, tickets)
         programs = {each.kernel.__name__: math.prod(each.grid) for each in launches}
         assert len(programs) == 2
         assert all(100 <= count <= 264 for count in programs.values()), programs

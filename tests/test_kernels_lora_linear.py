@@ -21,7 +21,7 @@ from kernel_checks import (
     pairwise,
 )
 
-from fastpeft.kernels import launch, lora_linear, low_rank, tiling
+from fastpeft.kernels import dropout, launch, lora_linear, low_rank, tiling
 
 GPT2_LAYERS = {
     "attn.c_attn": (768, 2304),
@@ -101,14 +101,15 @@ def test_every_strip_of_the_rank_r_passes(rank, device):
     x, lora_a, lora_b = arguments["x"], arguments["lora_a"], arguments["lora_b"]
     truth = x.double() @ lora_a.double().T
     for strip in tiling.SHRINK[rank]:
-        xa = low_rank.shrink(x, lora_a.T, strip=strip)
+        xa = low_rank.Shrink(x, lora_a.T, strip)(x, lora_a.T)
         assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
     generator = torch.Generator().manual_seed(0)
     dy, dxa = (torch.randn(300, c, generator=generator).to(device, x.dtype) for c in (40, rank))
     for splits in (1, 3):
         d_a, d_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
         tickets = torch.zeros(64, dtype=torch.int32, device=device)
-        low_rank.gradients(dy, xa, x, dxa, d_b, d_a, 0.5, tickets, splits=splits)
+        kernel = low_rank.Gradients(dy, x, rank, d_b.dtype, d_a.dtype, splits=splits)
+        kernel(dy, xa, x, dxa, d_b, d_a, 0.5, tickets)
         for found, of, by in ((d_b, dy, xa), (d_a.T, x, dxa)):
             truth = 0.5 * of.double().T @ by.double()
             assert (found.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
@@ -120,7 +121,7 @@ def test_partial_sums_are_complete_whichever_kernel_comes_before(needs, device, 
     monkeypatch.setattr(tiling, "splits", lambda device, programs, rank: 4)
     x, weight, _, a, b = lora_arguments(257, 72, 264, 8, "fp32", device).values()
     dy, xa = x @ weight, x @ a.T
-    dx, d_a, d_b = lora_linear.backward(dy, x, weight, a, b, xa, 1.5, 0.0, None, *needs)
+    dx, d_a, d_b = lora_linear.backward(dy, x, weight, a, b, xa, 1.5, None, *needs)
     torch.testing.assert_close(d_b, 1.5 * dy.T @ xa, rtol=1e-4, atol=1e-3)
     if needs[0]:
         torch.testing.assert_close(dx, dy @ weight.T + 1.5 * dy @ b @ a, rtol=1e-4, atol=1e-3)
@@ -136,22 +137,22 @@ def test_an_empty_dimension_gives_empty_or_bias_and_zero_gradients(m, k, n, devi
 def test_no_rows_launch_no_kernel(device):
     arguments = lora_arguments(0, 24, 16, 3, "fp32", device)
     with launch.record() as launches:
-        y, xa, _ = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.0, seed=None)
+        y, xa, _ = lora_linear.forward(**arguments, call=lora_linear.Call(1.0))
         x, weight, _, a, b = arguments.values()
-        lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.0, None, True, True, True)
+        lora_linear.backward(y, x, weight, a, b, xa, 1.0, None, True, True, True)
     assert launches == []
 
 
 def test_nan_stays_in_its_row(device):
     arguments = lora_arguments(70, 100, 36, 8, "fp16", device)
     arguments["x"][5] = float("nan")
-    y, xa, _ = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.0, seed=None)
+    y, xa, _ = lora_linear.forward(**arguments, call=lora_linear.Call(1.0))
     assert y[5].isnan().all()
     assert y.isnan().any(1).sum() == 1
     dy = torch.ones_like(y)
     dy[69] = float("nan")
     x, weight, _, a, b = arguments.values()
-    dx, _, _ = lora_linear.backward(dy, x, weight, a, b, xa, 1.0, 0.0, None, True, True, True)
+    dx, _, _ = lora_linear.backward(dy, x, weight, a, b, xa, 1.0, None, True, True, True)
     assert dx[69].isnan().all()
     assert dx.isnan().any(1).sum() == 1
 
@@ -159,11 +160,11 @@ def test_nan_stays_in_its_row(device):
 def test_only_what_is_asked_for_is_computed(device):
     arguments = lora_arguments(40, 24, 16, 3, "fp32", device)
     x, weight, _, a, b = arguments.values()
-    y, xa, _ = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.0, seed=None)
+    y, xa, _ = lora_linear.forward(**arguments, call=lora_linear.Call(1.0))
     kernels = {}
     for needs in itertools.product([False, True], repeat=3):
         with launch.record() as launches:
-            gradients = lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.0, None, *needs)
+            gradients = lora_linear.backward(y, x, weight, a, b, xa, 1.0, None, *needs)
         assert [g is not None for g in gradients] == list(needs)
         kernels[needs] = [each.kernel.__name__ for each in launches]
     assert kernels[False, False, False] == []
@@ -174,10 +175,10 @@ def test_only_what_is_asked_for_is_computed(device):
 def test_gradients_are_the_same_bits_each_time(device):
     arguments = lora_arguments(257, 72, 72, 8, "bf16+fp32", device)
     x, weight, _, a, b = arguments.values()
-    seed = torch.tensor([3], device=device)
-    y, xa, _ = lora_linear.forward(**arguments, scaling=1.0, dropout_p=0.5, seed=seed)
-    first = lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.5, seed, True, True, True)
-    again = lora_linear.backward(y, x, weight, a, b, xa, 1.0, 0.5, seed, True, True, True)
+    mask = dropout.Dropout(0.5, torch.tensor([3], device=device))
+    y, xa, _ = lora_linear.forward(**arguments, call=lora_linear.Call(1.0, mask))
+    first = lora_linear.backward(y, x, weight, a, b, xa, 1.0, mask, True, True, True)
+    again = lora_linear.backward(y, x, weight, a, b, xa, 1.0, mask, True, True, True)
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
 
@@ -192,17 +193,18 @@ def far(rows, columns):
     return view.copy_(torch.randn(rows, columns) * 0.1)
 x = far(3, 24)
 weight, a, b = torch.randn(24, 16).half(), torch.randn(4, 24).half(), torch.randn(16, 4).half()
-near = lora_linear.forward(x.clone(), weight, None, a, b, 1.0, 0.0, None)[:2]
-assert all(map(torch.equal, lora_linear.forward(x, weight, None, a, b, 1.0, 0.0, None), near))
+call = lora_linear.Call(1.0)
+near = lora_linear.forward(x.clone(), weight, None, a, b, call)[:2]
+assert all(map(torch.equal, lora_linear.forward(x, weight, None, a, b, call), near))
 xa = near[1]
 dy = far(3, 16)
-args = (weight, a, b, xa, 1.0, 0.0, None, True, True, True)
+args = (weight, a, b, xa, 1.0, None, True, True, True)
 close = lora_linear.backward(dy.clone(), dy.new_ones(3, 24), *args)
 assert all(map(torch.equal, lora_linear.backward(dy, dy.new_ones(3, 24), *args), close))
 w = far(3, 16)
 rows, a = torch.randn(5, 3).half(), torch.randn(4, 3).half()
-near = lora_linear.forward(rows, w.clone(), None, a, b, 1.0, 0.0, None)[:2]
-assert all(map(torch.equal, lora_linear.forward(rows, w, None, a, b, 1.0, 0.0, None), near))
+near = lora_linear.forward(rows, w.clone(), None, a, b, call)[:2]
+assert all(map(torch.equal, lora_linear.forward(rows, w, None, a, b, call), near))
 print("same")
 """
 

@@ -21,7 +21,7 @@ from test_packing import batch, outcome
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lora_linear, lora_mlp, low_rank, tiling
+from fastpeft.kernels import dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -256,11 +256,11 @@ def residuals(monkeypatch):
     seen, real = [], launch.launch
 
     def spy(kernel, grid, args, *options):
-        if args.get("residual_ptr") is not None:
+        if args.get("residual_ptr") is not None and "DROPOUT" in args:
             seen.append(args["DROPOUT"])
         real(kernel, grid, args, *options)
 
-    monkeypatch.setattr(low_rank, "launch", spy)
+    monkeypatch.setattr(launch, "launch", spy)
     return seen
 
 
@@ -272,8 +272,8 @@ class TestResiduals:
     @pytest.fixture(autouse=True)
     def norms(self, monkeypatch):
         """How often a LayerNorm's backward took its residual's gradient in."""
-        seen, real = [], layer_norm.launch
-        monkeypatch.setattr(layer_norm, "launch", lambda *launched: (seen.append(launched), real(*launched)))
+        seen, real = [], layer_norm.backward
+        monkeypatch.setattr(layer_norm, "backward", lambda *given: (seen.append(given), real(*given))[1])
         return seen
 
     def test_both_projections_and_both_norms_of_a_packed_block_take_theirs(self, residuals, norms):
@@ -318,14 +318,14 @@ class TestResiduals:
         assert residuals == []
 
     def test_adapters_add_their_blocks(self, norms, monkeypatch):
-        seen, real = [], adapter.launch
+        seen, real = [], launch.launch
         monkeypatch.setattr(
-            adapter, "launch", lambda kernel, *given: (seen.append(given[1]), real(kernel, *given))
+            launch, "launch", lambda kernel, *given: (seen.append(given[1]), real(kernel, *given))
         )
         model, stock, truth = twins(with_adapters(gpt2(), "post_attn", "post_mlp"))
         patched(model)
         assert_as_good_over_draws((model, stock, truth), lambda each, draw: outcome(each, PADDED), draws=1)
-        forward = [args for args in seen if "residual_ptr" in args]
+        forward = [args for args in seen if "residual_ptr" in args and "ACTIVATION" in args]
         assert len(forward) == 4
         assert all(args["residual_ptr"] is not None for args in forward)
         assert len(norms) == 3

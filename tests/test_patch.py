@@ -24,7 +24,8 @@ from transformers import (
 )
 
 import fastpeft
-from fastpeft.modules import FusedAdapter, FusedGelu, FusedLoraLinear
+from fastpeft.lora import FusedLoraLinear
+from fastpeft.modules import FusedAdapter, FusedGelu
 
 HEADS = [
     GPT2Model,

@@ -1,0 +1,83 @@
+"""A Triton driver for a GPU that isn't there: kernels are compiled for it, and launches do nothing.
+
+What is left of a step's time is the host's. Tensors are the CPU's, and fastpeft is told that they are a GPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import checkout  # noqa: F401
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from fastpeft import ops
+from fastpeft.kernels import launch, tiling
+
+
+class Launches:
+    """How many kernels were launched, and how many were loaded, since."""
+
+    def __init__(self) -> None:
+        self.launched = self.loaded = 0
+
+
+class NoDriver:
+    """As much of a Triton driver as compiling and launching ask for."""
+
+    def __init__(self, architecture: tiling.Architecture, launches: Launches) -> None:
+        self.architecture, self.launches = architecture, launches
+        self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """What launches a compiled kernel: nothing does."""
+
+        def run(*arguments: Any) -> None:
+            self.launches.launched += 1
+
+        return run
+
+    def _load(self, *kernel: Any) -> tuple[int, ...]:
+        self.launches.loaded += 1
+        return 1, 1, 64, 0, 1024  # module, function, registers, spills, threads
+
+    def _properties(self, device: int) -> dict[str, int]:
+        known = self.architecture
+        return {"max_shared_mem": known.shared_limit, "multiprocessor_count": known.multiprocessors}
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture.name, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def nowhere(architecture: tiling.Architecture) -> Iterator[Launches]:
+    """Within it the kernels are compiled for `architecture`, and launched on nothing; what was, is counted.
+
+    Raises:
+        RuntimeError: this process interprets Triton's kernels (TRITON_INTERPRET=1).
+    """
+    if launch.INTERPRETED:
+        raise RuntimeError("host time is that of compiled kernels: unset TRITON_INTERPRET")
+    launches = Launches()
+    with ExitStack() as stack:
+        before = driver._active
+        driver.set_active(NoDriver(architecture, launches))
+        stack.callback(setattr, driver, "_active", before)
+        for where, name, value in (
+            (launch, "unsupported_device", lambda device: None),
+            (launch, "_capability", lambda device: divmod(architecture.name, 10)),
+            (tiling, "architecture", lambda device: architecture),
+            (ops, "on_cpu", lambda tensor: False),
+        ):
+            stack.enter_context(mock.patch.object(where, name, value))
+        yield launches

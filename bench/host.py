@@ -1,0 +1,331 @@
+"""Host time of GPT-2's steps: what issuing them costs, measured without a GPU.
+
+    python bench/host.py [--layers 12] [--dropout 0.05] [--vary] [--rounds 15] [--json FILE]
+    python bench/host.py --first
+
+A step of a small model on a GPU lasts as long as the host takes to issue it, wherever the kernels are quicker. Here
+kernels are compiled for an H100 and launched on nothing (driver.py), and tensors are so small that an operator of torch
+costs its dispatch. One thread; variants in turn within a round, ratios within a round, medians over rounds.
+
+Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. Parts are of samples
+of the stack: choosing what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
+
+`--first` compiles from an empty cache: kernels and seconds of the first steps at GPT-2 small's widths, each step with
+another token count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import driver
+import record
+import torch
+import torch.nn.functional as F
+import variants
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, GPT2Config
+
+import fastpeft
+from fastpeft.kernels import tiling
+
+H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
+WIDTH = 16
+WARM_UP = 8  # every token count once
+STEPS = 4  # of a variant in a round
+#: Name -> scope and backend; peft is what they are measured against.
+VARIANTS: dict[str, tuple[str, str] | None] = {
+    "peft": None,
+    "layers, torch": ("layers", "torch"),
+    "auto, torch": ("auto", "torch"),
+    "layers, triton": ("layers", "triton"),
+    "auto, triton": ("auto", "triton"),
+}
+PARTS = ("planning", "dispatch and autograd", "launching", "the rest")
+Batch = dict[str, Tensor]
+
+
+def base(layers: int, width: int, head: str) -> nn.Module:
+    """A frozen GPT-2 in float32, which a CPU multiplies quickest; its own dropouts as published, 0.1."""
+    torch.manual_seed(0)
+    tokens: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+    size: dict[str, Any] = {
+        "n_layer": layers,
+        "n_embd": width,
+        "n_head": max(1, width // 64),
+        "vocab_size": 64,
+        "n_positions": 2048,
+    }
+    model: nn.Module = variants.HEADS[head](GPT2Config(**size, **tokens, use_cache=head == "lm"))
+    return model.requires_grad_(False)
+
+
+def model_of(name: str, stock: nn.Module) -> nn.Module:
+    """The model of a variant, with parameters of its own."""
+    model, how = variants.twin(stock), VARIANTS[name]
+    if how:
+        fastpeft.patch(model, strict=True, scope=how[0], backend=how[1])
+    return model.train()
+
+
+def batches_of(rows: int, length: int, vary: bool) -> list[Batch]:
+    """Padded batches of a classifier, of other token counts each where they vary."""
+    found = []
+    for i in range(7 if vary else 1):
+        lengths = [max(1, length - (3 * row + 5 * i) % (length - 1)) for row in range(rows)]
+        lengths[0] = length
+        ids = torch.randint(2, 61, (rows, length), generator=torch.Generator().manual_seed(i))
+        mask = torch.arange(length) < torch.tensor(lengths)[:, None]
+        found.append({"input_ids": ids * mask, "attention_mask": mask.long(), "labels": ids[:, 0] % 2})
+    return found
+
+
+def training(model: Any, batches: list[Batch]) -> Callable[[], None]:
+    """A step that takes the next batch each time."""
+    following = itertools.cycle(batches)
+
+    def step() -> None:
+        model.zero_grad()
+        model(**next(following)).loss.backward()
+
+    return step
+
+
+def decoding(model: Any, batches: list[Batch]) -> Callable[[], None]:
+    """A step that reads one more token for every row, after a prompt that is one token longer each time."""
+    model.eval()
+    ids = batches[0]["input_ids"]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+
+    @torch.no_grad()
+    def step() -> None:
+        if cache.get_seq_length() > 2 * ids.shape[1]:
+            cache.crop(ids.shape[1] - cache.get_seq_length())
+        model(input_ids=ids[:, :1], past_key_values=cache)
+
+    return step
+
+
+def without_dropout(
+    query: Tensor, key: Tensor, value: Tensor, *args: Any, dropout_p: float = 0.0, **kwargs: Any
+) -> Any:
+    """Attention as one operator, as CUDA has it with dropout too."""
+    return _attention(query, key, value, *args, **kwargs)
+
+
+_attention = F.scaled_dot_product_attention
+
+
+class Operators(TorchDispatchMode):
+    """Counts torch's operators but for views and allocations, which launch nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        name = str(function.overloadpacket)
+        if function.namespace == "aten" and not function.is_view and "empty" not in name:
+            self.counts[name] += 1
+        return out
+
+
+_PLANNING_FILES = ("kernels/tiling.py", "kernels/tuning.py", "fastpeft/trunk.py", "fastpeft/plan.py")
+_PLANNING_NAMES = (
+    "why_not",
+    "_why_not",
+    "ready",
+    "_confirm",
+    "choose",
+    "_check",
+    "_for_kernels",
+    "projection_of",
+)
+
+
+def part_of(frame: Any) -> str:
+    """The part of `PARTS` that this stack belongs to."""
+    innermost = frame.f_code.co_filename
+    while frame is not None:
+        file, name = frame.f_code.co_filename, frame.f_code.co_name
+        if "/triton/" in file or file.endswith("kernels/launch.py"):
+            return "launching"
+        if file.endswith(_PLANNING_FILES) or (_is_ours(file) and name.startswith(_PLANNING_NAMES)):
+            return "planning"
+        frame = frame.f_back
+    return "dispatch and autograd" if _is_ours(innermost) or "/torch/autograd/" in innermost else "the rest"
+
+
+def _is_ours(file: str) -> bool:
+    return "/fastpeft/" in file.removeprefix(str(record.ROOT)) or file.startswith(
+        str(record.ROOT / "kernels")
+    )
+
+
+@contextmanager
+def sampled(counts: Counter[str]) -> Iterator[None]:
+    """Counts the parts that the main thread is in, a sample each half a millisecond of processor time."""
+
+    def note(number: int, frame: Any) -> None:
+        counts[part_of(frame)] += 1
+
+    before = signal.signal(signal.SIGPROF, note)
+    signal.setitimer(signal.ITIMER_PROF, 0.0005, 0.0005)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+
+
+def measure(
+    steps: dict[str, Callable[[], None]], launches: driver.Launches, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """`host_ms`, `of_peft`, `operators`, `launches` and `parts` (microseconds) of each step."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    for turn in range(rounds):
+        names = list(steps)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            began = time.perf_counter()
+            for _ in range(STEPS):
+                steps[name]()
+            times[name].append((time.perf_counter() - began) / STEPS)
+    found = {}
+    for name, step in steps.items():
+        before = launches.launched
+        with Operators() as operators:
+            step()
+        launched = launches.launched - before
+        host = statistics.median(times[name])
+        counts: Counter[str] = Counter()
+        with sampled(counts):
+            for _ in range(max(STEPS, int(2 / host))):
+                step()
+        of_peft = [mine / theirs for mine, theirs in zip(times[name], times["peft"], strict=True)]
+        found[name] = {
+            "host_ms": 1e3 * host,
+            "of_peft": statistics.median(of_peft),
+            "spread": record.spread(of_peft),
+            "operators": sum(operators.counts.values()),
+            "launches": launched,
+            "parts": {part: 1e6 * host * counts[part] / max(1, counts.total()) for part in PARTS},
+        }
+    return found
+
+
+def host(layers: int, dropout: float, vary: bool, rounds: int) -> dict[str, Any]:
+    """The record: `variants` of a training step, `decoding` of a step with a cache."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {
+        "kind": "host",
+        "shapes": {
+            "layers": layers,
+            "width": WIDTH,
+            "rows": 4,
+            "length": 12,
+            "dropout": dropout,
+            "vary": vary,
+        },
+        "architecture": f"sm_{H100.name}",
+    }
+    batches = batches_of(4, 12, vary)
+    with ExitStack() as stack:
+        launches = stack.enter_context(driver.nowhere(H100))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", without_dropout))
+        stack.enter_context(
+            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", without_dropout)
+        )
+        for key, head, step_of in (("variants", "classifier", training), ("decoding", "lm", decoding)):
+            setting = variants.Setting("small", "lora", "fp32", dropout, 8, head, "cpu")
+            stock = variants.with_lora(base(layers, WIDTH, head), setting)
+            models = {name: model_of(name, stock) for name in VARIANTS}
+            steps = {name: step_of(model, batches) for name, model in models.items()}
+            found[key] = measure(steps, launches, rounds)
+            _hold(models)
+    return found | record.header()
+
+
+def _hold(models: dict[str, Any]) -> None:
+    """Raises Wrong where a variant didn't run what it is named for."""
+    for name, model in models.items():
+        for row in fastpeft.report(model):
+            expected = "stock" if VARIANTS[name] is None else VARIANTS[name][1]  # type: ignore[index]
+            if row.kind == "lora" and row.path != expected:
+                raise variants.Wrong(f"{name} ran {row.name} by {row.path}: {row.reason}")
+
+
+def first(layers: int, dropout: float, steps: int) -> dict[str, Any]:
+    """Kernels compiled and seconds of the first steps from an empty cache, each of another token count."""
+    torch.set_num_threads(1)
+    rows = []
+    with ExitStack() as stack:
+        cache = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache))
+        launches = stack.enter_context(driver.nowhere(H100))
+        setting = variants.Setting("small", "lora", "fp32", dropout, 8, "classifier", "cpu")
+        model: Any = model_of("auto, triton", variants.with_lora(base(layers, 768, "classifier"), setting))
+        for i in range(steps):
+            (batch,) = batches_of(4, 40 + 17 * i, False)
+            began, before = time.perf_counter(), launches.loaded
+            model(**batch).loss.backward()
+            seconds, tokens = time.perf_counter() - began, int(batch["attention_mask"].sum())
+            rows.append({"tokens": tokens, "kernels": launches.loaded - before, "seconds": seconds})
+    return {"kind": "first steps", "layers": layers, "width": 768, "steps": rows, **record.header()}
+
+
+def table(rows: dict[str, dict[str, Any]]) -> str:
+    """Variants with their host time, beside peft's, and what it is spent on."""
+    lines = [f"{'':16}{'ms':>8}{'x peft':>8}{'operators':>11}{'launches':>10}  " + ", ".join(PARTS) + " (us)"]
+    for name, row in rows.items():
+        parts = "  ".join(f"{row['parts'][part]:.0f}" for part in PARTS)
+        lines.append(
+            f"{name:16}{row['host_ms']:8.2f}{row['of_peft']:8.2f}{row['operators']:11}{row['launches']:10}  {parts}"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    as_it_is = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dropout", type=float, default=0.05, help="of LoRA")
+    parser.add_argument("--vary", action="store_true", help="another token count each step")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument(
+        "--first", action="store_true", help="what the first steps compile, and how long they take"
+    )
+    parser.add_argument("--json", type=Path, help="write the record here")
+    args = parser.parse_args()
+    if args.first:
+        result = first(args.layers, args.dropout, 4)
+        for row in result["steps"]:
+            print(f"{row['tokens']:5} tokens: {row['kernels']:3} kernels compiled, {row['seconds']:.1f} s")
+    else:
+        result = host(args.layers, args.dropout, args.vary, args.rounds)
+        for key, title in (("variants", "a training step"), ("decoding", "a decoding step")):
+            print(f"\n{title}\n{table(result[key])}")
+    if args.json:
+        record.write(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

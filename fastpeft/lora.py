@@ -1,0 +1,263 @@
+"""peft's LoRA layers, fused: one operation of what their state is at a call."""
+
+from __future__ import annotations
+
+import numbers
+from itertools import repeat
+from operator import contains
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.pytorch_utils import Conv1D
+
+from fastpeft import ops
+from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
+from fastpeft.swap import Site, stands_for
+
+
+@stands_for(LoraLinear)
+class FusedLoraLinear(LoraLinear):
+    """peft's `lora.Linear` with the frozen GEMM and the LoRA update fused; same parameters, same keys.
+
+    Where the contract of `why_not_lora` doesn't hold at a call, peft's own forward runs.
+    """
+
+    _fastpeft: Site
+    base_layer: Any
+    lora_A: Any
+    lora_B: Any
+    lora_dropout: Any
+
+    def forward(
+        self,
+        x: Tensor,
+        *args: Any,
+        residual: ops.Residual | None = None,
+        shrunk: ops.Shrunk | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x (..., in_features) → (..., out_features), added to a residual if the block gives one."""
+        site = self._fastpeft
+        plan = None if args or kwargs else planned(self, x)
+        rest: list[str] = []
+        if plan is None:
+            reason = why_not_here() or (
+                "called with extra arguments" if args or kwargs else why_not_lora(self)
+            )
+            reason = reason or why_not_tensors(x, self.base_layer.weight)
+            if reason:
+                site.record(ops.Route("stock", reason))
+                return ops.added(super().forward(x, *args, **kwargs), residual)
+            projection, rest = projection_of(self)
+        else:
+            projection = plan.projection()
+        fused = None if rest else residual
+        options = site.backend, site.exact, site.strict
+        decided = None if plan is None else plan.decided
+        try:
+            y, route = ops.routed_lora_linear(x, projection, *options, fused, shrunk, decided)
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from None
+        for name in rest:
+            dropped = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
+            y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
+        site.record(route)
+        return ops.added(y, residual) if rest else y
+
+
+class Plan:
+    """A LoRA layer of one active adapter as it was found fit for fusion, for the next call to ask whether it still is.
+
+    Costs the host some 5 µs a call where asking everything costs 50. All that `why_not_lora` and `projection_of` read
+    is compared (`holds`) or read again (`projection`): modules by identity and class, the names of adapters, tensors by
+    class, dtype, device, shape and strides. Hooks come only with handles, which torch numbers: while no number was
+    given out since, none has come.
+    """
+
+    def __init__(self, module: Any, name: str) -> None:
+        parts = [module.base_layer] + [
+            part[name] for part in (module.lora_A, module.lora_B, module.lora_dropout)
+        ]
+        holders = [module, module.lora_A, module.lora_B, module.lora_dropout]
+        self._module = module
+        self._handles = RemovableHandle.next_id
+        self._holders = [each._modules for each in holders]
+        self._children = [dict(each) for each in self._holders]
+        self._parts = parts
+        self._kinds = list(map(type, parts))
+        self._attributes = list(map(vars, parts))
+        self._parameters = [each._parameters for each in parts[:3]]
+        active = module._active_adapter
+        self._active = list(active) if isinstance(active, list) else active
+        self._name = name
+        self._scaling = module.scaling
+        self._transposed = not isinstance(module.base_layer, Conv1D)
+        self._tensors = self._read()
+        self._shapes = list(map(_kind_of, self._tensors))
+        self._device = self._tensors[0].device
+        #: What was found out about its operation.
+        self.decided = ops.Decided()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def _read(self) -> list[Any]:
+        """Weight and bias of the frozen layer, lora_a and lora_b, as they are now."""
+        base, lora_a, lora_b = self._parameters
+        return [base["weight"], base["bias"], lora_a["weight"], lora_b["weight"]]
+
+    @property
+    def width(self) -> int:
+        """Of what the layer makes, N."""
+        return self._tensors[3].shape[0]
+
+    def holds(self, module: Any, x: Tensor, width: int) -> bool:
+        """Whether a call of `module` on what is of x's class, dtype and device, and so wide, is of the kind planned."""
+        if not (
+            self._module is module
+            and self._handles == RemovableHandle.next_id
+            and self._holders == self._children
+            and list(map(type, self._parts)) == self._kinds
+            and not any(map(contains, self._attributes, repeat("forward")))
+            and not module._disable_adapters
+            and not module.merged_adapters
+            and not module.lora_variant
+            and module._active_adapter == self._active
+            and module.scaling is self._scaling
+            and type(self._scaling[self._name]) in (float, int)
+            and self._parameters[2].get("bias") is None
+        ):
+            return False
+        self._tensors = self._read()
+        return (
+            list(map(_kind_of, self._tensors)) == self._shapes
+            and type(x) is Tensor
+            and (x.dtype == self._tensors[0].dtype or torch.is_autocast_enabled(self._device.type))
+            and x.device == self._device
+            and width == self._tensors[2].shape[1]
+            and why_not_here() is None
+        )
+
+    def projection(self) -> ops.Projection:
+        """What the call computes, of tensors that `holds` has just seen."""
+        weight, bias, lora_a, lora_b = self._tensors
+        if self._transposed:
+            weight = weight.t()
+        return ops.Projection(
+            weight, bias, lora_a, lora_b, float(self._scaling[self._name]), dropout_p(self._parts[3])
+        )
+
+
+def _kind_of(tensor: Any) -> Any:
+    if tensor is None:
+        return None
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+
+
+def planned(module: Any, x: Tensor, width: int | None = None) -> Plan | None:
+    """The plan of a call of this LoRA layer on x, made where there is none; None where it isn't fused by one.
+
+    Where a `width` is given, the call is on a tensor of that width that comes of x.
+    """
+    if torch.compiler.is_compiling() or x.dim() == 0:
+        return None
+    width = x.shape[-1] if width is None else width
+    site = module._fastpeft
+    plan = site.plan
+    if plan is not None and plan.holds(module, x, width):
+        return plan
+    if why_not_here() or why_not_lora(module) or why_not_tensors(x, module.base_layer.weight):
+        return None
+    names = _active(module)
+    if len(names) > 1 or module.lora_variant:
+        return None
+    plan = Plan(module, names[0])
+    if not plan.holds(
+        module, x, width
+    ):  # a shape for the operation to complain of, or a scaling that is no plain number
+        return None
+    site.plan = plan
+    return plan
+
+
+def for_kernels(layer: Any, x: Tensor, width: int | None = None) -> Plan | None:
+    """`planned`, where kernels may do what the layer does beside other work; else None."""
+    if type(layer) is not FusedLoraLinear:
+        return None
+    site = layer._fastpeft
+    plan = planned(layer, x, width)
+    if plan is None or plan.decided.chosen(site.backend, site.exact, x.device).path != "triton":
+        return None
+    return plan
+
+
+def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
+    """What a call of this LoRA layer fuses, as its state is now, and the adapters that it has to add one by one."""
+    base = module.base_layer
+    weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+    bias = base.bias
+    names, rest = _active(module), []
+    dropouts = [dropout_p(module.lora_dropout[name]) for name in names]
+    if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
+        names, rest = names[:1], names[1:]
+    for name in names:
+        lora_bias = module.lora_B[name].bias
+        if lora_bias is not None:
+            update = (module.scaling[name] * lora_bias).to(weight.dtype)
+            bias = update if bias is None else bias + update
+    if len(names) == 1:
+        lora_a, lora_b = module.lora_A[names[0]].weight, module.lora_B[names[0]].weight
+        scaling = module.scaling[names[0]]
+    else:  # without dropout, several adapters are one of the summed rank
+        lora_a = torch.cat([module.lora_A[name].weight for name in names])
+        lora_b = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in names], dim=1)
+        scaling = 1.0
+    return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
+
+
+def dropout_p(dropout: nn.Module) -> float:
+    """The probability with which a call of `nn.Dropout` or `nn.Identity` drops now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def _active(module: Any) -> list[str]:
+    """The adapters that a call of this layer adds up."""
+    return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def why_not_lora(module: Any) -> str | None:
+    """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same."""
+    base = module.base_layer
+    if type(base) not in (Conv1D, nn.Linear, *FROZEN):
+        return f"base layer is {type(base).__name__}, not Conv1D or nn.Linear"
+    if module.disable_adapters:
+        return "adapters are disabled"
+    if module.merged:
+        return "adapters are merged into the base weight"
+    if not is_plain(base):
+        return "base_layer has hooks or a replaced forward"
+    names = _active(module)
+    if not names:
+        return "no adapter is active here"
+    for name in names:
+        if name in module.lora_variant:
+            return f"adapter {name!r} is {type(module.lora_variant[name]).__name__}, not plain LoRA"
+        lora_a, lora_b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        if not (is_plain(lora_a) and is_plain(lora_b) and is_plain(dropout)):
+            return f"adapter {name!r} has hooks or a replaced forward"
+        if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
+            return f"adapter {name!r} has factors other than nn.Linear"
+        if type(dropout) not in (nn.Dropout, nn.Identity):
+            return f"adapter {name!r} has {type(dropout).__name__} for dropout"
+        if not isinstance(module.scaling[name], numbers.Real):
+            return f"adapter {name!r} has a {type(module.scaling[name]).__name__} for scaling, not a number"
+        reason = why_not_tensors(base.weight, lora_a.weight, lora_b.weight, same_dtype=False)
+        if reason:
+            return reason
+    return None
