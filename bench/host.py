@@ -281,10 +281,11 @@ def first(layers: int, dropout: float, steps: int) -> dict[str, Any]:
         cache = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(mock.patch.dict(os.environ, TRITON_CACHE_DIR=cache))
         launches = stack.enter_context(driver.nowhere(H100))
-        setting = variants.Setting("small", "lora", "fp32", dropout, 8, "classifier", "cpu")
-        model: Any = model_of("auto, triton", variants.with_lora(base(layers, 768, "classifier"), setting))
+        setting = variants.Setting("small", "lora", "bf16", dropout, 8, "classifier", "cpu")
+        stock = variants.with_lora(base(layers, 768, "classifier").bfloat16(), setting)
+        model: Any = model_of("auto, triton", stock)
         for i in range(steps):
-            (batch,) = batches_of(4, 40 + 17 * i, False)
+            (batch,) = batches_of(4, 40 << i, False)
             began, before = time.perf_counter(), launches.loaded
             model(**batch).loss.backward()
             seconds, tokens = time.perf_counter() - began, int(batch["attention_mask"].sum())

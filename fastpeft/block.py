@@ -14,7 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from fastpeft import ops
 from fastpeft.adapters import adapt_output
-from fastpeft.lora import FusedLoraLinear, Plan, dropout_p, for_kernels
+from fastpeft.lora import FusedLoraLinear, LoraPlan, dropout_p, for_kernels
 from fastpeft.modules import FusedAdapter, FusedGelu
 from fastpeft.swap import Site, stands_for
 
@@ -154,7 +154,7 @@ def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
 class _Both(NamedTuple):
     """What was found out about an MLP whose layers have these plans."""
 
-    layers: tuple[Plan, Plan]
+    layers: tuple[LoraPlan, LoraPlan]
     decided: ops.Decided
 
     def __deepcopy__(self, memo: Any) -> None:
@@ -172,11 +172,11 @@ def _through_kernels(
     if type(act) is not FusedGelu or act._fastpeft.exact:
         return None
     first = for_kernels(fc, x)
-    second = None if first is None else for_kernels(proj, x, first.width)
+    second = None if first is None else for_kernels(proj, x, first.widths[1])
     if first is None or second is None:
         return None
     both = mlp._fastpeft.plan
-    if both is None or both.layers != (first, second):
+    if both is None or both.layers[0] is not first or both.layers[1] is not second:
         both = mlp._fastpeft.plan = _Both((first, second), ops.Decided())
     site = fc._fastpeft
     layers = first.projection(), second.projection()

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import numbers
-from itertools import repeat
-from operator import contains
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import ops
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
+from fastpeft.plan import Plan
 from fastpeft.swap import Site, stands_for
 
 
@@ -68,99 +66,59 @@ class FusedLoraLinear(LoraLinear):
         return ops.added(y, residual) if rest else y
 
 
-class Plan:
-    """A LoRA layer of one active adapter as it was found fit for fusion, for the next call to ask whether it still is.
-
-    Costs the host some 5 µs a call where asking everything costs 50. All that `why_not_lora` and `projection_of` read
-    is compared (`holds`) or read again (`projection`): modules by identity and class, the names of adapters, tensors by
-    class, dtype, device, shape and strides. Hooks come only with handles, which torch numbers: while no number was
-    given out since, none has come.
-    """
+class LoraPlan(Plan):
+    """A LoRA layer of one active adapter: all that `why_not_lora` and `projection_of` read, compared or read again."""
 
     def __init__(self, module: Any, name: str) -> None:
-        parts = [module.base_layer] + [
-            part[name] for part in (module.lora_A, module.lora_B, module.lora_dropout)
+        factors = module.lora_A, module.lora_B, module.lora_dropout
+        self._places = [
+            each._parameters for each in (module.base_layer, *(part[name] for part in factors[:2]))
         ]
-        holders = [module, module.lora_A, module.lora_B, module.lora_dropout]
-        self._module = module
-        self._handles = RemovableHandle.next_id
-        self._holders = [each._modules for each in holders]
-        self._children = [dict(each) for each in self._holders]
-        self._parts = parts
-        self._kinds = list(map(type, parts))
-        self._attributes = list(map(vars, parts))
-        self._parameters = [each._parameters for each in parts[:3]]
+        self._dropout = module.lora_dropout[name]
         active = module._active_adapter
         self._active = list(active) if isinstance(active, list) else active
-        self._name = name
-        self._scaling = module.scaling
+        self._name, self._scaling = name, module.scaling
         self._transposed = not isinstance(module.base_layer, Conv1D)
-        self._tensors = self._read()
-        self._shapes = list(map(_kind_of, self._tensors))
-        self._device = self._tensors[0].device
-        #: What was found out about its operation.
-        self.decided = ops.Decided()
+        super().__init__(module, [module, *factors], [module.base_layer, *(part[name] for part in factors)])
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
-    def _read(self) -> list[Any]:
-        """Weight and bias of the frozen layer, lora_a and lora_b, as they are now."""
-        base, lora_a, lora_b = self._parameters
-        return [base["weight"], base["bias"], lora_a["weight"], lora_b["weight"]]
+    def read(self) -> list[Tensor | None]:
+        """Weight and bias of the frozen layer, lora_a and lora_b, and the latter's bias, which there mustn't be."""
+        base, lora_a, lora_b = self._places
+        return [base["weight"], base["bias"], lora_a["weight"], lora_b["weight"], lora_b.get("bias")]
 
     @property
-    def width(self) -> int:
-        """Of what the layer makes, N."""
-        return self._tensors[3].shape[0]
+    def widths(self) -> tuple[int, int]:
+        """Of what the layer takes, K, and of what it makes, N."""
+        _, _, lora_a, lora_b, _ = self.tensors
+        assert lora_a is not None
+        assert lora_b is not None
+        return lora_a.shape[1], lora_b.shape[0]
 
-    def holds(self, module: Any, x: Tensor, width: int) -> bool:
-        """Whether a call of `module` on what is of x's class, dtype and device, and so wide, is of the kind planned."""
-        if not (
-            self._module is module
-            and self._handles == RemovableHandle.next_id
-            and self._holders == self._children
-            and list(map(type, self._parts)) == self._kinds
-            and not any(map(contains, self._attributes, repeat("forward")))
-            and not module._disable_adapters
+    def holds(self, module: Any, x: Tensor) -> bool:
+        """Whether a call of `module` on what is like x but for its shape is still of the kind that was planned."""
+        return (
+            not module._disable_adapters
             and not module.merged_adapters
             and not module.lora_variant
             and module._active_adapter == self._active
             and module.scaling is self._scaling
             and type(self._scaling[self._name]) in (float, int)
-            and self._parameters[2].get("bias") is None
-        ):
-            return False
-        self._tensors = self._read()
-        return (
-            list(map(_kind_of, self._tensors)) == self._shapes
-            and type(x) is Tensor
-            and (x.dtype == self._tensors[0].dtype or torch.is_autocast_enabled(self._device.type))
-            and x.device == self._device
-            and width == self._tensors[2].shape[1]
-            and why_not_here() is None
+            and super().holds(module, x)
         )
 
     def projection(self) -> ops.Projection:
         """What the call computes, of tensors that `holds` has just seen."""
-        weight, bias, lora_a, lora_b = self._tensors
+        weight, bias, lora_a, lora_b, _ = self.tensors
+        assert weight is not None
+        assert lora_a is not None
+        assert lora_b is not None
         if self._transposed:
             weight = weight.t()
-        return ops.Projection(
-            weight, bias, lora_a, lora_b, float(self._scaling[self._name]), dropout_p(self._parts[3])
-        )
+        scaling = float(self._scaling[self._name])
+        return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropout_p(self._dropout))
 
 
-def _kind_of(tensor: Any) -> Any:
-    if tensor is None:
-        return None
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
-
-
-def planned(module: Any, x: Tensor, width: int | None = None) -> Plan | None:
+def planned(module: Any, x: Tensor, width: int | None = None) -> LoraPlan | None:
     """The plan of a call of this LoRA layer on x, made where there is none; None where it isn't fused by one.
 
     Where a `width` is given, the call is on a tensor of that width that comes of x.
@@ -170,23 +128,23 @@ def planned(module: Any, x: Tensor, width: int | None = None) -> Plan | None:
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
     plan = site.plan
-    if plan is not None and plan.holds(module, x, width):
-        return plan
+    if plan is not None and plan.holds(module, x):
+        return plan if width == plan.widths[0] else None
     if why_not_here() or why_not_lora(module) or why_not_tensors(x, module.base_layer.weight):
         return None
     names = _active(module)
     if len(names) > 1 or module.lora_variant:
         return None
-    plan = Plan(module, names[0])
-    if not plan.holds(
-        module, x, width
-    ):  # a shape for the operation to complain of, or a scaling that is no plain number
+    if module.lora_B[names[0]].bias is not None:
+        return None
+    plan = LoraPlan(module, names[0])
+    if not plan.holds(module, x) or width != plan.widths[0]:  # a shape for the operation to complain of
         return None
     site.plan = plan
     return plan
 
 
-def for_kernels(layer: Any, x: Tensor, width: int | None = None) -> Plan | None:
+def for_kernels(layer: Any, x: Tensor, width: int | None = None) -> LoraPlan | None:
     """`planned`, where kernels may do what the layer does beside other work; else None."""
     if type(layer) is not FusedLoraLinear:
         return None

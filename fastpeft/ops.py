@@ -53,6 +53,9 @@ class Shrunk(NamedTuple):
     dropout_p: float
 
 
+_MOST = 256  # kinds of calls that a layer remembers
+
+
 class Confirmed:
     """The route that was confirmed for a call, and what its kernels prepared for such calls."""
 
@@ -87,6 +90,8 @@ class Decided:
         self, confirmed: Confirmed, rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]
     ) -> None:
         """Keep what `found` is to find."""
+        if len(self.confirmed) >= _MOST:  # strides without end
+            self.confirmed.clear()
         self.confirmed[_kind_of(rows, residual, drops)] = confirmed
 
     def __deepcopy__(self, memo: Any) -> Decided:
@@ -103,7 +108,15 @@ def _kind_of(rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) ->
     aligned = (rows.data_ptr() | (0 if residual is None else residual.data_ptr())) % 16 == 0
     tf32 = rows.dtype == torch.float32 and launch.tf32_allowed()
     some = tuple(p > 0.0 for p in drops)
-    return tiling.steps(rows.shape[0]), rows.dtype, rows.stride(), aligned, residual is None, some, tf32
+    return (
+        tiling.steps(launch.rows_in(rows)),
+        rows.dtype,
+        rows.dim() == 2 and rows.stride(),
+        aligned,
+        residual is None,
+        some,
+        tf32,
+    )
 
 
 def lora_linear(
@@ -205,8 +218,8 @@ def routed_lora_linear(
     else:
         route = decided.chosen(backend, exact, x.device)
     x, projection = _as_autocast(x, projection)
-    rows = _rows(x)
     if route.path == "triton":
+        rows = x if x.is_contiguous() and x.dim() > 1 else _rows(x)
         residual_rows, residual_p = _rows_of(residual, x.dtype)
         drops = projection.dropout_p, residual_p
         confirmed = None if decided is None else decided.found(rows, residual_rows, drops)
@@ -220,8 +233,9 @@ def routed_lora_linear(
             prepared = None if decided is None else confirmed.prepared
             y = _layer_by_kernels(rows, projection, residual_rows, residual_p, shrunk, prepared)
             route = _INCLUDED if shrunk else route
-            y = _unrowed(y, x)
+            y = y if rows is x else _unrowed(y, x)
             return y if residual_rows is not None else added(y, residual), route
+    rows = _rows(x)
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
@@ -274,6 +288,7 @@ def _confirmed_layer(
 
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     layer = weight, bias, lora_a, lora_b
+    rows, residual = _rows(rows), None if residual is None else _rows(residual)
 
     def through_kernels(x: Any, *tensors: Any) -> Tensor:
         return _layer_by_kernels(x, _with(projection, *tensors[:4]), tensors[4], residual_p)
@@ -331,7 +346,7 @@ def lora_mlp(
         _check_lora_linear(x, fc)
     shrunk = _fitting(shrunk, fc)
     (x, fc), (_, proj) = _as_autocast(x, fc), _as_autocast(x, proj)
-    rows = _rows(x)
+    rows = x if x.is_contiguous() and x.dim() > 1 else _rows(x)
     residual_rows, residual_p = _rows_of(residual, x.dtype)
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *fc[:4]))
     drops = fc.dropout_p, proj.dropout_p, residual_p, float(trains)
@@ -344,7 +359,8 @@ def lora_mlp(
     if route.path != "triton":
         return None
     prepared = None if decided is None else confirmed.prepared
-    y = _unrowed(_mlp_by_kernels(rows, fc, proj, residual_rows, residual_p, shrunk, prepared), x)
+    y = _mlp_by_kernels(rows, fc, proj, residual_rows, residual_p, shrunk, prepared)
+    y = y if rows is x else _unrowed(y, x)
     route = _MLP_INCLUDED if shrunk else route
     return y if residual_rows is not None else added(y, residual), route
 
@@ -382,6 +398,8 @@ def _confirmed_mlp(
 ) -> Confirmed:
     """`_confirm` for an MLP's call."""
     from fastpeft.kernels import launch, lora_mlp, tuning
+
+    rows, residual = _rows(rows), None if residual is None else _rows(residual)
 
     def through_kernels(x: Any, *tensors: Any) -> Tensor:
         layers = _with(fc, *tensors[:4]), _with(proj, *tensors[4:8])
@@ -435,6 +453,8 @@ def layer_norm(
         kind = _norm_kind(x, weight, bias, lora_a)
         served = decided.norms.get(kind)
         if served is None:
+            if len(decided.norms) >= _MOST:
+                decided.norms.clear()
             served = decided.norms[kind] = _norm_served(x, weight, bias, following, strict)
         if served == "shrunk" and lora_a is not None and following is not None:
             seeds = _drawn(x, 3)
@@ -449,8 +469,8 @@ def _norm_kind(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor | None) -
     """All that it depends on how this LayerNorm is served."""
     from fastpeft.kernels import launch
 
-    autocast = torch.is_autocast_enabled(x.device.type)
-    flags = x.numel() > 0, autocast, torch.is_inference_mode_enabled(), launch.tf32_allowed()
+    tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
+    flags = x.numel() > 0, torch.is_autocast_enabled(x.device.type), torch.is_inference_mode_enabled(), tf32
     return (
         x.shape[-1], x.dtype, x.device, x.stride(), x.data_ptr() % 16, *launch.fixed(weight, bias, lora_a),
         weight.shape, lora_a if lora_a is None else lora_a.shape, *flags,
@@ -501,7 +521,7 @@ def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | No
     """A residual as the kernels add it, and its dropout; None where there is none, or it is wider than `dtype`."""
     if residual is None or residual.x.dtype != dtype:
         return None, 0.0
-    return residual.x.reshape(-1, residual.x.shape[-1]).contiguous(), residual.dropout_p
+    return residual.x.contiguous(), residual.dropout_p
 
 
 def added(y: Tensor, residual: Residual | None) -> Tensor:
@@ -540,6 +560,7 @@ def routed_adapter(
 
         scale = float(scale)
         residual_rows, _ = _rows_of(outer, x.dtype)
+        residual_rows = None if residual_rows is None else _rows(residual_rows)
 
         def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, more: Any) -> Tensor:
             return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale, more)

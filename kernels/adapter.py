@@ -552,10 +552,7 @@ def ready(
         y, z = forward(x, down_weight, down_bias, up_weight, up_bias, activation, 1.0, residual)
         backward(y, x, down_weight, up_weight, z, activation, 1.0, down_weight.dtype, True, True)
 
-    key = (
-        "adapter",
-        x.device,
-        activation,
-        *describe(x, down_weight, down_bias, up_weight, up_bias, residual),
-    )
+    of_rows = describe(x, residual, rows=True)
+    parameters = describe(down_weight, down_bias, up_weight, up_bias)
+    key = ("adapter", tiling.steps(x.shape[0]), activation, *of_rows, *parameters)
     return build(key, x, call)

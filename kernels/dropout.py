@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import rounded
-from .launch import Launcher, fixed, kept
+from .launch import Launcher, kept, rows_in
 
 ROUNDS = 7
 STRIP = (32, 128, 4, 1)  # rows, columns, warps and stages of a program of `dropped`
@@ -78,22 +78,28 @@ def dropout_kernel(
 
 
 def dropped(t: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
-    """Inverted dropout of t (M, N), contiguous."""
-    (m, n), out = t.shape, torch.empty_like(t, memory_format=torch.contiguous_format)
+    """Inverted dropout of t (M, N), or of a contiguous t (..., N); contiguous."""
+    n, out = t.shape[-1], torch.empty_like(t, memory_format=torch.contiguous_format)
+    m = rows_in(t)
     block_m, block_n, *how = STRIP
+
+    strides = t.stride() if t.dim() == 2 else (n, 1)
 
     def launcher() -> Launcher:
         args = {
-            "N": n, "stride_tm": t.stride(0), "stride_tn": t.stride(1),
-            "BLOCK_M": block_m, "BLOCK_N": block_n,
-        }  # fmt: skip
+            "N": n,
+            "stride_tm": strides[0],
+            "stride_tn": strides[1],
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        }
         changing = ("t_ptr", "out_ptr", "seed_ptr", "M", "drop_below", "drop_scale")
         return Launcher(dropout_kernel, changing, args, *how)
 
     if t.numel() > 0:
+        key = ("dropped", n, strides, t.dtype, t.get_device())
         grid = -(-m // block_m), -(-n // block_n), 1
-        changing = t, out, seed, m, threshold(dropout_p), keep_scale(dropout_p)
-        kept(("dropped", n, *fixed(t)), launcher)(grid, *changing)
+        kept(key, launcher)(grid, t, out, seed, m, threshold(dropout_p), keep_scale(dropout_p))
     return out
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import subprocess
+import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -13,7 +17,10 @@ import torch
 import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
+from triton.runtime._async_compile import AsyncCompileMode
 from triton.runtime.errors import OutOfResources, PTXASError
+
+_log = logging.getLogger("fastpeft")
 
 #: Whether Triton interprets kernels instead of compiling them (TRITON_INTERPRET=1, set before this import).
 INTERPRETED = triton.knobs.runtime.interpret
@@ -102,6 +109,22 @@ def kept(key: Hashable, make: Callable[[], Launcher]) -> Launcher:
             _launchers.clear()
         launcher = _launchers[key] = make()
     return launcher
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """t (..., C) as (M, C)."""
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def rows_in(t: Tensor) -> int:
+    """M of t (M, C), or of t (..., C) seen so."""
+    return t.shape[0] if t.dim() == 2 else t.shape[:-1].numel()
+
+
+def sample_rows(t: Tensor) -> Tensor:
+    """`as_rows` of a contiguous t, by the strides of all that are so shaped: a single row's may be any."""
+    c = t.shape[-1]
+    return t if t.dim() == 2 else t.detach().as_strided((t.shape[:-1].numel(), c), (c, 1))
 
 
 def fixed(*tensors: Tensor | None) -> tuple[Hashable, ...]:
@@ -206,9 +229,12 @@ def _gpus() -> int:
     return _counted[0]
 
 
-def describe(*tensors: Tensor | None) -> Hashable:
-    """All of the tensors that a kernel is specialised on."""
-    return tuple(t if t is None else (t.dtype, *t.shape, *t.stride(), t.data_ptr() % 16) for t in tensors)
+def describe(*tensors: Tensor | None, rows: bool = False) -> tuple[Hashable, ...]:
+    """All of the tensors that a kernel is specialised on; of `rows` that isn't how many they are."""
+    return tuple(
+        t if t is None else (t.dtype, t.device, t.shape[rows:], t.stride(), t.data_ptr() % 16)
+        for t in tensors
+    )
 
 
 #: What building a kernel raises where the device can't run it, or its tools are missing.
@@ -238,10 +264,30 @@ def build(key: Hashable, x: Tensor, call: Callable[[], object]) -> str | None:
         with on_device_of(x):
             with record() as launches:
                 call()
+            if len(launches) > 1:
+                _compile_at_once(launches)
             _failures[key] = next((reason for each in launches if (reason := _why_not_built(each))), None)
         if _failures[key]:
             warnings.warn(f"fastpeft uses PyTorch instead of Triton: {_failures[key]}", stacklevel=3)
     return _failures[key]
+
+
+_SILENT = 2.0  # seconds of compiling, after which a line says what is being waited for
+
+
+def _compile_at_once(launches: list[Launch]) -> None:
+    """Compile what the launches need side by side; what fails is left for who builds it to say why."""
+    said = threading.Timer(
+        _SILENT, _log.warning, ("compiling kernels for this GPU; Triton's cache keeps them",)
+    )
+    said.daemon = True
+    said.start()
+    try:
+        with ThreadPoolExecutor(os.cpu_count()) as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for each in launches:
+                each.kernel.warmup(grid=each.grid, **each.args, **each.options)
+    finally:
+        said.cancel()
 
 
 def _why_not_built(each: Launch) -> str | None:

@@ -243,11 +243,15 @@ def layer_norm_shrink(
 
 def ready(x: Tensor, weight: Tensor) -> str | None:
     """None where the kernel of `layer_norm`'s backward is built for these tensors; else why not."""
-    return build(("layer_norm", *describe(x, weight)), x, lambda: backward(x, x, weight, x, 1e-5))
+    return build(
+        ("layer_norm", *describe(x.flatten(0, -2), rows=True), *describe(weight)),
+        x,
+        lambda: backward(x, x, weight, x, 1e-5),
+    )
 
 
 def ready_to_shrink(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor) -> str | None:
     """None where the kernel of `layer_norm_shrink`'s forward is built for these tensors; else why not."""
     seed = torch.empty(1, dtype=torch.int64, device=x.device)
-    key = ("layer_norm_shrink", *describe(x, weight, bias, lora_a))
+    key = ("layer_norm_shrink", *describe(x.flatten(0, -2), rows=True), *describe(weight, bias, lora_a))
     return build(key, x, lambda: shrink(x, weight, bias, 1e-5, lora_a, 0.5, seed))

@@ -20,10 +20,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import low_rank
+from . import low_rank, tiling
 from .blocks import input_precision
 from .dropout import Dropout, dropped, keep_scale
-from .launch import build, describe, differentiable_once, differentiated, eager, on_device_of
+from .launch import (
+    as_rows,
+    build,
+    describe,
+    differentiable_once,
+    differentiated,
+    eager,
+    on_device_of,
+    rows_in,
+    sample_rows,
+)
 
 
 class Call(NamedTuple):
@@ -34,6 +44,9 @@ class Call(NamedTuple):
     stores: str = "y"  # of y and gelu(y), as `low_rank.Epilogue` has it
     residual_dropout: Dropout | None = None  # of y, before a residual
     xa: Tensor | None = None  # (M, R), contiguous: `dropout(x) Aᵀ`, where it is known
+
+
+_MOST = 64  # kinds of backward passes that a layer remembers
 
 
 class Layer:
@@ -54,7 +67,7 @@ class Layer:
         residual: Tensor | None = None,
     ) -> None:
         self._updated = low_rank.Updated(
-            x, weight, bias, lora_a, lora_b.T,
+            sample_rows(x), weight, bias, lora_a, lora_b.T,
             inner=call.dropout is not None, outer=call.residual_dropout is not None,
             epilogue=low_rank.Epilogue(call.stores, residual=residual),
         )  # fmt: skip
@@ -75,7 +88,7 @@ class Layer:
         """What the function `forward` gives, for at least one row and column."""
         scaling, dropout, stores, residual_dropout, xa = call
         return self._updated(
-            x, weight, bias, lora_a, lora_b.T, _scaled(scaling, dropout), dropout, residual_dropout,
+            x, weight, bias, lora_a, lora_b, _scaled(scaling, dropout), dropout, residual_dropout,
             u=xa, epilogue=low_rank.Epilogue(stores, None, residual),
         )  # fmt: skip
 
@@ -99,31 +112,32 @@ class Layer:
         d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
         d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
         epilogue = low_rank.Epilogue("y", x, None) if activated else low_rank.PLAIN
-        w, f = weight.T, lora_b.T
-        key = need_x, need_a, need_b, dy.dtype, dy.stride(), input_precision(x.dtype)
+        key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)
         prepared = self._backward.get(key)
         if prepared is None:
             drops, gradients, count = dropout is not None, None, 0
             if need_a or need_b:
                 dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
-                gradients = low_rank.Gradients(dy, x, len(lora_a), *dtypes, drops=drops, activated=activated)
+                tall = sample_rows(dy), sample_rows(x), len(lora_a)
+                gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated)
                 count = gradients.tickets
             updated = shrink = None
             if need_x:
-                given = dy, w, None, f, lora_a
+                given = sample_rows(dy), weight.T, None, lora_b.T, lora_a
                 updated = low_rank.Updated(*given, outer=drops, tickets=count, epilogue=epilogue)
             elif need_a:
-                shrink = low_rank.Shrink(
-                    dy, lora_b, low_rank.shrink_strip(dy, lora_b, drops=False), tickets=count
-                )
+                rows = sample_rows(dy)
+                strip = low_rank.shrink_strip(rows, lora_b, drops=False)
+                shrink = low_rank.Shrink(rows, lora_b, strip, tickets=count)
+            if len(self._backward) >= _MOST:  # strides without end
+                self._backward.clear()
             prepared = self._backward[key] = updated, shrink, gradients, count
         updated, shrink, gradients, count = prepared
         tickets = dy.new_empty(count, dtype=torch.int32) if count else None
         dx, dxa = None, xa
         if updated is not None:
-            dx, dxa, _ = updated(
-                dy, w, None, f, lora_a, scaling, None, dropout, tickets=tickets, epilogue=epilogue
-            )
+            given = dy, weight, None, lora_b, lora_a, scaling, None, dropout
+            dx, dxa, _ = updated(*given, tickets=tickets, epilogue=epilogue)
         elif shrink is not None:
             dxa = shrink(dy, lora_b, None, tickets)
         elif tickets is not None:
@@ -149,13 +163,14 @@ def forward(
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
     """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where it isn't stored.
 
-    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. A `layer` was prepared for such
-    operands.
+    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. A contiguous x may have more leading
+    dimensions, which y and gelu(y) then have too. A `layer` was prepared for such operands.
     """
-    m, n = x.shape[0], weight.shape[1]
-    if m == 0 or n == 0:
-        y, h = (x.new_empty(m, n) if name in call.stores else None for name in "yh")
-        return y, x.new_zeros(m, len(lora_a)) if call.xa is None else call.xa, h
+    n = weight.shape[1]
+    if n == 0 or rows_in(x) == 0:
+        y, h = (x.new_empty(*x.shape[:-1], n) if name in call.stores else None for name in "yh")
+        xa = x.new_zeros(rows_in(x), len(lora_a)) if call.xa is None else call.xa
+        return y, xa, h
     given = x, weight, bias, lora_a, lora_b, call, residual
     return (layer or Layer(*given)).forward(*given)
 
@@ -177,7 +192,8 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
 
-    Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it.
+    Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it. With more leading dimensions
+    dy is contiguous.
     """
     if dy.numel() == 0:
         empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
@@ -219,6 +235,7 @@ def _gradients(ctx: Any, dy: Tensor, needed: Sequence[bool], by_operators: bool)
     needs = need_x, need_a, need_b
     tensors = dy, x, weight, lora_a, lora_b, xa
     if any(needs) and by_operators:
+        tensors = dy, as_rows(x), *tensors[2:]
         fused = iter(_backward(*tensors, ctx.scaling, dropout_p, seed, *needs, ctx.activated))
         dx, d_lora_a, d_lora_b = (next(fused) if need else None for need in needs)
     elif any(needs):
@@ -227,9 +244,9 @@ def _gradients(ctx: Any, dy: Tensor, needed: Sequence[bool], by_operators: bool)
         dx, d_lora_a, d_lora_b = backward(*given, ctx.layer)
     if need_weight:
         kept = torch.nn.functional.gelu(x, approximate="tanh") if ctx.activated else x
-        d_weight = kept.T @ dy
+        d_weight = as_rows(kept).T @ as_rows(dy)
     if need_bias:
-        d_bias = dy.sum(0)
+        d_bias = as_rows(dy).sum(0)
     return [dx, d_weight, d_bias, d_lora_a, d_lora_b, d_residual]
 
 
@@ -264,8 +281,15 @@ class _Function(torch.autograd.Function):
             return (None,) * 9
         need_x, *needs, need_pre, _, _ = ctx.needs_input_grad
         needs = [need_pre if ctx.activated else need_x, *needs]
+        by_operators = differentiated()
+        given = as_rows(dy) if by_operators or not dy.is_contiguous() else dy
         with on_device_of(dy):
-            dx, *others = _gradients(ctx, dy, needs, differentiated())
+            dx, *others, d_residual = _gradients(ctx, given, needs, by_operators)
+        if given is not dy:  # then everything came as rows
+            lead = dy.shape[:-1]
+            dx = None if dx is None else dx.view(*lead, dx.shape[-1])
+            d_residual = None if d_residual is None else dy
+        others = [*others, d_residual]
         return *((None, *others, dx) if ctx.activated else (dx, *others, None)), None, None
 
 
@@ -404,14 +428,23 @@ def applied(
     pre: Tensor | None = None,
     prepared: Layer | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """y and gelu(y) of a call of a layer's weight, bias, lora_a and lora_b, as `lora_linear` takes them.
+    """y and gelu(y) of a call, x (M, K), or contiguous (..., K).
+
+    Of a layer's weight, bias, lora_a and lora_b, as `lora_linear` takes them.
 
     What it doesn't store is None, or empty where the call is traced.
     """
     if eager(x):
-        return _Function.apply(x, *layer, residual, pre, call, prepared)
+        if torch.is_grad_enabled():
+            return _Function.apply(x, *layer, residual, pre, call, prepared)
+        with on_device_of(x):
+            y, _, h = forward(x, *layer, call, residual, prepared)
+        return y, h
     drops = [(drop.p, drop.seed) if drop else (0.0, None) for drop in (call.dropout, call.residual_dropout)]
-    y, _, h = _forward(x, *layer, call.scaling, *drops[0], call.stores, residual, *drops[1], call.xa, pre)
+    rows, residual, pre = (t if t is None else as_rows(t) for t in (x, residual, pre))
+    y, _, h = _forward(rows, *layer, call.scaling, *drops[0], call.stores, residual, *drops[1], call.xa, pre)
+    if x.dim() != 2:
+        y, h = (t.view(*x.shape[:-1], t.shape[1]) if t.dim() == 2 else t for t in (y, h))
     return y, h
 
 
@@ -532,5 +565,7 @@ def ready(
         (weight, bias, lora_a, lora_b),
         {"residual": residual, "residual_dropout": residual_dropout},
     )
-    key = ("lora_linear", x.device, dropout_p > 0, residual_dropout > 0, *describe(x, *given, residual))
+    drops = dropout_p > 0, residual_dropout > 0
+    of_rows = describe(x, residual, rows=True)
+    key = ("lora_linear", tiling.steps(x.shape[0]), *drops, *of_rows, *describe(*given))
     return build(key, x, lambda: exercise(x, *given, dropout_p, **added))

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import lora_linear
+from . import lora_linear, tiling
 from .launch import build, describe
 
 #: weight, bias, lora_a and lora_b of a layer, as `lora_linear.lora_linear` takes them.
@@ -55,13 +55,13 @@ def applied(
 ) -> Tensor:
     """`lora_mlp` of these calls; `prepared`, empty at first, keeps the layers that were prepared for such operands."""
     first, second = prepared or (None, None)
-    if prepared is not None and first is None and x.shape[0] > 0:
+    if prepared is not None and first is None and x.numel() > 0:
         first = lora_linear.Layer(x, *fc, calls[0])
         prepared.append(first)
     pre, h = lora_linear.applied(x, fc, calls[0], prepared=first)
     assert h is not None
     pre = pre if "y" in calls[0].stores else None
-    if prepared is not None and second is None and x.shape[0] > 0:
+    if prepared is not None and second is None and x.numel() > 0:
         second = lora_linear.Layer(h, *proj, calls[1], residual)
         prepared.append(second)
     y, _ = lora_linear.applied(h, proj, calls[1], residual, pre, second)
@@ -92,4 +92,6 @@ def ready(
         lora_linear.exercise(h, *proj, proj_dropout, pre=pre, **added)
 
     drops = (p > 0 for p in (fc_dropout, proj_dropout, residual_dropout))
-    return build(("lora_mlp", x.device, stores, *drops, *describe(x, *fc, *proj, residual)), x, call)
+    of_rows = describe(x, residual, rows=True)
+    key = ("lora_mlp", tiling.steps(x.shape[0]), stores, *drops, *of_rows, *describe(*fc, *proj))
+    return build(key, x, call)

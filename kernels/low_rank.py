@@ -31,7 +31,7 @@ from .blocks import (
     sum_in_order,
 )
 from .dropout import Dropout, keep_tile, mask_arguments
-from .launch import Launcher, fixed, kept
+from .launch import Launcher, fixed, kept, rows_in, sample_rows
 
 # --- kernels
 
@@ -424,7 +424,8 @@ class Linear:
 
     There is no bias with dropout: the mask falls on all that the accumulator starts from; with a residual it falls on y
     instead, and on nothing else. It is prepared for operands of one kind, and called with any that differ from those in
-    values and in the number of rows.
+    values and in the number of rows. Then x may have more leading dimensions, if it is contiguous, and the factors may
+    come transposed: a kernel knows them by their addresses.
     """
 
     def __init__(
@@ -469,7 +470,8 @@ class Linear:
             return Launcher(linear_kernel, (*_POINTERS, *_COMMON), args, *built)
 
         self._launch = kept(key, launcher)
-        self._how, self._n, self._columns = how, n, -(-n // tile.block_n)
+        self._how, self._n, self._rank = how, n, rank
+        self._columns, self._transposed = -(-n // tile.block_n), weight.stride(1) != 1
 
     def __call__(
         self,
@@ -485,13 +487,14 @@ class Linear:
         tickets: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """(y, u, h); of y and h, what isn't stored is None."""
-        m, tile = x.shape[0], self._how.tile
+        """(y, u, h); of y and h, what isn't stored is None, and the others have x's leading dimensions."""
+        m, tile = rows_in(x), self._how.tile
         stores, pre, residual = epilogue
-        y = x.new_empty(m, self._n) if "y" in stores else None
-        h = x.new_empty(m, self._n) if "h" in stores else None
+        shape = (*x.shape[:-1], self._n)
+        y = x.new_empty(shape) if "y" in stores else None
+        h = x.new_empty(shape) if "h" in stores else None
         if u is None:
-            u = x.new_empty(m, f.shape[0])
+            u = x.new_empty(m, self._rank)
         tiles = -(-m // tile.block_m) * self._columns
         operands: tuple[Any, ...] = x, weight, a, y, h, tickets
         if self._how.descriptor:
@@ -506,16 +509,14 @@ class Linear:
         self, x: Tensor, weight: Tensor, *stored: Tensor | None
     ) -> tuple[TensorDescriptor | None, ...]:
         tile = self._how.tile
-        held, block = weight, [tile.block_k, tile.block_n]
-        if weight.stride(1) != 1:
-            held, block = weight.T, block[::-1]
+        block, out = [tile.block_k, tile.block_n], [tile.block_m, tile.block_n]
+        if self._transposed:
+            block = block[::-1]
+        held = weight if weight.stride(1) == 1 else weight.T  # as it lies in memory
         return (
-            TensorDescriptor.from_tensor(x, [tile.block_m, tile.block_k]),
+            TensorDescriptor.from_tensor(sample_rows(x), [tile.block_m, tile.block_k]),
             TensorDescriptor.from_tensor(held, block),
-            *(
-                t if t is None else TensorDescriptor.from_tensor(t, [tile.block_m, tile.block_n])
-                for t in stored
-            ),
+            *(t if t is None else TensorDescriptor.from_tensor(sample_rows(t), out) for t in stored),
         )
 
 
@@ -546,7 +547,7 @@ class Shrink:
         self, t: Tensor, f: Tensor, dropout: Dropout | None = None, tickets: Tensor | None = None
     ) -> Tensor:
         """u."""
-        m = t.shape[0]
+        m = rows_in(t)
         u = t.new_empty(m, self._rank)
         seed, drop_below, _ = mask_arguments(dropout)
         self._launch((-(-m // self._rows), 1, 1), t, f, u, seed, tickets, m, drop_below)
@@ -643,10 +644,11 @@ class Updated:
         """(y, u, h), for at least one row."""
         given = x, weight, bias, f, scaling
         if self._shrink is None:
-            a = a.to(x.dtype)
+            if a.dtype != x.dtype:
+                a = a.to(x.dtype)
             return self._linear(*given, a=a, dropout=outer, tickets=tickets, epilogue=epilogue)
         if u is None:
-            u = self._shrink(x, a.T, inner, tickets)
+            u = self._shrink(x, a, inner, tickets)
         return self._linear(*given, u=u, dropout=outer, epilogue=epilogue)
 
 
@@ -711,7 +713,7 @@ class Gradients:
         dropout: Dropout | None = None,
     ) -> None:
         """Fill what is given, contiguous."""
-        m, strip = dy.shape[0], self._strip
+        m, strip = rows_in(dy), self._strip
         if self._tiles == 0:
             return
         rows = -(-m // (self._splits * strip.block_m)) * strip.block_m

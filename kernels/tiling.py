@@ -350,5 +350,5 @@ def splits(device: torch.device, programs: int, rank: int) -> int:
 def _tallest_first(strips: tuple[Strip, ...], t: Tensor) -> list[Strip]:
     """Strips with the tallest that gives every multiprocessor a program first, else the lowest."""
     enough = architecture(t.device).multiprocessors
-    best = next((s for s in strips if -(-t.shape[0] // s.block_m) >= enough), strips[-1])
+    best = next((s for s in strips if -(-steps(t.shape[0]) // s.block_m) >= enough), strips[-1])
     return [best, *(s for s in strips if s != best)]
