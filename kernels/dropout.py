@@ -8,6 +8,7 @@ element alone, so every kernel redraws it, whatever its tiles.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ ROUNDS = 7
 STRIP = (32, 128, 4, 1)  # rows, columns, warps and stages of a program of `dropped`
 
 
+@functools.lru_cache(maxsize=64)
 def threshold(dropout_p: float) -> int:
     """The smallest 16-bit lane that is kept: p to the nearest 2⁻¹⁶."""
     return round(dropout_p * 65536)

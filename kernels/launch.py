@@ -11,13 +11,16 @@ from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
+from triton.knobs import HookChain
 from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
 _log = logging.getLogger("fastpeft")
@@ -58,6 +61,13 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], num_warps: 
         launches.append(Launch(kernel, grid, args, options))
 
 
+#: Pointers to what torch has just allocated, which is aligned.
+_FRESH = {
+    f"{name}_ptr"
+    for name in "u y h xa z dz dx dxa da db out partials tickets seed".split()  # noqa: SIM905
+}
+
+
 class Launcher:
     """A kernel with the arguments that stay as they are; the others come with each call.
 
@@ -72,16 +82,17 @@ class Launcher:
     ) -> None:
         self._kernel, self._how = kernel, (num_warps, num_stages)
         self._names = kernel.arg_names
-        self._arguments = [staying.get(name) for name in self._names]
-        self._slots = [self._names.index(name) for name in changing]
-        self._pointers = [i for i, name in enumerate(changing) if name.endswith("_ptr")]
+        given = [*changing, *(name for name in self._names if name not in changing)]
+        self._staying = [staying.get(name) for name in given[len(changing) :]]
+        self._in_order = itemgetter(*map(given.index, self._names))
+        self._pointers = [
+            i for i, name in enumerate(changing) if name.endswith("_ptr") and name not in _FRESH
+        ]
         self._compiled: Any = None
 
     def __call__(self, grid: tuple[int, int, int], *changing: Any) -> None:
         """Launch over `grid`, with what changes in the order in which it was named."""
-        arguments = self._arguments.copy()
-        for slot, value in zip(self._slots, changing):  # noqa: B905 - as many, by construction
-            arguments[slot] = value
+        arguments = self._in_order((*changing, *self._staying))
         pointers = 0
         for i in self._pointers:
             pointer = changing[i]
@@ -93,7 +104,22 @@ class Launcher:
             compiled = self._kernel[grid](*arguments, **_options(*self._how))
             self._compiled = None if pointers % 16 else compiled
         else:
-            self._compiled[grid](*arguments)
+            _run(self._compiled, grid, arguments)
+
+
+def _run(compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]) -> None:
+    """`compiled[grid](*arguments)`, without what it prepares for launch hooks where there are none."""
+    runtime = triton.knobs.runtime
+    if _no_hooks(runtime.launch_enter_hook) and _no_hooks(runtime.launch_exit_hook):
+        active = driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    else:
+        compiled[grid](*arguments)
+
+
+def _no_hooks(hook: Any) -> bool:
+    return hook is None or (type(hook) is HookChain and not hook.calls)
 
 
 #: Launchers by what their kernels are specialised on: a few for each kind of layer, whatever the number of rows.
@@ -118,7 +144,9 @@ def as_rows(t: Tensor) -> Tensor:
 
 def rows_in(t: Tensor) -> int:
     """M of t (M, C), or of t (..., C) seen so."""
-    return t.shape[0] if t.dim() == 2 else t.shape[:-1].numel()
+    if t.dim() == 2:
+        return t.shape[0]
+    return t.numel() // t.shape[-1] if t.shape[-1] else t.shape[:-1].numel()
 
 
 def sample_rows(t: Tensor) -> Tensor:
@@ -186,11 +214,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def tf32_allowed() -> bool:
     """Whether torch is set to multiply float32 matrices as TF32 on CUDA."""
-    matmul = torch.backends.cuda.matmul
-    precision = getattr(
-        matmul, "fp32_precision", None
-    )  # torch 2.9; reading the older flag beside it can raise
-    return matmul.allow_tf32 if precision is None else precision == "tf32"
+    if _precision is not None:  # torch's own attribute takes ten times as long
+        return _precision("cuda", "matmul") == "tf32"
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+_precision = getattr(torch._C, "_get_fp32_precision_getter", None)
 
 
 def eager(x: Tensor) -> bool:
