@@ -74,7 +74,7 @@ SAMPLE = {
         "pointer single dropout residual",
         "descriptor split",
         "descriptor split transposed",
-        "descriptor split gelu",
+        "descriptor split gelu alone",
         "descriptor dropout transposed gelu",
         "descriptor dropout residual",
     ],
