@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib.util
+import inspect
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are small here: threads would wait for each other
@@ -15,6 +19,31 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 
 
+def interpret_faster() -> None:
+    """Look for what is builtin in Triton's language once, not at every call of a function that a kernel calls.
+
+    The search takes a fifth of the interpreter's time. What is patched, and by what, stays Triton's.
+    """
+    from triton.runtime import interpreter
+
+    is_builtin = interpreter.tl.core.is_builtin
+
+    @functools.cache
+    def names(owner: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(owner) if is_builtin(member)]
+
+    def patch_builtin(owner: object, *rest: object) -> None:
+        for name in names(owner):
+            if is_builtin(member := getattr(owner, name)):  # else it is patched already
+                interpreter._patch_attr(owner, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    interpret_faster()
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the full grids, not only their samples")
 
@@ -25,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="part of the full grid: run with --full"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection of garbage, which benchmarks ask for, need look through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

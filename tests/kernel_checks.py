@@ -22,8 +22,8 @@ DTYPES = {
     "bf16+fp32": (torch.bfloat16, torch.float32),
 }
 
-#: One row, less than one tile (of 128 or 64 rows, but two strips of 32), and several with a rest.
-ROWS = [1, 63, 257]
+#: One row, less than one tile (of 128 or 64 rows, but two strips of 32), and one more than the tallest tile.
+ROWS = [1, 63, 129]
 
 Arguments = dict[str, Tensor | None]
 
@@ -37,7 +37,9 @@ LINEAR_FORMS = {
 def linear_cases(epilogue: bool) -> list[Any]:
     """(device, tile, form, variant) for every tile that some architecture takes in that form and variant.
 
-    The interpreter has no warps and no stages: there, one stands for all tiles that differ in these alone.
+    The interpreter has no warps and no stages: there, one stands for all tiles that differ in these alone. What an
+    epilogue adds comes after the loop, whose tiles are all tested without one: there the smallest stands for its form
+    and variant, and the others are in the full grid.
     """
     cases = {
         (tile, form, variant)
@@ -49,12 +51,24 @@ def linear_cases(epilogue: bool) -> list[Any]:
     }
     distinct = {(tile[:3], *kind): (tile, *kind) for tile, *kind in sorted(cases)}
     interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
+    smallest = {tuple(kind): (tile, *kind) for tile, *kind in sorted(distinct.values(), reverse=True)}
+    sample = set(smallest.values() if epilogue else distinct.values())
     places = ("cpu", distinct.values(), interpreted), ("cuda", cases, pytest.mark.gpu)
     return [
-        pytest.param(device, *case, marks=mark, id="-".join(map(str, (device, *case[1:], *case[0]))))
+        pytest.param(
+            device,
+            *case,
+            marks=[mark] if device == "cuda" or case in sample else [mark, pytest.mark.full],
+            id="-".join(map(str, (device, *case[1:], *case[0]))),
+        )
         for device, chosen, mark in places
         for case in sorted(chosen)
     ]
+
+
+def sizes_over(tile: tiling.Tile) -> tuple[int, int, int]:
+    """M, K and N of a GEMM that takes a whole tile and a rest on every axis; rows of 16 bytes, for descriptors."""
+    return tile.block_m + 6, tile.block_k + 8, tile.block_n + 8
 
 
 def choose_tile(
@@ -105,10 +119,13 @@ def draws_of(make: Callable[..., Arguments], *sizes: Any, **options: Any) -> lis
 
     `sizes` starts with the number of rows and has the length of the shortest gradient, a bias's, in the third place.
     Of 16 numbers, one kernel in 200 as good as PyTorch would show twice its error by luck; of 32, one in 10 000.
+    Where few rows differ, the errors of a gradient are those of as many numbers as the rank: eight draws at most.
     """
     few_rows = sizes[0] < 17 or options.get("form") == "expanded"
+    rank = min(size for size in sizes[1:] if isinstance(size, int))
     few_numbers = -(-32 // max(sizes[2], 1))
-    return [make(*sizes, **options, draw=draw) for draw in range(max(8 if few_rows else 1, few_numbers))]
+    several = min(8, -(-32 // max(rank, 1))) if few_rows else 1
+    return [make(*sizes, **options, draw=draw) for draw in range(max(several, few_numbers))]
 
 
 def view(tensor: Tensor, form: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -202,6 +203,34 @@ def test_training_converges_as_stock_does(kind):
     assert (fused - truth).norm() <= 2 * (stock - truth).norm() + eps * truth.norm()
 
 
+def to_compile():
+    return with_adapters(with_lora(gpt2(n_layer=1)), "post_attn", "post_block")
+
+
+def through_compiler(model, dynamic):
+    """How often the model was compiled for some calls, and their outputs and gradients."""
+    graphs, results = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
+    for length in (6, 6, 6, *((9, 11) if dynamic else ())):
+        ids = torch.randint(2, 61, (2, length), generator=torch.Generator().manual_seed(length))
+        model.zero_grad()
+        logits = compiled(input_ids=ids, use_cache=False).logits
+        logits.square().sum().backward()
+        results += [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+    return len(graphs), results
+
+
+@functools.cache
+def stock_compiled(dynamic):
+    return through_compiler(to_compile(), dynamic)
+
+
 @pytest.mark.fidelity(
     "torch.compile: fullgraph, static and dynamic shapes", "fused; no graph break, no recompilation"
 )
@@ -210,29 +239,10 @@ def test_training_converges_as_stock_does(kind):
     # What dynamic shapes add is the same in either; they take a minute to compile.
     [(False, False), (False, True), (True, False), pytest.param(True, True, marks=pytest.mark.full)],
 )
+@pytest.mark.xdist_group("compiled")  # stock is compiled once
 def test_compile(dynamic, exact):
-    model = with_adapters(with_lora(gpt2(n_layer=1)), "post_attn", "post_block")
-    patched, stock = fastpeft.patch(copy.deepcopy(model), exact=exact), model
-
-    def run(model):
-        """Outputs and gradients of calls through the compiled model, and how often it was compiled."""
-        graphs, results = [], []
-
-        def backend(graph, inputs):
-            graphs.append(graph)
-            return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
-
-        torch._dynamo.reset()
-        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=dynamic)
-        for length in (6, 6, 6, *((9, 11) if dynamic else ())):
-            ids = torch.randint(2, 61, (2, length), generator=torch.Generator().manual_seed(length))
-            model.zero_grad()
-            logits = compiled(input_ids=ids, use_cache=False).logits
-            logits.square().sum().backward()
-            results += [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-        return len(graphs), results
-
-    (graphs, results), (stock_graphs, expected) = run(patched), run(stock)
+    model = fastpeft.patch(to_compile(), exact=exact)
+    (graphs, results), (stock_graphs, expected) = through_compiler(model, dynamic), stock_compiled(dynamic)
     assert graphs == stock_graphs
     assert dynamic or graphs == 1
     torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4)

@@ -19,6 +19,7 @@ from kernel_checks import (
     linear_cases,
     lora_arguments,
     pairwise,
+    sizes_over,
 )
 
 from fastpeft.kernels import dropout, launch, lora_linear, low_rank, tiling
@@ -67,7 +68,7 @@ def test_ragged_shapes_agree_with_float64(case, device):
     [("attn.c_attn", "bf16+fp32", 0.1, "conv1d"), ("mlp.c_proj", "fp16", 0.0, "linear")],
 )
 def test_gpt2_layers_agree_with_float64(layer, dtypes, p, layout, device):
-    draws = draws_of(lora_arguments, 65, *GPT2_LAYERS[layer], 16, dtypes, device, layout=layout)
+    draws = draws_of(lora_arguments, 17, *GPT2_LAYERS[layer], 16, dtypes, device, layout=layout)
     check_lora(lora_linear.lora_linear, draws, p)
 
 
@@ -91,20 +92,20 @@ def test_every_gpt2_layer_agrees_with_float64(layer, dtypes, device):
 @pytest.mark.parametrize(("device", "tile", "form", "variant"), linear_cases(epilogue=False))
 def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monkeypatch):
     choose_tile(monkeypatch, device, tile, form, variant, epilogue=False)
-    draws = draws_of(lora_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
+    draws = draws_of(lora_arguments, *sizes_over(tile), 16, "bf16", device, layout="linear")
     check_lora(lora_linear.lora_linear, draws, 0.3 if "dropout" in variant else 0.0)
 
 
 @pytest.mark.parametrize("rank", sorted(tiling.SHRINK))
 def test_every_strip_of_the_rank_r_passes(rank, device):
-    arguments = lora_arguments(300, 136, 40, rank, "bf16", device)
+    arguments = lora_arguments(150, 136, 40, rank, "bf16", device)
     x, lora_a, lora_b = arguments["x"], arguments["lora_a"], arguments["lora_b"]
     truth = x.double() @ lora_a.double().T
     for strip in tiling.SHRINK[rank]:
         xa = low_rank.Shrink(x, lora_a.T, strip)(x, lora_a.T)
         assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
     generator = torch.Generator().manual_seed(0)
-    dy, dxa = (torch.randn(300, c, generator=generator).to(device, x.dtype) for c in (40, rank))
+    dy, dxa = (torch.randn(150, c, generator=generator).to(device, x.dtype) for c in (40, rank))
     for splits in (1, 3):
         d_a, d_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
         tickets = torch.zeros(64, dtype=torch.int32, device=device)
@@ -119,7 +120,7 @@ def test_every_strip_of_the_rank_r_passes(rank, device):
 def test_partial_sums_are_complete_whichever_kernel_comes_before(needs, device, monkeypatch):
     """Tickets that nobody cleared would leave the gradient unwritten."""
     monkeypatch.setattr(tiling, "splits", lambda device, programs, rank: 4)
-    x, weight, _, a, b = lora_arguments(257, 72, 264, 8, "fp32", device).values()
+    x, weight, _, a, b = lora_arguments(129, 72, 264, 8, "fp32", device).values()
     dy, xa = x @ weight, x @ a.T
     dx, d_a, d_b = lora_linear.backward(dy, x, weight, a, b, xa, 1.5, None, *needs)
     torch.testing.assert_close(d_b, 1.5 * dy.T @ xa, rtol=1e-4, atol=1e-3)
@@ -131,7 +132,8 @@ def test_partial_sums_are_complete_whichever_kernel_comes_before(needs, device, 
 
 @pytest.mark.parametrize(("m", "k", "n"), [(0, 24, 16), (5, 0, 16), (5, 24, 0)])
 def test_an_empty_dimension_gives_empty_or_bias_and_zero_gradients(m, k, n, device):
-    check_lora(lora_linear.lora_linear, draws_of(lora_arguments, m, k, n, 3, "fp32", device), 0.5)
+    draws = draws_of(lora_arguments, m, k, n, 3, "fp32", device)[:2]  # nearly all is exact: luck has no part
+    check_lora(lora_linear.lora_linear, draws, 0.5)
 
 
 def test_no_rows_launch_no_kernel(device):
@@ -173,7 +175,7 @@ def test_only_what_is_asked_for_is_computed(device):
 
 
 def test_gradients_are_the_same_bits_each_time(device):
-    arguments = lora_arguments(257, 72, 72, 8, "bf16+fp32", device)
+    arguments = lora_arguments(129, 72, 72, 8, "bf16+fp32", device)
     x, weight, _, a, b = arguments.values()
     mask = dropout.Dropout(0.5, torch.tensor([3], device=device))
     y, xa, _ = lora_linear.forward(**arguments, call=lora_linear.Call(1.0, mask))

@@ -14,6 +14,7 @@ from kernel_checks import (
     linear_cases,
     lora_arguments,
     pairwise,
+    sizes_over,
 )
 from models import assert_as_good_over_draws, assert_fused, gpt2, step, twins, with_adapters, with_lora
 from test_packing import batch, outcome
@@ -94,20 +95,26 @@ def test_ragged_shapes_agree_with_float64(case, device):
     check_mlp(draws_of(mlp_arguments, *sizes, **form), case["p"], case["residual_p"] or 0.0)
 
 
-@pytest.mark.parametrize(("dtypes", "p"), [("bf16+fp32", 0.1), ("fp16", 0.0)])
+# float16 and no mask: each layer by itself has them in test_kernels_lora_linear.py.
+@pytest.mark.parametrize(
+    ("dtypes", "p"), [("bf16+fp32", 0.1), pytest.param("fp16", 0.0, marks=pytest.mark.full)]
+)
 def test_the_mlp_of_gpt2_agrees_with_float64(dtypes, p, device):
-    check_mlp(draws_of(mlp_arguments, 65, 768, 3072, 16, dtypes, device), p, 0.1)
+    check_mlp(draws_of(mlp_arguments, 17, 768, 3072, 16, dtypes, device), p, 0.1)
 
 
 @pytest.mark.parametrize(("m", "k", "hidden"), [(0, 24, 16), (5, 24, 0)])
 def test_an_empty_dimension_gives_bias_and_zero_gradients(m, k, hidden, device):
-    check_mlp(draws_of(mlp_arguments, m, k, hidden, 3, "fp32", device), 0.5, 0.5)
+    draws = draws_of(mlp_arguments, m, k, hidden, 3, "fp32", device)[
+        :2
+    ]  # nearly all is exact: luck has no part
+    check_mlp(draws, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(("device", "tile", "form", "variant"), linear_cases(epilogue=True))
 def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monkeypatch):
     choose_tile(monkeypatch, device, tile, form, variant, epilogue=True)
-    draws = draws_of(mlp_arguments, 70, 72, 264, 16, "bf16", device, layout="linear")
+    draws = draws_of(mlp_arguments, *sizes_over(tile), 16, "bf16", device, layout="linear")
     p = 0.3 if "dropout" in variant else 0.0
     check_mlp(draws, p, p)
 
@@ -135,7 +142,7 @@ def test_without_a_gradient_to_it_the_pre_activation_is_not_stored(
 ):
     tile = tiling.linear_tiles(90, form, variant, epilogue=True)[-1]
     choose_tile(monkeypatch, device, tile, form, variant, epilogue=True)
-    x, *tensors = mlp_arguments(70, 72, 264, 16, "bf16", device, layout="linear").values()
+    x, *tensors = mlp_arguments(70, 72, 136, 16, "bf16", device, layout="linear").values()
     fc, proj, residual = tensors[:4], tensors[4:8], tensors[8]
 
     def run():
@@ -145,7 +152,7 @@ def test_without_a_gradient_to_it_the_pre_activation_is_not_stored(
         with launch.record() as launches:
             run()
         outs = [one.args.get(name) for one in launches for name in ("y_ptr", "h_ptr", "y_desc", "h_desc")]
-        return sum(getattr(t, "base", t).shape == (70, 264) for t in outs if t is not None)
+        return sum(getattr(t, "base", t).shape == (70, 136) for t in outs if t is not None)
 
     for t in proj[2:] if trains else ():
         t.requires_grad_()
@@ -309,7 +316,7 @@ class TestResiduals:
             listened.register_forward_hook(
                 lambda _, args, out: seen.append(out[0] if part == "attn" else out)
             )
-            outcome(model, PADDED)
+            model.train()(**PADDED)
             return seen[0]
 
         model, stock, _ = twins(with_lora(gpt2()))

@@ -8,6 +8,7 @@ from models import (
     assert_as_good_over_draws,
     assert_fused,
     assert_stock,
+    draws_of,
     gpt2,
     step,
     twins,
@@ -21,8 +22,9 @@ import fastpeft
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def assert_parity(model, *, kinds=("lora",), length=9, draws=16, **options):
+def assert_parity(model, *, kinds=("lora",), length=9, draws=None, **options):
     """Patch `model` and hold its steps against its stock twin's, both against a float64 twin's."""
+    draws = draws or draws_of(model)
     patched, stock, truth = twins(model)
     assert_stock(stock)
     assert_stock(truth)
