@@ -110,11 +110,21 @@ class PackedAttention(GPT2Attention):
         ]
 
 
+class Settings(NamedTuple):
+    """What a configuration holds, and what follows of it for packing."""
+
+    held: dict[str, Any]
+    implementation: str
+    reason: str | None  # why the model can't run on packed tokens
+    asked: list[str]  # outputs that it asks for where a call doesn't say
+
+
 @dataclass
 class PackingSite(Site):
     """The site of a GPT-2 on packed tokens."""
 
     only_unmasked: bool = False  # the caller says that only tokens that the mask shows are read
+    settings: Settings | None = None  # of the model, as they were when last asked about
     trunk: Trunk = field(default_factory=Trunk)
 
 
@@ -171,17 +181,28 @@ class PackedModel(GPT2Model):
 
 def why_not_model(transformer: Any) -> str | None:
     """Why this GPT-2, as it is configured, can't run on packed tokens; None where it can."""
+    return _why_not_settings(_settings(transformer))
+
+
+def _settings(transformer: Any) -> Settings:
     config = transformer.config
-    implementation = config._attn_implementation
+    implementation, reason = config._attn_implementation, None
     if implementation not in ("eager", "sdpa"):
-        return f"attention is {implementation}, not eager or sdpa"
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        reason = f"attention is {implementation}, not eager or sdpa"
+    elif config.reorder_and_upcast_attn:
+        reason = "reorder_and_upcast_attn"
+    elif not getattr(config, "is_causal", True):
+        reason = "attention isn't causal"
+    asked = [name for name in _FALSY if getattr(config, name, False)]
+    return Settings(dict(vars(config)), implementation, reason, asked)
+
+
+def _why_not_settings(settings: Settings) -> str | None:
+    if settings.reason:
+        return settings.reason
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
     if attend not in (eager_attention_forward, sdpa_attention_forward):
-        return f"{implementation} attention isn't transformers' own"
-    if config.reorder_and_upcast_attn:
-        return "reorder_and_upcast_attn"
-    if not getattr(config, "is_causal", True):
-        return "attention isn't causal"
+        return f"{settings.implementation} attention isn't transformers' own"
     return None
 
 
@@ -194,7 +215,10 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     if torch.jit.is_tracing():
         return "traced: the number of tokens depends on the data"
-    reason = why_not_here() or why_not_model(module)
+    site = module._fastpeft
+    if site.settings is None or site.settings.held != vars(module.config):  # whose properties take 2 µs each
+        site.settings = _settings(module)
+    reason = why_not_here() or _why_not_settings(site.settings)
     if reason:
         return reason
     if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
@@ -213,7 +237,7 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
         given = arguments.get(name)
         if given is not None and (type(given) is not Tensor or tuple(given.shape) not in shapes):
             return f"{name} that haven't the shape of input_ids"
-    return next((n for n in _FALSY if arguments.get(n) is None and getattr(module.config, n, False)), None)
+    return next((name for name in site.settings.asked if arguments.get(name) is None), None)
 
 
 def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unmasked: bool) -> Packed | str:
