@@ -1,0 +1,342 @@
+"""A call's plan is carried to the next, which compares or reads whatever a user can change between the two."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from models import assert_fused, assert_stock, gpt2, with_lora
+from peft import LoraConfig
+from torch import nn
+from transformers import GPT2ForSequenceClassification
+
+import fastpeft
+from fastpeft import ops
+from fastpeft.kernels import launch
+
+interpreted = pytest.mark.skipif(
+    not launch.INTERPRETED, reason="the CPU runs kernels only in the interpreter"
+)
+
+
+def layer_of(model, name="c_fc"):
+    return next(m for path, m in model.named_modules() if path.endswith(f"h.0.mlp.{name}"))
+
+
+def replace_weight(model):
+    layer = layer_of(model).base_layer
+    layer.weight = nn.Parameter(layer.weight.detach() * 2, requires_grad=False)
+
+
+def transpose_in_memory(model):
+    """Other strides, the same numbers."""
+    weight = layer_of(model).base_layer.weight
+    weight.data = weight.data.T.contiguous().T
+
+
+def swap_factor(model):
+    factors = layer_of(model).lora_A
+    factors["default"] = nn.Linear(48, 4, bias=False).to(factors["default"].weight.dtype)
+    with torch.no_grad():
+        factors["default"].weight.fill_(0.02)
+
+
+def larger_rank(model):
+    layer = layer_of(model)
+    dtype = layer.base_layer.weight.dtype
+    layer.lora_A["default"] = nn.Linear(48, 7, bias=False).to(dtype)
+    layer.lora_B["default"] = nn.Linear(7, 192, bias=False).to(dtype)
+    for i, each in enumerate((layer.lora_A, layer.lora_B)):
+        nn.init.constant_(each["default"].weight, 0.02 + i)
+
+
+def add_bias(model):
+    layer = layer_of(model).lora_B["default"]
+    layer.bias = nn.Parameter(torch.full_like(layer.weight[:, 0], 0.3))
+
+
+def own_forward(model):
+    factor = layer_of(model).lora_A["default"]
+    factor.forward = lambda x: 3 * nn.Linear.forward(factor, x)
+
+
+def own_class(model):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer_of(model).lora_B["default"].__class__ = Doubled
+
+
+def hook_on(part, kind):
+    def change(model):
+        layer = layer_of(model)
+        module = {
+            "base": layer.base_layer, "a": layer.lora_A["default"], "b": layer.lora_B["default"],
+            "dropout": layer.lora_dropout["default"], "layer": layer,
+        }[part]  # fmt: skip
+        if kind == "forward":
+            module.register_forward_hook(lambda module, args, out: 2 * out)
+        elif kind == "pre":
+            module.register_forward_pre_hook(lambda module, args: (2 * args[0], *args[1:]))
+        else:
+            module.register_full_backward_hook(lambda module, d_in, d_out: tuple(2 * d for d in d_in))
+
+    return change
+
+
+def scaling(model):
+    layer_of(model).scaling["default"] = 0.7
+
+
+def scaling_dictionary(model):
+    layer = layer_of(model)
+    layer.scaling = {"default": 0.7}
+
+
+def learnable_scaling(model):
+    layer = layer_of(model)
+    layer.scaling["default"] = nn.Parameter(torch.tensor(1.3, dtype=layer.base_layer.weight.dtype))
+
+
+def another_adapter(model):
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["c_fc"], fan_in_fan_out=True))
+    for name, parameter in model.named_parameters():
+        if ".other." in name:
+            nn.init.constant_(parameter, 0.1)
+    model.set_adapter("other")
+
+
+def both_adapters(model):
+    another_adapter(model)
+    for module in model.modules():
+        if hasattr(module, "lora_A") and "other" in module.lora_A:
+            module.set_adapter(["default", "other"])
+
+
+def renamed(model):
+    layer = layer_of(model)
+    for part in (layer.lora_A, layer.lora_B, layer.lora_dropout):
+        part["new"] = part.pop("default")
+    layer.scaling["new"] = layer.scaling.pop("default") * 2
+    layer.set_adapter("new")
+
+
+def deleted(model):
+    another_adapter(model)
+    model.delete_adapter("default")
+
+
+CHANGES = {
+    "weight replaced": replace_weight,
+    "weight edited": lambda model: layer_of(model).base_layer.weight.data.mul_(2),
+    "weight transposed in memory": transpose_in_memory,
+    "factor replaced": swap_factor,
+    "larger rank": larger_rank,
+    "factor edited": lambda model: layer_of(model).lora_A["default"].weight.data.mul_(2),
+    "factor's bias": add_bias,
+    "own forward": own_forward,
+    "own class": own_class,
+    "scaling": scaling,
+    "scaling's dictionary": scaling_dictionary,
+    "learnable scaling": learnable_scaling,
+    "scale_layer": lambda model: layer_of(model).scale_layer(0.5),
+    "another adapter": another_adapter,
+    "both adapters": both_adapters,
+    "renamed": renamed,
+    "deleted": deleted,
+    "disabled": lambda model: layer_of(model).enable_adapters(False),
+    "merged": lambda model: model.merge_adapter(),
+    "weight trains": lambda model: layer_of(model).base_layer.weight.requires_grad_(),
+    "factor frozen": lambda model: layer_of(model).lora_A["default"].weight.requires_grad_(False),
+    "dropout of everything": lambda model: layer_of(model).lora_dropout.update({"default": nn.Dropout(1.0)}),
+    "dropout's p": lambda model: setattr(layer_of(model).lora_dropout["default"], "p", 1.0),
+    "evaluation": lambda model: model.eval(),
+    "half of the type": lambda model: model.float(),
+    **{
+        f"{kind} hook on {part}": hook_on(part, kind)
+        for part in ("base", "a", "b", "dropout", "layer")
+        for kind in ("forward", "pre", "backward")
+    },
+}
+
+
+def outcome(model, length=6):
+    """The logits of padded rows, the loss, and every gradient."""
+    ids = torch.arange(2, 2 + 2 * length).view(2, length)
+    mask = torch.ones_like(ids)
+    mask[1, length // 2 :] = 0
+    model.zero_grad()
+    out = model(input_ids=ids * mask, attention_mask=mask, labels=torch.tensor([0, 1]))
+    out.loss.backward()
+    found = {"logits": out.logits.detach(), "loss": out.loss.detach()}
+    return found | {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(model, stock, rtol=1e-9):
+    mine, expected = outcome(model), outcome(stock)
+    assert mine.keys() == expected.keys()
+    for name, value in mine.items():
+        # A type may have become narrower.
+        tolerance = rtol if expected[name].dtype == torch.float64 else max(rtol, 1e-4)
+        torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance * 10, msg=name)
+
+
+def pair(dtype, dropout=0.0, **options):
+    """A patched model whose calls have plans, and its stock twin, in training mode."""
+    model = with_lora(gpt2(GPT2ForSequenceClassification), lora_dropout=dropout).to(dtype).train()
+    stock = copy.deepcopy(model)
+    assert_stock(stock)
+    fastpeft.patch(model, **options)
+    return model, stock
+
+
+@pytest.mark.parametrize("scope", ["layers", "auto"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_between_two_calls_counts_at_the_second(change, scope):
+    model, stock = pair(torch.float64, scope=scope)
+    assert_same(model, stock)
+    assert layer_of(model)._fastpeft.plan is not None
+    if change.startswith("dropout"):  # a mask that drops is drawn anew, unless it drops all
+        for each in (model, stock):
+            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+    assert_same(model, stock)
+    for each in (model, stock):
+        CHANGES[change](each)
+    for _ in range(2):
+        assert_same(model, stock)
+    assert_fused(model, ("activation",))  # whatever became of the layer
+
+
+@interpreted
+@pytest.mark.parametrize("scope", ["layers", "auto"])
+@pytest.mark.parametrize(
+    "change",
+    # What kernels are prepared for: addresses, strides, ranks, what is needed, and whether something drops.
+    ["weight replaced", "weight transposed in memory", "larger rank", "factor frozen", "renamed",
+     "weight trains", "dropout's p", "forward hook on a", "both adapters"],
+)  # fmt: skip
+def test_through_the_kernels_too(change, scope):
+    model, stock = pair(torch.float32, backend="triton", scope=scope)
+    if change == "dropout's p":
+        for each in (model, stock):
+            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+    assert_same(model, stock, 1e-4)
+    assert_fused(model, ("lora",), path="triton")
+    for each in (model, stock):
+        CHANGES[change](each)
+    for _ in range(2):
+        assert_same(model, stock, 1e-4)
+
+
+@pytest.mark.parametrize("scope", ["layers", "auto"])
+def test_circumstances_are_read_at_each_call(scope):
+    model, stock = pair(torch.float32, scope=scope)
+    assert_same(model, stock, 1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine, expected = outcome(model), outcome(stock)
+    torch.testing.assert_close(mine["logits"], expected["logits"], rtol=0.05, atol=0.05)
+    assert mine["logits"].dtype == expected["logits"].dtype
+    with torch.no_grad():
+        ids = torch.ones(2, 3, dtype=torch.long)
+        assert not model(input_ids=ids).logits.requires_grad
+    with torch.inference_mode():
+        assert model(input_ids=ids).logits.is_inference()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        assert_same(model, stock, 1e-5)
+        factor = layer_of(model).lora_A["default"]
+        assert any(module is factor for module in seen)
+    finally:
+        handle.remove()
+    assert_same(model, stock, 1e-5)
+    assert_fused(model, ("lora",))
+
+
+@interpreted
+def test_a_tf32_setting_and_another_number_of_rows_are_seen_and_few_things_are_kept(monkeypatch):
+    model, stock = pair(torch.float32, backend="triton")
+    assert_same(model, stock, 1e-4)
+    seen, real = [], launch.launch
+    monkeypatch.setattr(
+        launch, "launch", lambda kernel, grid, args, *how: (seen.append(args), real(kernel, grid, args, *how))
+    )
+    monkeypatch.setattr(launch, "tf32_allowed", lambda: True)
+    from fastpeft.kernels import blocks
+
+    monkeypatch.setattr(blocks, "tf32_allowed", lambda: True)
+    outcome(model)
+    assert {args["INPUT_PRECISION"] for args in seen if "INPUT_PRECISION" in args} == {"tf32"}
+    kept = len(launch._launchers)
+    kinds = len(layer_of(model)._fastpeft.plan.decided.confirmed)
+    for length in range(3, 14):
+        outcome(model, length)
+    assert len(launch._launchers) == kept
+    assert len(layer_of(model)._fastpeft.plan.decided.confirmed) == kinds
+
+
+def test_copies_and_pickles_have_no_plan_of_their_model(tmp_path):
+    model, stock = pair(torch.float64)
+    outcome(model)
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    for each in (twin, loaded):
+        assert layer_of(each)._fastpeft.plan is None
+        each.train()
+        for one in (each, stock):
+            layer_of(one).lora_A["default"].weight.data.mul_(2)
+        assert_same(each, stock)
+        for one in (stock,):
+            layer_of(one).lora_A["default"].weight.data.div_(2)
+
+
+def test_a_model_that_is_gone_is_not_kept():
+    model, _ = pair(torch.float32)
+    outcome(model)
+    layer = layer_of(model)
+    plan = layer._fastpeft.plan
+    assert any(referrer is not None for referrer in gc.get_referrers(plan))
+    import weakref
+
+    gone = weakref.ref(layer)
+    del model, layer, plan
+    gc.collect()
+    assert gone() is None
+
+
+def test_threads_share_a_model():
+    model, stock = pair(torch.float64, scope="auto")
+    model.eval(), stock.eval()
+    batches = [
+        torch.randint(2, 60, (1 + i % 3, 4 + i), generator=torch.Generator().manual_seed(i)) for i in range(8)
+    ]
+    with torch.no_grad():
+        expected = [stock(input_ids=ids).logits for ids in batches]
+    ready = threading.Barrier(4)
+
+    def run(turn):
+        ready.wait()
+        with torch.no_grad():
+            return [model(input_ids=ids).logits for ids in batches[turn:] + batches[:turn]]
+
+    with ThreadPoolExecutor(4) as pool:
+        for turn, found in enumerate(pool.map(run, range(4))):
+            for mine, theirs in zip(found, expected[turn:] + expected[:turn], strict=True):
+                torch.testing.assert_close(mine, theirs)
+
+
+def test_a_plan_asks_nothing_again(monkeypatch):
+    model, _ = pair(torch.float32)
+    outcome(model)
+    from fastpeft import lora
+
+    monkeypatch.setattr(lora, "why_not_lora", lambda module: pytest.fail("asked again"))
+    monkeypatch.setattr(ops, "_check_lora_linear", lambda *given: pytest.fail("checked again"))
+    outcome(model)
+    outcome(model, 9)
