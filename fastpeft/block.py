@@ -14,8 +14,9 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from fastpeft import ops
 from fastpeft.adapters import adapt_output
+from fastpeft.fused_adapter import FusedAdapter
 from fastpeft.lora import FusedLoraLinear, LoraPlan, dropout_p, for_kernels
-from fastpeft.modules import FusedAdapter, FusedGelu
+from fastpeft.modules import FusedGelu
 from fastpeft.swap import Site, stands_for
 
 

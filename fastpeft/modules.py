@@ -1,8 +1,7 @@
-"""The fused modules but for LoRA's, with no maths or tensors of their own; what a module must be to be fused."""
+"""The fused GELU and frozen layers; and what any module must be to be fused."""
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import torch
@@ -12,66 +11,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import gemm, ops, reference
-from fastpeft.adapters import Adapter, activation_name
 from fastpeft.swap import Site, stands_for
-
-
-class FusedAdapter(nn.Module):
-    """Mixed into an adapter's class by `swap.fused_class`: its down-act-up-residual path in one operation."""
-
-    _fastpeft: Site
-    down: Any
-    act: Any
-    up: Any
-
-    def forward(self, x: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """x (..., width) → the same shape, added to a residual if the block gives one."""
-        site = self._fastpeft
-        reason = why_not_here() or (
-            "called with extra arguments" if args or kwargs else why_not_adapter(self)
-        )
-        reason = reason or why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
-        if reason:
-            site.record(ops.Route("stock", reason))
-            y = super().forward(x, *args, **kwargs)
-            return y if residual is None else residual + y
-        try:
-            y, route = ops.routed_adapter(
-                x,
-                self.down.weight,
-                self.down.bias,
-                self.up.weight,
-                self.up.bias,
-                activation_name(self.act) or "",
-                getattr(self, "scale", 1.0),
-                site.backend,
-                site.exact,
-                site.strict,
-                residual,
-            )
-        except ValueError as error:
-            raise ValueError(f"{site.name}: {error}") from None
-        site.record(route)
-        return y
-
-
-def why_not_adapter(module: Any) -> str | None:
-    """Why this adapter, as it is now, must run stock; None where fusion computes the same."""
-    for part in (module.down, module.up):
-        if type(part) is not nn.Linear:
-            return f"its projections are {type(part).__name__}, not nn.Linear"
-        if not is_plain(part):
-            return "its projections have hooks or a replaced forward"
-    scale = getattr(module, "scale", 1.0)
-    if not isinstance(scale, numbers.Real):
-        return f"its scale is a {type(scale).__name__}, not a number"
-    act = module.act
-    if activation_name(act) is None:
-        name = getattr(act, "__name__", type(act).__name__)
-        return f"activation {name} is none of {', '.join(reference.ACTIVATIONS)}"
-    if isinstance(act, nn.Module) and not is_plain(act):
-        return "its activation has hooks or a replaced forward"
-    return why_not_tensors(module.down.weight, module.up.weight)
 
 
 @stands_for(NewGELUActivation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import numbers
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -548,17 +549,20 @@ def routed_adapter(
     exact: bool,
     strict: bool = False,
     residual: Tensor | None = None,
+    decided: Decided | None = None,
 ) -> tuple[Tensor, Route]:
     """`adapter`, added to a block's residual if there is one, with the route it took, which modules record."""
     outer = None if residual is None else Residual(residual, 0.0)
-    _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
-    route = _route(backend, exact, x.device)
-    rows = _rows(x)
+    if decided is None:
+        _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+        route = _route(backend, exact, x.device)
+    else:
+        route = decided.chosen(backend, exact, x.device)
+    rows, scale = _rows(x), float(scale)
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
 
-        scale = float(scale)
         residual_rows, _ = _rows_of(outer, x.dtype)
         residual_rows = None if residual_rows is None else _rows(residual_rows)
 
@@ -570,14 +574,19 @@ def routed_adapter(
             return y if residual_rows is None else y + tensors[5]
 
         given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
-        route = _confirm(
-            route,
-            backend,
-            strict,
-            launch.unsupported(rows, down_weight.shape[0], *given),
-            lambda: kernels.ready(*given[:5], activation, residual_rows),
-            lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
-        ).route
+        confirmed = None if decided is None else decided.found(rows, residual_rows, ())
+        if confirmed is None:
+            confirmed = _confirm(
+                route,
+                backend,
+                strict,
+                launch.unsupported(rows, down_weight.shape[0], *given),
+                lambda: kernels.ready(*given[:5], activation, residual_rows),
+                lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
+            )
+            if decided is not None:
+                decided.keep(confirmed, rows, residual_rows, ())
+        route = confirmed.route
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
@@ -590,8 +599,9 @@ def routed_adapter(
         return added(y.to(x.dtype), outer), route
     rows = rows.to(wide)
     # The residual keeps x's dtype, so x's dtype rules and autocast has no say.
-    with torch.autocast(x.device.type, enabled=False):
-        y = autograd.Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, float(scale))
+    autocast = torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        y = autograd.Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, scale)
     return added(y.to(x.dtype).view(x.shape), outer), route
 
 

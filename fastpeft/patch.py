@@ -15,9 +15,10 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import ops, probe
 from fastpeft.adapters import Adapter
+from fastpeft.fused_adapter import FusedAdapter, why_not_adapter
 from fastpeft.heads import HEADS
 from fastpeft.lora import why_not_lora
-from fastpeft.modules import FROZEN, FusedAdapter, why_not_adapter, why_not_frozen
+from fastpeft.modules import FROZEN, why_not_frozen
 from fastpeft.packing import PackedModel, PackingSite, why_not_model
 from fastpeft.swap import Site, is_below, is_fused, restore, stock_class, swap
 from fastpeft.trunk import Trunk

@@ -64,9 +64,15 @@ class Plan:
             list(map(_like, self.tensors)) == self._like
             and type(x) is Tensor
             and x.device == first.device
-            and (x.dtype == first.dtype or torch.is_autocast_enabled(x.device.type))
+            and self.takes(x)
             and why_not_here() is None
         )
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether x has a dtype that the call was planned for."""
+        first = self.tensors[0]
+        assert first is not None
+        return x.dtype == first.dtype or torch.is_autocast_enabled(x.device.type)
 
 
 def _like(tensor: Any) -> Any:

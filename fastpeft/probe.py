@@ -10,7 +10,7 @@ from torch import nn
 
 from fastpeft import reference
 from fastpeft.adapters import activation_name
-from fastpeft.modules import why_not_adapter
+from fastpeft.fused_adapter import why_not_adapter
 
 
 def looks_like_adapter(module: nn.Module) -> bool:

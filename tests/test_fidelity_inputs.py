@@ -14,8 +14,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
 import fastpeft
+from fastpeft.fused_adapter import FusedAdapter
 from fastpeft.lora import FusedLoraLinear
-from fastpeft.modules import FusedAdapter
 
 K, N = 48, 192
 

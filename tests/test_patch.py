@@ -24,8 +24,9 @@ from transformers import (
 )
 
 import fastpeft
+from fastpeft.fused_adapter import FusedAdapter
 from fastpeft.lora import FusedLoraLinear
-from fastpeft.modules import FusedAdapter, FusedGelu
+from fastpeft.modules import FusedGelu
 
 HEADS = [
     GPT2Model,

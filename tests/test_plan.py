@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from models import assert_fused, assert_stock, gpt2, with_lora
+from models import assert_fused, assert_stock, gpt2, with_adapters, with_lora
 from peft import LoraConfig
 from torch import nn
 from transformers import GPT2ForSequenceClassification
@@ -231,6 +231,59 @@ def test_through_the_kernels_too(change, scope):
         CHANGES[change](each)
     for _ in range(2):
         assert_same(model, stock, 1e-4)
+
+
+def adapter_of(model):
+    return model.transformer.h[0].mlp.adapter
+
+
+def own_up(model):
+    up = adapter_of(model).up
+    up.forward = lambda h: 2 * nn.Linear.forward(up, h)
+
+
+def of_adapter(change):
+    """What `change` does to the adapter, as a change of the model."""
+    return lambda model: change(adapter_of(model))
+
+
+ADAPTER_CHANGES = {
+    name: of_adapter(change)
+    for name, change in {
+        "weight replaced": lambda a: setattr(a.down, "weight", nn.Parameter(a.down.weight * 2)),
+        "weight edited": lambda a: a.up.weight.data.mul_(2),
+        "down replaced": lambda a: setattr(a, "down", nn.Linear(48, 8).to(a.up.weight)),
+        "bias gone": lambda a: setattr(a.up, "bias", None),
+        "activation": lambda a: setattr(a, "act", nn.GELU("tanh")),
+        "approximation": lambda a: setattr(a.act, "approximate", "tanh"),
+        "unknown activation": lambda a: setattr(a, "act", nn.Tanh()),
+        "scale": lambda a: setattr(a, "scale", 0.3),
+        "hook on up": lambda a: a.up.register_forward_hook(lambda module, args, out: 2 * out),
+        "hook on act": lambda a: a.act.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+        "hook on it": lambda a: a.register_forward_hook(lambda module, args, out: 2 * out),
+    }.items()
+}
+ADAPTER_CHANGES["own forward"] = own_up
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+@pytest.mark.parametrize("change", ADAPTER_CHANGES)
+def test_an_adapters_changes_count_too(change, backend):
+    dtype, rtol = (torch.float64, 1e-9) if backend == "torch" else (torch.float32, 1e-4)
+    model = (
+        with_adapters(gpt2(GPT2ForSequenceClassification), "post_mlp", activation="gelu").to(dtype).train()
+    )
+    stock = copy.deepcopy(model)
+    assert_stock(stock)
+    fastpeft.patch(model, backend=backend)
+    assert_same(model, stock, rtol)
+    assert_fused(model, ("adapter",), path=backend)
+    assert adapter_of(model)._fastpeft.plan is not None
+    for each in (model, stock):
+        torch.manual_seed(3)
+        ADAPTER_CHANGES[change](each)
+    for _ in range(2):
+        assert_same(model, stock, rtol)
 
 
 @pytest.mark.parametrize("scope", ["layers", "auto"])
