@@ -82,6 +82,8 @@ def nan_empty(monkeypatch: pytest.MonkeyPatch) -> None:
             tensor = real(*args, **kwargs)
             if tensor.dtype == torch.int32:
                 tensor.fill_(77)
-            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+            if tensor.is_floating_point():
+                tensor.detach().fill_(float("nan"))
+            return tensor
 
         monkeypatch.setattr(owner, name, poisoned)

@@ -311,6 +311,21 @@ def test_circumstances_are_read_at_each_call(scope):
     assert_fused(model, ("lora",))
 
 
+def test_torch_func_and_dual_numbers_see_stock_after_a_plan_was_made():
+    model, stock = pair(torch.float64, scope="layers")
+    outcome(model)
+    mine, theirs = layer_of(model), layer_of(stock)
+    assert mine._fastpeft.plan is not None
+    x, tangent = torch.rand(3, 48, dtype=torch.float64), torch.rand(3, 48, dtype=torch.float64)
+    for transform in (
+        lambda layer: torch.func.grad(lambda x: layer(x).square().sum())(x),
+        lambda layer: torch.func.jvp(layer, (x,), (tangent,))[1],
+        lambda layer: torch.func.vmap(layer)(x),
+    ):
+        torch.testing.assert_close(transform(mine), transform(theirs))
+        assert mine._fastpeft.last.path == "stock"
+
+
 @interpreted
 def test_a_tf32_setting_and_another_number_of_rows_are_seen_and_few_things_are_kept(monkeypatch):
     model, stock = pair(torch.float32, backend="triton")
