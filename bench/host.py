@@ -4,8 +4,8 @@
     python bench/host.py --first
 
 A step of a small model on a GPU lasts as long as the host takes to issue it, wherever the kernels are quicker. Here
-kernels are compiled for an H100 and launched on nothing (driver.py), and tensors are so small that an operator of torch
-costs its dispatch. One thread; variants in turn within a round, ratios within a round, medians over rounds.
+Triton's kernels are compiled for an H100 and launched on nothing (driver.py), and tensors are so small that an operator
+of torch costs its dispatch. One thread; variants in turn within a round, ratios within a round, medians over rounds.
 
 Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. Parts are of samples
 of the stack: choosing what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
