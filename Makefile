@@ -27,7 +27,7 @@ test-oldest test-newest: test-%: .venv-%/installed
 # Peers' own tests on patched models, from checkouts of theirs: make test-peers PEFT=... TRANSFORMERS=..., or one of them.
 test-peers: $(INSTALLED)
 	@[ -n "$(PEFT)$(TRANSFORMERS)" ] || { echo "name a checkout: make test-peers PEFT=../peft TRANSFORMERS=../transformers"; exit 2; }
-	$(BIN)/python -m pip install --quiet parameterized scipy datasets
+	$(BIN)/python -m pip install --quiet -c constraints.txt parameterized scipy datasets diffusers
 	[ -z "$(PEFT)" ] || $(BIN)/python tests/peers.py $(PEFT) tests/test_custom_models.py -k "lora or LoRA or Conv1D"
 	[ -z "$(TRANSFORMERS)" ] || $(BIN)/python tests/peers.py $(TRANSFORMERS) tests/models/gpt2/test_modeling_gpt2.py
 

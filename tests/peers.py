@@ -79,7 +79,8 @@ def outcomes(checkout: Path, arguments: list[str], patched: bool) -> dict[str, s
             OUTCOMES: str(file),
             "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         }
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "peers", "-p", "no:cacheprovider", *arguments]
+        options = ["-q", "-p", "peers", "-p", "no:cacheprovider", "-o", "addopts="]  # which may want plugins
+        command = [sys.executable, "-m", "pytest", *options, *arguments]
         subprocess.run(command, cwd=checkout, env=environment, check=False)
         return json.loads(file.read_text(encoding="utf-8"))
 
