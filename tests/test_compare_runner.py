@@ -186,7 +186,7 @@ def test_the_page_is_well_formed_self_contained_and_names_every_method(finished)
         for side in ("stock", "layers", "auto"):
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms" in page.text
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[1]["alt"]
-    assert page.text.count(f"as layers: {PREFIX}") == 1
+    assert page.text.count(f"as layers: {PREFIX}") == TRAINED.count("prefix")
     assert "One seed shows no spread: no ranking follows." in page.text
 
 

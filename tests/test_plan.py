@@ -311,7 +311,7 @@ def test_circumstances_are_read_at_each_call(scope):
     assert_fused(model, ("lora",))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own, of its jvp
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")  # torch's own, of its jvp
 def test_torch_func_and_dual_numbers_see_stock_after_a_plan_was_made():
     model, stock = pair(torch.float64, scope="layers")
     outcome(model)
