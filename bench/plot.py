@@ -99,7 +99,9 @@ def host(record: dict[str, Any]) -> Figure:
         axes.invert_yaxis()
         axes.set_xlabel("ms of the host, by part")
         axes.set_title(f"a {title} step, {record['shapes']['layers']} layers", fontsize=9)
-    both[0].legend(fontsize=7, frameon=False, loc="lower right")
+    figure.legend(
+        *both[0].get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=4
+    )
     return figure
 
 
