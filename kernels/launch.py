@@ -19,7 +19,7 @@ import triton
 from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.knobs import HookChain
-from triton.runtime._async_compile import AsyncCompileMode
+from triton.runtime._async_compile import AsyncCompileMode, FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -323,6 +323,10 @@ def _why_not_built(each: Launch) -> str | None:
     """Compile the kernel of a launch and load it on the current device; what that lacked, or None."""
     try:
         compiled = each.kernel.warmup(grid=each.grid, **each.args, **each.options)
+        if isinstance(
+            compiled, FutureKernel
+        ):  # of a build that failed beside others: this raises what it raised
+            compiled = compiled.result()
         # Loads the module, or raises for want of shared memory, tensor memory or threads: at every look, where
         # `compiled.run` raises at the first alone.
         _ = compiled[each.grid]

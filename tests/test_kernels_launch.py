@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +84,44 @@ def test_a_kernel_is_built_once_for_each_key(build):
     assert build(kernel) is None
     assert build(kernel, "another") is None
     assert kernel.builds == 2
+
+
+BUILDS = """
+import sys, warnings
+sys.path.insert(0, sys.argv[1])
+import driver, host, torch, triton
+import triton.language as tl
+from fastpeft.kernels import dropout, launch
+
+@triton.jit
+def broken_kernel(x_ptr, N: tl.constexpr):
+    tl.static_assert(N == 1, "no such N")
+    tl.store(x_ptr, 0.0)
+
+def run(n):
+    dropout.dropped(x, 0.5, seed)
+    launch.launch(broken_kernel, (1, 1, 1), {"x_ptr": x, "N": n}, 4, 1)
+
+x, seed = torch.ones(40, 48), torch.tensor([1])
+with driver.nowhere(host.H100) as launches, warnings.catch_warnings(record=True):
+    print(launch.build("bad", x, lambda: run(2)))
+    print(launch.build("bad", x, lambda: run(2)))
+    print(launch.build("good", x, lambda: run(1)), launches.launched)
+"""
+
+
+def test_of_several_kernels_built_side_by_side_the_one_that_fails_is_named_at_every_look(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    script = tmp_path / "builds.py"  # Triton reads a kernel's source from its file
+    script.write_text(BUILDS)
+    command = [sys.executable, str(script), str(Path(__file__).parent.parent / "bench")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, again, good = done.stdout.splitlines()
+    assert first.startswith("broken_kernel can't be built here: Compil")
+    assert again == first
+    assert good == "None 0"
 
 
 def call(backend, *, strict=False, dropout_p=0.5):
