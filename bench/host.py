@@ -146,17 +146,14 @@ class Operators(TorchDispatchMode):
         return out
 
 
-_PLANNING_FILES = ("kernels/tiling.py", "kernels/tuning.py", "fastpeft/trunk.py", "fastpeft/plan.py")
-_PLANNING_NAMES = (
-    "why_not",
-    "_why_not",
-    "ready",
-    "_confirm",
-    "choose",
-    "_check",
-    "_for_kernels",
-    "projection_of",
+_PLANNING_FILES = tuple(
+    f"{name}.py"
+    for name in ("kernels/memo", "kernels/tiling", "kernels/tuning", "fastpeft/plan", "fastpeft/trunk")
 )
+_PLANNING_NAMES = (
+    "_check", "_confirm", "_kind_of", "_norm_kind", "_once", "_planned", "_settings", "_why_not", "choose", "chosen",
+    "for_kernels", "holds", "planned", "projection", "read", "why_not",
+)  # fmt: skip
 
 
 def part_of(frame: Any) -> str:
@@ -251,9 +248,6 @@ def host(layers: int, dropout: float, vary: bool, rounds: int) -> dict[str, Any]
     with ExitStack() as stack:
         launches = stack.enter_context(driver.nowhere(H100))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", without_dropout))
-        stack.enter_context(
-            mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", without_dropout)
-        )
         for key, head, step_of in (("variants", "classifier", training), ("decoding", "lm", decoding)):
             setting = variants.Setting("small", "lora", "fp32", dropout, 8, head, "cpu")
             stock = variants.with_lora(base(layers, WIDTH, head), setting)

@@ -158,12 +158,6 @@ class _Both(NamedTuple):
     layers: tuple[LoraPlan, LoraPlan]
     decided: ops.Decided
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
 
 def _through_kernels(
     mlp: Any, x: Tensor, residual: ops.Residual | None, shrunk: ops.Shrunk | None

@@ -75,8 +75,8 @@ class _AdapterPlan(Plan):
             act is self._act
             and (type(act) is not nn.GELU or activation_name(act) == self.activation)
             and type(getattr(module, "scale", 1.0)) in (float, int)
-            and x.shape[-1:] == self._like[0][3][1:]  # K of the first's shape (R, K)
             and super().holds(module, x)
+            and x.shape[-1:] == module.down.weight.shape[1:]
         )
 
     def takes(self, x: Tensor) -> bool:
@@ -91,15 +91,13 @@ def _planned(module: Any, x: Tensor) -> _AdapterPlan | None:
     plan = site.plan
     if plan is not None and plan.holds(module, x):
         return plan
-    same_dtype = not isinstance(module, Adapter)
     if why_not_here() or why_not_adapter(module):
         return None
-    if why_not_tensors(x, module.down.weight, same_dtype=same_dtype):
+    if why_not_tensors(x, module.down.weight, same_dtype=not isinstance(module, Adapter)):
         return None
     plan = _AdapterPlan(module, x)
-    if not plan.holds(
-        module, x
-    ):  # a shape for the operation to complain of, or a scale that is no plain number
+    # It doesn't where a shape is for the operation to complain of, or the scale is no plain number.
+    if not plan.holds(module, x):
         return None
     site.plan = plan
     return plan

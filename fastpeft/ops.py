@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpeft import autograd, reference
+from fastpeft.kernels.memo import Memo
+from fastpeft.kernels.rows import as_rows, as_taken, rows_in
 
 BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -54,15 +56,11 @@ class Shrunk(NamedTuple):
     dropout_p: float
 
 
-_MOST = 256  # kinds of calls that a layer remembers
+class Confirmed(NamedTuple):
+    """The route that was confirmed for a call, and where its kernels keep what they prepare for such calls."""
 
-
-class Confirmed:
-    """The route that was confirmed for a call, and what its kernels prepared for such calls."""
-
-    def __init__(self, route: Route) -> None:
-        self.route = route
-        self.prepared: list[Any] = []
+    route: Route
+    prepared: Any = None
 
 
 class Decided:
@@ -74,8 +72,7 @@ class Decided:
 
     def __init__(self) -> None:
         self.route: Route | None = None
-        self.confirmed: dict[Hashable, Confirmed] = {}
-        self.norms: dict[Hashable, str] = {}
+        self.answers = Memo(256)
 
     def chosen(self, backend: str, exact: bool, device: torch.device) -> Route:
         """`choose`, asked once."""
@@ -83,23 +80,16 @@ class Decided:
             self.route = choose(backend, exact, device)
         return self.route
 
-    def found(self, rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) -> Confirmed | None:
-        """What was confirmed for such rows, a residual or none, and dropouts that drop or don't; None if nothing."""
-        return self.confirmed.get(_kind_of(rows, residual, drops))
 
-    def keep(
-        self, confirmed: Confirmed, rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]
-    ) -> None:
-        """Keep what `found` is to find."""
-        if len(self.confirmed) >= _MOST:  # strides without end
-            self.confirmed.clear()
-        self.confirmed[_kind_of(rows, residual, drops)] = confirmed
-
-    def __deepcopy__(self, memo: Any) -> Decided:
-        return Decided()
-
-    def __reduce__(self) -> Any:
-        return Decided, ()
+def _once(
+    decided: Decided | None,
+    rows: Tensor,
+    residual: Tensor | None,
+    drops: tuple[float, ...],
+    confirm: Callable[[], Confirmed],
+) -> Confirmed:
+    """What `confirm` says; asked once for such rows, a residual or none, and dropouts that drop or don't."""
+    return confirm() if decided is None else decided.answers.once(_kind_of(rows, residual, drops), confirm)
 
 
 def _kind_of(rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) -> Hashable:
@@ -110,7 +100,7 @@ def _kind_of(rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) ->
     tf32 = rows.dtype == torch.float32 and launch.tf32_allowed()
     some = tuple(p > 0.0 for p in drops)
     return (
-        tiling.steps(launch.rows_in(rows)),
+        tiling.steps(rows_in(rows)),
         rows.dtype,
         rows.dim() == 2 and rows.stride(),
         aligned,
@@ -220,23 +210,20 @@ def routed_lora_linear(
         route = decided.chosen(backend, exact, x.device)
     x, projection = _as_autocast(x, projection)
     if route.path == "triton":
-        rows = x if x.is_contiguous() and x.dim() > 1 else _rows(x)
+        rows = as_taken(x)
         residual_rows, residual_p = _rows_of(residual, x.dtype)
+        given = rows, projection, residual_rows, residual_p
         drops = projection.dropout_p, residual_p
-        confirmed = None if decided is None else decided.found(rows, residual_rows, drops)
-        if confirmed is None:
-            confirmed = _confirmed_layer(route, backend, strict, rows, projection, residual_rows, residual_p)
-            if decided is not None:
-                decided.keep(confirmed, rows, residual_rows, drops)
-        route = confirmed.route
+        route, prepared = _once(
+            decided, rows, residual_rows, drops, lambda: _confirmed_layer(route, backend, strict, *given)
+        )
         if route.path == "triton":
             shrunk = _fitting(shrunk, projection)
-            prepared = None if decided is None else confirmed.prepared
-            y = _layer_by_kernels(rows, projection, residual_rows, residual_p, shrunk, prepared)
+            y = _layer_by_kernels(*given, shrunk, prepared)
             route = _INCLUDED if shrunk else route
             y = y if rows is x else _unrowed(y, x)
             return y if residual_rows is not None else added(y, residual), route
-    rows = _rows(x)
+    rows = as_rows(x)
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
@@ -253,9 +240,9 @@ def _layer_by_kernels(
     residual: Tensor | None,
     residual_p: float,
     shrunk: Shrunk | None = None,
-    prepared: list[Any] | None = None,
+    prepared: Any = None,
 ) -> Tensor:
-    """A layer of rows (M, K) by the kernels; `prepared`, empty at first, keeps what they prepare for such calls."""
+    """A layer of rows by the kernels, with what they have `prepared` for such calls."""
     from fastpeft.kernels import lora_linear as kernels
 
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
@@ -263,9 +250,7 @@ def _layer_by_kernels(
     xa, drawn = (None, None) if shrunk is None else (shrunk.xa, shrunk.seeds)
     seed, residual_seed = _new_seeds(rows, dropout_p, residual_p, drawn=drawn)
     call = kernels.call_of(scaling, dropout_p, seed, residual_p, residual_seed, xa=xa)
-    if prepared is not None and not prepared and rows.numel() > 0:
-        prepared.append(kernels.Layer(rows, *layer, call, residual))
-    y, _ = kernels.applied(rows, layer, call, residual, None, *(prepared or ()))
+    y, _ = kernels.applied(rows, layer, call, residual, None, prepared)
     assert y is not None
     return y
 
@@ -289,7 +274,7 @@ def _confirmed_layer(
 
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     layer = weight, bias, lora_a, lora_b
-    rows, residual = _rows(rows), None if residual is None else _rows(residual)
+    rows, residual = as_rows(rows), None if residual is None else as_rows(residual)
 
     def through_kernels(x: Any, *tensors: Any) -> Tensor:
         return _layer_by_kernels(x, _with(projection, *tensors[:4]), tensors[4], residual_p)
@@ -300,7 +285,7 @@ def _confirmed_layer(
 
     given = (rows, *layer, residual)
     drops = (dropout_p, residual_p)
-    return _confirm(
+    confirmed = _confirm(
         route,
         backend,
         strict,
@@ -308,14 +293,10 @@ def _confirmed_layer(
         lambda: kernels.ready(rows, *layer, dropout_p, residual, residual_p),
         lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
     )
+    return Confirmed(confirmed, kernels.Layer())
 
 
 _INCLUDED = Route("triton", "fused kernels, LayerNorm included")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x (..., K) as (M, K)."""
-    return x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
 def _unrowed(y: Tensor, x: Tensor) -> Tensor:
@@ -325,7 +306,7 @@ def _unrowed(y: Tensor, x: Tensor) -> Tensor:
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W + b`, x (..., K) and weight (K, N) as `Conv1D` has it, by `gemm.mm`; differentiable by x alone."""
-    return _unrowed(autograd.Linear.apply(_rows(x), weight, bias), x)
+    return _unrowed(autograd.Linear.apply(as_rows(x), weight, bias), x)
 
 
 def lora_mlp(
@@ -347,20 +328,17 @@ def lora_mlp(
         _check_lora_linear(x, fc)
     shrunk = _fitting(shrunk, fc)
     (x, fc), (_, proj) = _as_autocast(x, fc), _as_autocast(x, proj)
-    rows = x if x.is_contiguous() and x.dim() > 1 else _rows(x)
+    rows = as_taken(x)
     residual_rows, residual_p = _rows_of(residual, x.dtype)
+    given = rows, fc, proj, residual_rows, residual_p
     trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *fc[:4]))
     drops = fc.dropout_p, proj.dropout_p, residual_p, float(trains)
-    confirmed = None if decided is None else decided.found(rows, residual_rows, drops)
-    if confirmed is None:
-        confirmed = _confirmed_mlp(backend, strict, rows, fc, proj, residual_rows, residual_p)
-        if decided is not None:
-            decided.keep(confirmed, rows, residual_rows, drops)
-    route = confirmed.route
+    route, prepared = _once(
+        decided, rows, residual_rows, drops, lambda: _confirmed_mlp(backend, strict, *given)
+    )
     if route.path != "triton":
         return None
-    prepared = None if decided is None else confirmed.prepared
-    y = _mlp_by_kernels(rows, fc, proj, residual_rows, residual_p, shrunk, prepared)
+    y = _mlp_by_kernels(*given, shrunk, prepared)
     y = y if rows is x else _unrowed(y, x)
     route = _MLP_INCLUDED if shrunk else route
     return y if residual_rows is not None else added(y, residual), route
@@ -373,9 +351,9 @@ def _mlp_by_kernels(
     residual: Tensor | None,
     residual_p: float,
     shrunk: Shrunk | None = None,
-    prepared: list[Any] | None = None,
+    prepared: Any = (None, None),
 ) -> Tensor:
-    """An MLP of rows (M, K) by the kernels; `prepared` as in `_layer_by_kernels`."""
+    """An MLP of rows by the kernels, with what they have `prepared` for such calls."""
     from fastpeft.kernels import lora_linear, lora_mlp
 
     xa, drawn = (None, None) if shrunk is None else (shrunk.xa, shrunk.seeds)
@@ -398,9 +376,9 @@ def _confirmed_mlp(
     residual_p: float,
 ) -> Confirmed:
     """`_confirm` for an MLP's call."""
-    from fastpeft.kernels import launch, lora_mlp, tuning
+    from fastpeft.kernels import launch, lora_linear, lora_mlp, tuning
 
-    rows, residual = _rows(rows), None if residual is None else _rows(residual)
+    rows, residual = as_rows(rows), None if residual is None else as_rows(residual)
 
     def through_kernels(x: Any, *tensors: Any) -> Tensor:
         layers = _with(fc, *tensors[:4]), _with(proj, *tensors[4:8])
@@ -414,7 +392,7 @@ def _confirmed_mlp(
     given = (rows, *fc[:4], *proj[:4], residual)
     drops = (fc.dropout_p, proj.dropout_p, residual_p)
     rank = max(fc.lora_a.shape[0], proj.lora_a.shape[0])
-    return _confirm(
+    confirmed = _confirm(
         _MLP,
         backend,
         strict,
@@ -422,6 +400,7 @@ def _confirmed_mlp(
         lambda: lora_mlp.ready(rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p, residual, residual_p),
         lambda: tuning.slower_than("lora_mlp", given, drops, through_kernels, through_pytorch),
     )
+    return Confirmed(confirmed, (lora_linear.Layer(), lora_linear.Layer()))
 
 
 _MLP = Route("triton", "fused kernels, GELU included")
@@ -450,13 +429,9 @@ def layer_norm(
             return norm(x), x, None
         given = (x, weight, bias, norm.eps)
         lora_a = following.lora_a if following is not None and following.dropout_p > 0.0 else None
-        decided = decided or Decided()
-        kind = _norm_kind(x, weight, bias, lora_a)
-        served = decided.norms.get(kind)
-        if served is None:
-            if len(decided.norms) >= _MOST:
-                decided.norms.clear()
-            served = decided.norms[kind] = _norm_served(x, weight, bias, following, strict)
+        served = (decided or Decided()).answers.once(
+            _norm_kind(x, weight, bias, lora_a), lambda: _norm_served(x, weight, bias, following, strict)
+        )
         if served == "shrunk" and lora_a is not None and following is not None:
             seeds = _drawn(x, 3)
             h, x, xa = kernels.layer_norm_shrink(*given, lora_a, following.dropout_p, seeds[0])
@@ -558,13 +533,13 @@ def routed_adapter(
         route = _route(backend, exact, x.device)
     else:
         route = decided.chosen(backend, exact, x.device)
-    rows, scale = _rows(x), float(scale)
+    rows, scale = as_rows(x), float(scale)
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
 
         residual_rows, _ = _rows_of(outer, x.dtype)
-        residual_rows = None if residual_rows is None else _rows(residual_rows)
+        residual_rows = None if residual_rows is None else as_rows(residual_rows)
 
         def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, more: Any) -> Tensor:
             return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale, more)
@@ -574,8 +549,8 @@ def routed_adapter(
             return y if residual_rows is None else y + tensors[5]
 
         given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
-        confirmed = None if decided is None else decided.found(rows, residual_rows, ())
-        if confirmed is None:
+
+        def confirm() -> Confirmed:
             confirmed = _confirm(
                 route,
                 backend,
@@ -584,9 +559,9 @@ def routed_adapter(
                 lambda: kernels.ready(*given[:5], activation, residual_rows),
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
             )
-            if decided is not None:
-                decided.keep(confirmed, rows, residual_rows, ())
-        route = confirmed.route
+            return Confirmed(confirmed)
+
+        route, _ = _once(decided, rows, residual_rows, (), confirm)
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
@@ -677,17 +652,17 @@ def _confirm(
     unsupported: str | None,
     ready: Callable[[], str | None],
     slower: Callable[[], str | None],
-) -> Confirmed:
+) -> Route:
     """`route` where the kernels serve the call, are built and not measured slower; before a seed is drawn."""
     if unsupported:
-        return Confirmed(_refuse(backend, unsupported))
+        return _refuse(backend, unsupported)
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
-        return Confirmed(route)
+        return route
     failure = ready()
     if failure and strict:
         raise RuntimeError(failure)
     reason = failure or (slower() if backend == "auto" else None)
-    return Confirmed(Route("torch", reason) if reason else route)
+    return Route("torch", reason) if reason else route
 
 
 def _new_seeds(x: Tensor, *dropouts: float, drawn: Sequence[Tensor] | None = None) -> list[Tensor | None]:

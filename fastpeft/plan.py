@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import repeat
 from operator import contains
@@ -15,8 +16,8 @@ from fastpeft import ops
 from fastpeft.modules import why_not_here
 
 
-class Plan:
-    """What a module's call was found to be; copies of the module begin without.
+class Plan(ABC):
+    """What a module's call was found to be.
 
     Costs the host some 5 µs a call where asking everything costs 50. Modules below are compared by identity and class,
     and for a forward of their own; parameters by class, dtype, device, shape and strides. Hooks come only with handles,
@@ -37,15 +38,9 @@ class Plan:
         #: What was found out about its operation.
         self.decided = ops.Decided()
 
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-    def __reduce__(self) -> Any:
-        return type(None), ()
-
+    @abstractmethod
     def read(self) -> list[Tensor | None]:
         """The parameters that the call takes, as they are now; the first has the dtype and device of what comes in."""
-        raise NotImplementedError
 
     def holds(self, module: Any, x: Tensor) -> bool:
         """Whether a call of `module` on what is like x but for its shape is still of the kind that was planned."""

@@ -27,7 +27,11 @@ class Site:
     strict: bool
     last: ops.Route | None = None
     calls: int = 0
-    plan: Any = None  # what its last call found out, for the next to compare; copies begin without
+    plan: Any = None  # what its last call found out, for the next to compare
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which begin without a plan: it is of this module."""
+        return {**vars(self), "plan": None}
 
     def record(self, route: ops.Route) -> None:
         """Note a call; not while compiling, where a changing counter would recompile each call."""

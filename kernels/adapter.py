@@ -39,7 +39,7 @@ from .launch import (
     differentiated,
     eager,
     fixed,
-    kept,
+    launchers,
     on_device_of,
 )
 
@@ -309,7 +309,9 @@ def forward(
         residual is None,
         *fixed(x, *parameters),
     )
-    kept(key, launcher)((-(-m // strip.block_m), 1, 1), x, *parameters, residual, z, y, m, float(scale))
+    launchers.once(key, launcher)(
+        (-(-m // strip.block_m), 1, 1), x, *parameters, residual, z, y, m, float(scale)
+    )
     return y, z
 
 
@@ -359,7 +361,7 @@ def backward(
     sizes = k, rank, precision, len(tickets)
     key = ("adapter backward", strip, activation, dx is None, *sizes, *fixed(dy, down_weight, up_weight))
     changing = dy, down_weight, up_weight, z, h, dz, dx, tickets, m, float(scale)
-    kept(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
+    launchers.once(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
     if not need_parameters:
         return dx, None
 
@@ -383,7 +385,7 @@ def backward(
     key = ("adapter gradient", gradient_strip, *sizes, dtype, *fixed(dy, x))
     partials = x.new_empty(splits, out.numel(), dtype=torch.float32)
     changing = dy, x, h, dz, out, partials, tickets, m, rows_each, float(scale)
-    kept(key, gradient_launcher)((columns, splits, 1), *changing)
+    launchers.once(key, gradient_launcher)((columns, splits, 1), *changing)
     return dx, out
 
 

@@ -92,6 +92,11 @@ def sum_in_order(ptrs, mask, stride, count):
     return acc
 
 
-def new_tickets(t: Tensor, count: int) -> Tensor:
-    """Tickets for `count` sums on t's device, which an earlier kernel clears; few sizes: it is compiled for each."""
-    return t.new_empty(max(64, 1 << (count - 1).bit_length()), dtype=torch.int32)
+def ticket_count(sums: int) -> int:
+    """How many tickets to make for so many sums: of few sizes, for a kernel is compiled for each."""
+    return max(64, 1 << (sums - 1).bit_length())
+
+
+def new_tickets(t: Tensor, sums: int) -> Tensor:
+    """Tickets for so many sums on t's device, which an earlier kernel clears."""
+    return t.new_empty(ticket_count(sums), dtype=torch.int32)

@@ -17,7 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .blocks import rounded
-from .launch import Launcher, kept, rows_in
+from .launch import Launcher, launchers
+from .rows import rows_in
 
 ROUNDS = 7
 STRIP = (32, 128, 4, 1)  # rows, columns, warps and stages of a program of `dropped`
@@ -101,7 +102,7 @@ def dropped(t: Tensor, dropout_p: float, seed: Tensor) -> Tensor:
     if t.numel() > 0:
         key = ("dropped", n, strides, t.dtype, t.get_device())
         grid = -(-m // block_m), -(-n // block_n), 1
-        kept(key, launcher)(grid, t, out, seed, m, threshold(dropout_p), keep_scale(dropout_p))
+        launchers.once(key, launcher)(grid, t, out, seed, m, threshold(dropout_p), keep_scale(dropout_p))
     return out
 
 

@@ -23,6 +23,8 @@ from triton.runtime._async_compile import AsyncCompileMode, FutureKernel
 from triton.runtime.driver import driver
 from triton.runtime.errors import OutOfResources, PTXASError
 
+from .memo import Memo
+
 _log = logging.getLogger("fastpeft")
 
 #: Whether Triton interprets kernels instead of compiling them (TRITON_INTERPRET=1, set before this import).
@@ -72,9 +74,9 @@ class Launcher:
     """A kernel with the arguments that stay as they are; the others come with each call.
 
     It is compiled at the first call, and from then on launched without Triton's binder, which takes the host longer
-    than all else in a call. What a kernel is specialised on is either among the arguments that stay, and so in the key
-    of `kept`, or excluded from specialisation (`do_not_specialize`); where a pointer isn't 16 bytes aligned, the binder
-    decides.
+    than all else in a call. What a kernel is specialised on is either among the arguments that stay, and so in its key
+    in `launchers`, or excluded from specialisation (`do_not_specialize`); where a pointer isn't 16 bytes aligned, the
+    binder decides.
     """
 
     def __init__(
@@ -123,36 +125,7 @@ def _no_hooks(hook: Any) -> bool:
 
 
 #: Launchers by what their kernels are specialised on: a few for each kind of layer, whatever the number of rows.
-_launchers: dict[Hashable, Launcher] = {}
-_MOST = 1024
-
-
-def kept(key: Hashable, make: Callable[[], Launcher]) -> Launcher:
-    """The launcher of this key, which names everything that `make` puts into it."""
-    launcher = _launchers.get(key)
-    if launcher is None:
-        if len(_launchers) >= _MOST:  # strides without end
-            _launchers.clear()
-        launcher = _launchers[key] = make()
-    return launcher
-
-
-def as_rows(t: Tensor) -> Tensor:
-    """t (..., C) as (M, C)."""
-    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
-
-
-def rows_in(t: Tensor) -> int:
-    """M of t (M, C), or of t (..., C) seen so."""
-    if t.dim() == 2:
-        return t.shape[0]
-    return t.numel() // t.shape[-1] if t.shape[-1] else t.shape[:-1].numel()
-
-
-def sample_rows(t: Tensor) -> Tensor:
-    """`as_rows` of a contiguous t, by the strides of all that are so shaped: a single row's may be any."""
-    c = t.shape[-1]
-    return t if t.dim() == 2 else t.detach().as_strided((t.shape[:-1].numel(), c), (c, 1))
+launchers = Memo(1024)
 
 
 def fixed(*tensors: Tensor | None) -> tuple[Hashable, ...]:
@@ -323,10 +296,8 @@ def _why_not_built(each: Launch) -> str | None:
     """Compile the kernel of a launch and load it on the current device; what that lacked, or None."""
     try:
         compiled = each.kernel.warmup(grid=each.grid, **each.args, **each.options)
-        if isinstance(
-            compiled, FutureKernel
-        ):  # of a build that failed beside others: this raises what it raised
-            compiled = compiled.result()
+        if isinstance(compiled, FutureKernel):
+            compiled = compiled.result()  # of a build that failed beside others: raises what that raised
         # Loads the module, or raises for want of shared memory, tensor memory or threads: at every look, where
         # `compiled.run` raises at the first alone.
         _ = compiled[each.grid]

@@ -29,7 +29,7 @@ from .launch import (
     differentiated,
     eager,
     fixed,
-    kept,
+    launchers,
     on_device_of,
 )
 
@@ -151,7 +151,7 @@ def shrink(
         dtypes = x.dtype, weight.dtype, bias.dtype
         key = ("layer_norm_shrink", k, rank, precision, *dtypes, *fixed(lora_a))
         changing = x.contiguous(), weight, bias, lora_a, h, xa, seed, m, float(eps), threshold(dropout_p)
-        kept(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
+        launchers.once(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
     return h, xa
 
 
@@ -171,7 +171,7 @@ def backward(dh: Tensor, x: Tensor, weight: Tensor, d_residual: Tensor, eps: flo
 
     key = ("layer_norm_backward", k, x.get_device(), *(t.dtype for t in (dh, x, weight, d_residual)))
     changing = dh.contiguous(), x.contiguous(), weight, d_residual.contiguous(), dx, m, float(eps)
-    kept(key, launcher)((-(-m // block_m), 1, 1), *changing)
+    launchers.once(key, launcher)((-(-m // block_m), 1, 1), *changing)
     return dx
 
 

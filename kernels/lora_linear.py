@@ -14,7 +14,7 @@ all: y and dx are one GEMM with a rank-r term each, dA and dB one pass over x an
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +23,9 @@ from torch import Tensor
 from . import low_rank, tiling
 from .blocks import input_precision
 from .dropout import Dropout, dropped, keep_scale
-from .launch import (
-    as_rows,
-    build,
-    describe,
-    differentiable_once,
-    differentiated,
-    eager,
-    on_device_of,
-    rows_in,
-    sample_rows,
-)
+from .launch import build, describe, differentiable_once, differentiated, eager, on_device_of
+from .memo import Memo
+from .rows import as_rows, as_taken, rows_in, sample_rows
 
 
 class Call(NamedTuple):
@@ -46,34 +38,15 @@ class Call(NamedTuple):
     xa: Tensor | None = None  # (M, R), contiguous: `dropout(x) Aᵀ`, where it is known
 
 
-_MOST = 64  # kinds of backward passes that a layer remembers
-
-
 class Layer:
-    """The kernels of a layer, forward and backward, for operands of one kind.
+    """The kernels of a layer, forward and backward, prepared at their first calls for operands of one kind.
 
-    It is called with any that differ from those which it was prepared with in values, or in the number of rows within
-    one of `tiling.steps`.
+    It is called with any that differ from those in values, or in the number of rows within one of `tiling.steps`.
     """
 
-    def __init__(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        call: Call,
-        residual: Tensor | None = None,
-    ) -> None:
-        self._updated = low_rank.Updated(
-            sample_rows(x), weight, bias, lora_a, lora_b.T,
-            inner=call.dropout is not None, outer=call.residual_dropout is not None,
-            epilogue=low_rank.Epilogue(call.stores, residual=residual),
-        )  # fmt: skip
-        self._backward: dict[
-            Hashable, tuple[Any, ...]
-        ] = {}  # a few: by what is needed, and the strides of dy
+    def __init__(self) -> None:
+        self._updated: low_rank.Updated | None = None
+        self._backwards = Memo(64)  # a few: by what is needed, and the strides of dy
 
     def forward(
         self,
@@ -85,11 +58,25 @@ class Layer:
         call: Call,
         residual: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """What the function `forward` gives, for at least one row and column."""
+        """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where it isn't stored.
+
+        Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. A contiguous x may have more
+        leading dimensions, which y and gelu(y) then have too.
+        """
         scaling, dropout, stores, residual_dropout, xa = call
+        n = weight.shape[1]
+        if n == 0 or rows_in(x) == 0:
+            y, h = (x.new_empty(*x.shape[:-1], n) if name in stores else None for name in "yh")
+            return y, x.new_zeros(rows_in(x), len(lora_a)) if xa is None else xa, h
+        epilogue = low_rank.Epilogue(stores, None, residual)
+        if self._updated is None:
+            self._updated = low_rank.Updated(
+                sample_rows(x), weight, bias, lora_a, lora_b.T,
+                inner=dropout is not None, outer=residual_dropout is not None, epilogue=epilogue,
+            )  # fmt: skip
         return self._updated(
             x, weight, bias, lora_a, lora_b, _scaled(scaling, dropout), dropout, residual_dropout,
-            u=xa, epilogue=low_rank.Epilogue(stores, None, residual),
+            u=xa, epilogue=epilogue,
         )  # fmt: skip
 
     def backward(
@@ -107,32 +94,37 @@ class Layer:
         need_b: bool,
         activated: bool = False,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """What the function `backward` gives, for at least one row."""
+        """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
+
+        Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it. With more leading
+        dimensions dy is contiguous.
+        """
+        if dy.numel() == 0:
+            empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
+            dx, d_lora_a, d_lora_b = (torch.zeros_like(t) if need else None for t, need in empty)
+            return dx, d_lora_a, d_lora_b
         scaling = _scaled(scaling, dropout)
         d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
         d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
         epilogue = low_rank.Epilogue("y", x, None) if activated else low_rank.PLAIN
-        key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)
-        prepared = self._backward.get(key)
-        if prepared is None:
-            drops, gradients, count = dropout is not None, None, 0
+
+        def prepare() -> tuple[Any, ...]:
+            rows, drops = sample_rows(dy), dropout is not None
+            updated = shrink = gradients = None
             if need_a or need_b:
                 dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
-                tall = sample_rows(dy), sample_rows(x), len(lora_a)
+                tall = rows, sample_rows(x), len(lora_a)
                 gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated)
-                count = gradients.tickets
-            updated = shrink = None
+            count = 0 if gradients is None else gradients.tickets
             if need_x:
-                given = sample_rows(dy), weight.T, None, lora_b.T, lora_a
+                given = rows, weight.T, None, lora_b.T, lora_a
                 updated = low_rank.Updated(*given, outer=drops, tickets=count, epilogue=epilogue)
             elif need_a:
-                rows = sample_rows(dy)
-                strip = low_rank.shrink_strip(rows, lora_b, drops=False)
-                shrink = low_rank.Shrink(rows, lora_b, strip, tickets=count)
-            if len(self._backward) >= _MOST:  # strides without end
-                self._backward.clear()
-            prepared = self._backward[key] = updated, shrink, gradients, count
-        updated, shrink, gradients, count = prepared
+                shrink = low_rank.Shrink(rows, lora_b, tickets=count)
+            return updated, shrink, gradients, count
+
+        key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)
+        updated, shrink, gradients, count = self._backwards.once(key, prepare)
         tickets = dy.new_empty(count, dtype=torch.int32) if count else None
         dx, dxa = None, xa
         if updated is not None:
@@ -149,60 +141,6 @@ class Layer:
 
 def _scaled(scaling: float, dropout: Dropout | None) -> float:
     return scaling if dropout is None else scaling * keep_scale(dropout.p)
-
-
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    call: Call,
-    residual: Tensor | None = None,
-    layer: Layer | None = None,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where it isn't stored.
-
-    Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`. A contiguous x may have more leading
-    dimensions, which y and gelu(y) then have too. A `layer` was prepared for such operands.
-    """
-    n = weight.shape[1]
-    if n == 0 or rows_in(x) == 0:
-        y, h = (x.new_empty(*x.shape[:-1], n) if name in call.stores else None for name in "yh")
-        xa = x.new_zeros(rows_in(x), len(lora_a)) if call.xa is None else call.xa
-        return y, xa, h
-    given = x, weight, bias, lora_a, lora_b, call, residual
-    return (layer or Layer(*given)).forward(*given)
-
-
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    xa: Tensor,
-    scaling: float,
-    dropout: Dropout | None,
-    need_x: bool,
-    need_a: bool,
-    need_b: bool,
-    activated: bool = False,
-    layer: Layer | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
-
-    Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it. With more leading dimensions
-    dy is contiguous.
-    """
-    if dy.numel() == 0:
-        empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
-        dx, d_lora_a, d_lora_b = (torch.zeros_like(t) if need else None for t, need in empty)
-        return dx, d_lora_a, d_lora_b
-    layer = layer or Layer(x, weight, None, lora_a, lora_b, Call(scaling, dropout))
-    return layer.backward(
-        dy, x, weight, lora_a, lora_b, xa, scaling, dropout, need_x, need_a, need_b, activated
-    )
 
 
 # --- for autograd
@@ -241,7 +179,7 @@ def _gradients(ctx: Any, dy: Tensor, needed: Sequence[bool], by_operators: bool)
     elif any(needs):
         dropout = None if seed is None else Dropout(dropout_p, seed)
         given = *tensors, ctx.scaling, dropout, *needs, ctx.activated
-        dx, d_lora_a, d_lora_b = backward(*given, ctx.layer)
+        dx, d_lora_a, d_lora_b = ctx.layer.backward(*given)
     if need_weight:
         kept = torch.nn.functional.gelu(x, approximate="tanh") if ctx.activated else x
         d_weight = as_rows(kept).T @ as_rows(dy)
@@ -264,10 +202,10 @@ class _Function(torch.autograd.Function):
         residual: Tensor | None,
         pre: Tensor | None,
         call: Call,
-        layer: Layer | None,
+        layer: Layer,
     ) -> tuple[Tensor | None, Tensor | None]:
         with on_device_of(x):
-            y, xa, h = forward(x, weight, bias, lora_a, lora_b, call, residual, layer)
+            y, xa, h = layer.forward(x, weight, bias, lora_a, lora_b, call, residual)
         ctx.save_for_backward(*_saved(x, weight, lora_a, lora_b, xa, call, pre))
         _note(ctx, call, pre is not None)
         ctx.layer = layer
@@ -282,7 +220,7 @@ class _Function(torch.autograd.Function):
         need_x, *needs, need_pre, _, _ = ctx.needs_input_grad
         needs = [need_pre if ctx.activated else need_x, *needs]
         by_operators = differentiated()
-        given = as_rows(dy) if by_operators or not dy.is_contiguous() else dy
+        given = as_rows(dy) if by_operators else as_taken(dy)
         with on_device_of(dy):
             dx, *others, d_residual = _gradients(ctx, given, needs, by_operators)
         if given is not dy:  # then everything came as rows
@@ -312,7 +250,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = call_of(scaling, dropout_p, seed, residual_dropout, residual_seed, stores, xa)
     with on_device_of(x):
-        results = forward(x, weight, bias, lora_a, lora_b, call, residual)
+        results = Layer().forward(x, weight, bias, lora_a, lora_b, call, residual)
     # An operator returns neither None nor what it was given.
     y, xa, h = (x.new_empty(0) if each is None or each is xa else each for each in results)
     return y, xa, h
@@ -360,7 +298,8 @@ def _backward(
     dropout = None if seed is None else Dropout(dropout_p, seed)
     needs = need_x, need_a, need_b
     with on_device_of(x):
-        gradients = backward(dy, x, weight, lora_a, lora_b, xa, scaling, dropout, *needs, activated)
+        given = dy, x, weight, lora_a, lora_b, xa, scaling, dropout
+        gradients = Layer().backward(*given, *needs, activated)
     return [gradient for gradient in gradients if gradient is not None]
 
 
@@ -428,17 +367,17 @@ def applied(
     pre: Tensor | None = None,
     prepared: Layer | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """y and gelu(y) of a call, x (M, K), or contiguous (..., K).
+    """y and gelu(y) of a call, x (M, K), or contiguous (..., K), of a layer's weight, bias, lora_a and lora_b.
 
-    Of a layer's weight, bias, lora_a and lora_b, as `lora_linear` takes them.
-
-    What it doesn't store is None, or empty where the call is traced.
+    They are as `lora_linear` takes them; `prepared` is what was called for such operands before. What the call doesn't
+    store is None, or empty where it is traced.
     """
     if eager(x):
+        prepared = prepared or Layer()
         if torch.is_grad_enabled():
             return _Function.apply(x, *layer, residual, pre, call, prepared)
         with on_device_of(x):
-            y, _, h = forward(x, *layer, call, residual, prepared)
+            y, _, h = prepared.forward(x, *layer, call, residual)
         return y, h
     drops = [(drop.p, drop.seed) if drop else (0.0, None) for drop in (call.dropout, call.residual_dropout)]
     rows, residual, pre = (t if t is None else as_rows(t) for t in (x, residual, pre))
@@ -535,15 +474,16 @@ def exercise(
     def drop(p: float) -> Dropout | None:
         return Dropout(p, torch.empty(1, dtype=torch.int64, device=x.device)) if p > 0 else None
 
-    call = Call(1.0, drop(dropout_p), stores, drop(residual_dropout))
-    y, xa, h = forward(x, weight, bias, lora_a, lora_b, call, residual)
+    call, layer = Call(1.0, drop(dropout_p), stores, drop(residual_dropout)), Layer()
+    y, xa, h = layer.forward(x, weight, bias, lora_a, lora_b, call, residual)
     kept, activated = (x, False) if pre is None else (pre, True)
     dy = h if y is None else y
     assert dy is not None
     if call.residual_dropout is not None:
         dy = dropped(dy, *call.residual_dropout)
     for need_x in (True, False):  # without dx another kernel leaves dxa
-        backward(dy, kept, weight, lora_a, lora_b, xa, 1.0, call.dropout, need_x, True, True, activated)
+        needs = need_x, True, True
+        layer.backward(dy, kept, weight, lora_a, lora_b, xa, 1.0, call.dropout, *needs, activated)
     return y, h
 
 

@@ -51,19 +51,13 @@ def applied(
     proj: Layer,
     calls: tuple[lora_linear.Call, lora_linear.Call],
     residual: Tensor | None,
-    prepared: list[lora_linear.Layer] | None = None,
+    prepared: tuple[lora_linear.Layer | None, lora_linear.Layer | None] = (None, None),
 ) -> Tensor:
-    """`lora_mlp` of these calls; `prepared`, empty at first, keeps the layers that were prepared for such operands."""
-    first, second = prepared or (None, None)
-    if prepared is not None and first is None and x.numel() > 0:
-        first = lora_linear.Layer(x, *fc, calls[0])
-        prepared.append(first)
+    """`lora_mlp` of these calls; `prepared` is what was called for such operands before."""
+    first, second = prepared
     pre, h = lora_linear.applied(x, fc, calls[0], prepared=first)
     assert h is not None
     pre = pre if "y" in calls[0].stores else None
-    if prepared is not None and second is None and x.numel() > 0:
-        second = lora_linear.Layer(h, *proj, calls[1], residual)
-        prepared.append(second)
     y, _ = lora_linear.applied(h, proj, calls[1], residual, pre, second)
     assert y is not None
     return y

@@ -29,9 +29,11 @@ from .blocks import (
     load,
     rounded,
     sum_in_order,
+    ticket_count,
 )
 from .dropout import Dropout, keep_tile, mask_arguments
-from .launch import Launcher, fixed, kept, rows_in, sample_rows
+from .launch import Launcher, fixed, launchers
+from .rows import rows_in, sample_rows
 
 # --- kernels
 
@@ -469,7 +471,7 @@ class Linear:
             }  # fmt: skip
             return Launcher(linear_kernel, (*_POINTERS, *_COMMON), args, *built)
 
-        self._launch = kept(key, launcher)
+        self._launch = launchers.once(key, launcher)
         self._how, self._n, self._rank = how, n, rank
         self._columns, self._transposed = -(-n // tile.block_n), weight.stride(1) != 1
 
@@ -524,9 +526,22 @@ class Shrink:
     """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R). It is prepared as `Linear` is."""
 
     def __init__(
-        self, t: Tensor, f: Tensor, strip: tiling.Strip, *, drops: bool = False, tickets: int = 0
+        self,
+        t: Tensor,
+        f: Tensor,
+        strip: tiling.Strip | None = None,
+        *,
+        drops: bool = False,
+        tickets: int = 0,
     ) -> None:
+        """The strip is the table's, or the one measured to be fastest, unless it is given."""
         (c, rank), precision = f.shape, input_precision(t.dtype)
+
+        def run(each: tiling.Strip) -> Tensor:
+            return Shrink(t, f, each, drops=drops)(t, f, measured(t) if drops else None)
+
+        strip = strip or tuning.fastest("shrink", t, (rank, drops), tiling.shrink(t, rank), run)
+        key = ("shrink", strip, precision, c, rank, *fixed(t, f), drops, tickets)
 
         def launcher() -> Launcher:
             args = {
@@ -540,7 +555,7 @@ class Shrink:
             changing = ("t_ptr", "f_ptr", "u_ptr", "seed_ptr", "tickets_ptr", "M", "drop_below")
             return Launcher(shrink_kernel, changing, args, strip.num_warps, strip.num_stages)
 
-        self._launch = kept(("shrink", strip, precision, c, rank, *fixed(t, f), drops, tickets), launcher)
+        self._launch = launchers.once(key, launcher)
         self._rows, self._rank = strip.block_m, rank
 
     def __call__(
@@ -554,22 +569,9 @@ class Shrink:
         return u
 
 
-def shrink(t: Tensor, f: Tensor, *, dropout: Dropout | None = None, tickets: Tensor | None = None) -> Tensor:
-    """`Shrink`, prepared and called with the strip that is chosen for these operands."""
-    strip = shrink_strip(t, f, drops=dropout is not None)
-    count = 0 if tickets is None else len(tickets)
-    return Shrink(t, f, strip, drops=dropout is not None, tickets=count)(t, f, dropout, tickets)
-
-
-def shrink_strip(t: Tensor, f: Tensor, *, drops: bool) -> tiling.Strip:
-    """The strip with which t is shrunk by f: the table's, or the one measured to be fastest."""
-    rank = f.shape[1]
-
-    def run(strip: tiling.Strip) -> Tensor:
-        dropout = Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=t.device)) if drops else None
-        return Shrink(t, f, strip, drops=drops)(t, f, dropout)
-
-    return tuning.fastest("shrink", t, (rank, drops), tiling.shrink(t, rank), run)
+def measured(t: Tensor) -> Dropout:
+    """A dropout on t's device to measure with, which draws no seed."""
+    return Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=t.device))
 
 
 class Updated:
@@ -594,21 +596,21 @@ class Updated:
         epilogue: Epilogue = PLAIN,
         how: tiling.Linear | None = None,
     ) -> None:
-        drops, shape = (
-            (inner, outer),
-            (epilogue.pre is not None, epilogue.residual is not None, epilogue.stores),
-        )
-        rest: dict[str, Any] = {"inner": inner, "outer": outer, "tickets": tickets, "epilogue": epilogue}
+        drops = inner, outer
+        shape = epilogue.pre is not None, epilogue.residual is not None, epilogue.stores
         if how is None:
 
             def run(each: tiling.Linear) -> object:
-                masks = (
-                    Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=x.device)) if d else None
-                    for d in drops
-                )
-                prepared = Updated(x, weight, bias, a, f, **rest, how=each)
-                cleared = x.new_empty(tickets, dtype=torch.int32) if tickets else None
-                return prepared(x, weight, bias, a, f, 1.0, *masks, tickets=cleared, epilogue=epilogue)
+                masks = (measured(x) if drop else None for drop in drops)
+                kind: dict[str, Any] = {
+                    "inner": inner,
+                    "outer": outer,
+                    "tickets": tickets,
+                    "epilogue": epilogue,
+                }
+                prepared = Updated(x, weight, bias, a, f, **kind, how=each)
+                uncleared = x.new_empty(tickets, dtype=torch.int32) if tickets else None
+                return prepared(x, weight, bias, a, f, 1.0, *masks, tickets=uncleared, epilogue=epilogue)
 
             rank, n = f.shape
             how = tuning.fastest(
@@ -619,11 +621,11 @@ class Updated:
                 run,
             )
         given = x, weight, bias, f, how
-        self._single, self._shrink = how.single, None
+        self._shrink = None
         if how.single:  # the loop has no room to round a wider factor
             self._linear = Linear(*given, a=a.to(x.dtype), drops=outer, tickets=tickets, epilogue=epilogue)
         else:
-            self._shrink = Shrink(x, a.T, shrink_strip(x, a.T, drops=inner), drops=inner, tickets=tickets)
+            self._shrink = Shrink(x, a.T, drops=inner, tickets=tickets)
             self._linear = Linear(*given, drops=outer, epilogue=epilogue)
 
     def __call__(
@@ -695,10 +697,10 @@ class Gradients:
 
         sizes = strip, precision, n, k, rank, tiles_b
         key = ("gradients", *sizes, *fixed(dy, x), dtype_b, dtype_a, drops, activated)
-        self._launch = kept(key, launcher)
+        self._launch = launchers.once(key, launcher)
         self._strip, self._tiles, self._rank = strip, tiles, rank
         self._splits = splits or tiling.splits(x.device, max(tiles, 1), rank)
-        self.tickets = max(64, 1 << (tiles - 1).bit_length())  # few sizes: a kernel is compiled for each
+        self.tickets = ticket_count(tiles)
 
     def __call__(
         self,

@@ -139,7 +139,7 @@ def test_the_kernels_bytes_are_what_they_must_be():
     arguments = lora_arguments(m, k, n, 4, "bf16", "cpu")
     seed = torch.tensor([1])
     with launch.record() as launches:
-        lora_linear.forward(**arguments, call=lora_linear.Call(1.0, dropout.Dropout(0.1, seed)))
+        lora_linear.Layer().forward(**arguments, call=lora_linear.Call(1.0, dropout.Dropout(0.1, seed)))
     tensors = [t for each in launches for t in each.args.values() if isinstance(t, torch.Tensor)]
     descriptors = [d.base for each in launches for d in each.args.values() if hasattr(d, "base")]
     rows = [t for t in (*tensors, *descriptors) if t.dim() == 2 and t.shape[0] == m]

@@ -1,0 +1,28 @@
+"""Tensors (..., C) as the rows (M, C) that kernels compute on; without Triton, so that anyone may ask."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def as_rows(t: Tensor) -> Tensor:
+    """t (..., C) as (M, C)."""
+    return t if t.dim() == 2 else t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def as_taken(t: Tensor) -> Tensor:
+    """t as kernels take it without a view of it: itself where it is contiguous, else `as_rows`."""
+    return t if t.dim() > 1 and t.is_contiguous() else as_rows(t)
+
+
+def rows_in(t: Tensor) -> int:
+    """M of t (M, C), or of t (..., C) seen so."""
+    if t.dim() == 2:
+        return t.shape[0]
+    return t.numel() // t.shape[-1] if t.shape[-1] else t.shape[:-1].numel()
+
+
+def sample_rows(t: Tensor) -> Tensor:
+    """`as_rows` of a contiguous t, by the strides of all that are so shaped: a single row's may be any."""
+    c = t.shape[-1]
+    return t if t.dim() == 2 else t.detach().as_strided((t.shape[:-1].numel(), c), (c, 1))
