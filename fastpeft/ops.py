@@ -448,7 +448,7 @@ def _norm_kind(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor | None) -
     tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
     flags = x.numel() > 0, torch.is_autocast_enabled(x.device.type), torch.is_inference_mode_enabled(), tf32
     return (
-        x.shape[-1], x.dtype, x.device, x.stride(), x.data_ptr() % 16, *launch.fixed(weight, bias, lora_a),
+        x.shape[-1], x.dtype, x.device, x.data_ptr() % 16, *launch.fixed(weight, bias, lora_a),
         weight.shape, lora_a if lora_a is None else lora_a.shape, *flags,
     )  # fmt: skip
 

@@ -344,6 +344,7 @@ def test_a_tf32_setting_and_another_number_of_rows_are_seen_and_few_things_are_k
     block = model.get_base_model().transformer.h[0]
     memories = [
         launch.launchers,
+        block._fastpeft.plan.answers,
         *(plan.decided.answers for plan in (block.attn.c_attn._fastpeft.plan, block.mlp._fastpeft.plan)),
     ]
     kept = list(map(len, memories))
