@@ -1,7 +1,8 @@
 """What each head of transformers reads of GPT-2's last hidden state, from the arguments of its call.
 
 A head whose class is known exactly tells its GPT-2, which then knows whether the padding may leave. Heads of one's own,
-and whoever calls GPT2Model directly, tell nothing.
+and whoever calls GPT2Model directly, tell nothing. A language model's head that has labels defers its logits: the loss
+is computed without them.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from fastpeft import ops
+from fastpeft.deferred import Product, defer, reading
+from fastpeft.modules import is_plain, why_not_here, why_not_tensors
 from fastpeft.packing import PackedModel, Reads
-from fastpeft.swap import stands_for
+from fastpeft.swap import stands_for, stock_class
 from fastpeft.trunk import why_not_module
 
 IGNORED = -100  # the label that counts nowhere
@@ -100,27 +104,82 @@ _HEADS: dict[type[nn.Module], tuple[Callable[[Any, dict[str, Any]], Reads | str 
 HEADS = tuple(_HEADS)
 
 
+#: The heads whose loss, the language model's, is computed without logits.
+LANGUAGE_MODELS = (GPT2LMHeadModel, GPT2DoubleHeadsModel)
+
+
+class _Deferring:
+    """A head as its own forward sees it where its logits are deferred."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._head, name)
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """hidden (..., K) → its logits (..., V), deferred."""
+        layer, site = self._head.lm_head, self._head._fastpeft
+        reason = why_not_tensors(hidden, layer.weight)
+        if reason:
+            site.record(ops.Route("stock", reason))
+            return layer(hidden)
+        dtype = ops.dtype_here(hidden) or hidden.dtype
+        return defer(Product(hidden, layer.weight, layer.bias, dtype, site))
+
+
 def _fused(stock: Any) -> type[nn.Module]:
-    """The class of a head that tells its GPT-2 what it reads."""
+    """The class of a head that tells its GPT-2 what it reads, and defers its logits where it has labels."""
     reads_of, parts = _HEADS[stock]
     names = list(inspect.signature(stock.forward).parameters)[1:]
 
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-            or type(self.transformer) is not PackedModel
-        ):
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return stock.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
+        reads = _reads(self, given)
+        told = {} if reads is None else {"reads": reads}
+        if stock not in LANGUAGE_MODELS:
+            return stock.forward(self, *args, **kwargs, **told)
+        reason = _why_not_deferred(self, given)
+        if reason:
+            self._fastpeft.record(ops.Route("stock", reason))
+            return stock.forward(self, *args, **kwargs, **told)
+        return reading(stock.forward(_Deferring(self), *args, **kwargs, **told))
+
+    def _reads(self: Any, given: dict[str, Any]) -> Reads | str | None:
+        """What this call reads, or why that isn't known; None where nobody asks."""
         ids = given.get("input_ids")
+        if type(self.transformer) is not PackedModel:
+            return None
         if not isinstance(ids, Tensor) or ids.dim() != 2 or given.get("past_key_values") is not None:
-            return stock.forward(self, *args, **kwargs)
-        reads = _why_not_parts(self, parts) or reads_of(self, given)
-        return stock.forward(self, *args, **kwargs, **({} if reads is None else {"reads": reads}))
+            return None
+        return _why_not_parts(self, parts) or reads_of(self, given)
 
     return stands_for(stock)(type(stock.__name__, (stock,), {"forward": forward}))
+
+
+def why_not_head(head: Any) -> str | None:
+    """Why a language model's head, as it is, computes its loss from logits; None where it needn't."""
+    layer = head.lm_head
+    if stock_class(type(layer)) is not nn.Linear or not is_plain(layer):
+        return "lm_head is more than a linear layer"
+    if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
+        return "lm_head trains"
+    if isinstance(head, GPT2LMHeadModel) and head.loss_function is not ForCausalLMLoss:
+        return "a loss_function of its own"
+    return None
+
+
+def _why_not_deferred(head: Any, given: dict[str, Any]) -> str | None:
+    """Why this call of a language model computes its logits; None where they wait until they are read."""
+    if given.get("labels") is None:
+        return "no labels: the logits are what is asked for"
+    return_dict = given.get("return_dict")
+    if not (head.config.return_dict if return_dict is None else return_dict):
+        return "return_dict=False: a tuple holds its logits"
+    return why_not_here() or why_not_head(head)
 
 
 def _why_not_parts(head: Any, parts: tuple[str, ...]) -> str | None:

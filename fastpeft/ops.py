@@ -205,7 +205,7 @@ def routed_lora_linear(
     """
     if decided is None:
         _check_lora_linear(x, projection)
-        route = _route(backend, exact, x.device)
+        route = route_for(backend, exact, x.device)
     else:
         route = decided.chosen(backend, exact, x.device)
     x, projection = _as_autocast(x, projection)
@@ -530,7 +530,7 @@ def routed_adapter(
     outer = None if residual is None else Residual(residual, 0.0)
     if decided is None:
         _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
-        route = _route(backend, exact, x.device)
+        route = route_for(backend, exact, x.device)
     else:
         route = decided.chosen(backend, exact, x.device)
     rows, scale = as_rows(x), float(scale)
@@ -615,7 +615,7 @@ def choose(backend: str, exact: bool, device: torch.device) -> Route:
     return _refuse(backend, reason) if reason else Route("triton", "fused kernels")
 
 
-def _route(backend: str, exact: bool, device: torch.device) -> Route:
+def route_for(backend: str, exact: bool, device: torch.device) -> Route:
     """`choose` for a call, whose circumstances count too."""
     reason = transformed()
     return _refuse(backend, reason) if reason else choose(backend, exact, device)
@@ -680,7 +680,7 @@ def _drawn(x: Tensor, count: int) -> Sequence[Tensor]:
 
 def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     """x and the layer as autocast would have them; TypeError where weight or bias still differ from x."""
-    x, weight, bias, lora_a, lora_b = _autocast(x, *projection[:4])
+    x, weight, bias, lora_a, lora_b = as_autocast(x, *projection[:4])
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
@@ -688,23 +688,26 @@ def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]
     return x, Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
 
 
-def _autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """What autocast does to a linear layer's inputs: everything but float64 in its dtype."""
+def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """A linear layer's inputs in the dtype that they have there, `dtype_here`."""
+    dtype = dtype_here(x)
+    return (x, *tensors) if dtype is None else tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+
+
+def dtype_here(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives a linear layer's inputs, all but float64 ones; None where it is off."""
     device = x.device.type
     on = device in _AUTOCASTS and torch.is_autocast_enabled(device)
-    if not on or x.dtype == torch.float64:
-        return (x, *tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
+    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else None
 
 
 def _check_lora_linear(x: Tensor, projection: Projection) -> None:
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     _check_number("scaling", scaling)
-    _check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
+    check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
     k, n = weight.shape if weight.dim() == 2 else (-1, -1)
     rank = lora_a.shape[0]
-    _check_shapes(
+    check_shapes(
         ("x", x, (*x.shape[:-1], k)),
         ("bias", bias, (n,)),
         ("lora_a", lora_a, (rank, k)),
@@ -725,13 +728,13 @@ def _check_adapter(
     scale: float,
 ) -> None:
     _check_number("scale", scale)
-    _check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
+    check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
     if activation not in reference.ACTIVATIONS:
         raise ValueError(
             f"unknown activation {activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
         )
     rank, k = down_weight.shape if down_weight.dim() == 2 else (-1, -1)
-    _check_shapes(
+    check_shapes(
         ("x", x, (*x.shape[:-1], k)),
         ("down_bias", down_bias, (rank,)),
         ("up_weight", up_weight, (k, rank)),
@@ -747,19 +750,25 @@ def _check_number(name: str, value: Any) -> None:
         )
 
 
-def _check_tensors(x: Tensor, **others: Tensor | None) -> None:
+def check_tensors(**named: Tensor | None) -> None:
+    """Raises where one of these tensors has a dtype that isn't served, or isn't where the first is."""
+    (first, x), *_ = named.items()
+    assert x is not None
     if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, got a scalar")
-    for name, tensor in {"x": x, **others}.items():
+        raise ValueError(f"{first} must have at least one dimension, got a scalar")
+    for name, tensor in named.items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64")
         if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device} and x on {x.device}: move them to one device")
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first} on {x.device}: move them to one device"
+            )
 
 
-def _check_shapes(*named: tuple[str, Tensor | None, tuple[int, ...]], against: str) -> None:
+def check_shapes(*named: tuple[str, Tensor | None, tuple[int, ...]], against: str) -> None:
+    """Raises where one of these tensors hasn't the shape beside it."""
     for name, tensor, shape in named:
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside {against}")

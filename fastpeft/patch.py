@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import ops, probe
 from fastpeft.adapters import Adapter
 from fastpeft.fused_adapter import FusedAdapter, why_not_adapter
-from fastpeft.heads import HEADS
+from fastpeft.heads import HEADS, LANGUAGE_MODELS, why_not_head
 from fastpeft.lora import why_not_lora
 from fastpeft.modules import FROZEN, why_not_frozen
 from fastpeft.packing import PackedModel, PackingSite, why_not_model
@@ -81,8 +81,8 @@ def patch(
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: choose one of {', '.join(SCOPES)}")
     found = candidates(model, probing=True)
-    # Nobody asked for frozen layers, so they decide nothing.
-    plan = [candidate for candidate in found if candidate.kind not in ("frozen", "packing")]
+    # Nobody asked for these, so they decide nothing.
+    plan = [candidate for candidate in found if candidate.kind not in ("frozen", "packing", "loss")]
     for candidate in plan:
         device = next((p.device for p in candidate.module.parameters()), None)
         if device is not None and candidate.swaps:
@@ -189,6 +189,8 @@ def _decide(module: Any, probing: bool) -> tuple[str, bool, str | None] | None:
         return "adapter", probing and reason is None, reason
     if stock is NewGELUActivation or (isinstance(module, NewGELUActivation) and below):
         return "activation", True, None
+    if stock in LANGUAGE_MODELS and below:
+        return "loss", False, why_not_head(module)
     if isinstance(module, PackedModel):
         return "packing", False, why_not_model(module) or module._fastpeft.trunk.why_not(module)
     return None

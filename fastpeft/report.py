@@ -11,14 +11,19 @@ from fastpeft import ops
 from fastpeft.patch import Candidate, candidates
 
 #: Of the kinds that torch always serves.
-_FIRST_REASON = {"activation": "one pass", "frozen": "oneDNN", "packing": "not called yet"}
+_FIRST_REASON = {
+    "activation": "one pass",
+    "frozen": "oneDNN",
+    "packing": "not called yet",
+    "loss": "not called yet",
+}
 
 
 class Row(NamedTuple):
     """One site of a model."""
 
     name: str  # of its module
-    kind: str  # lora, adapter, activation, frozen or packing
+    kind: str  # lora, adapter, activation, frozen, packing or loss
     path: str  # triton, torch or stock
     reason: str  # why this path
     calls: int  # fused calls so far
@@ -39,7 +44,8 @@ class Report(tuple[Row, ...]):
 
 
 def report(model: nn.Module) -> Report:
-    """A row for each LoRA layer, bottleneck adapter, `gelu_new` and fused frozen layer of `model`, and its packing.
+    """A row for each LoRA layer, bottleneck adapter, `gelu_new` and fused frozen layer of `model`, its packing, and a
+    language model's loss without its logits.
 
     A site's path and reason are those of its last call; before the first, those its next call would take.
     """

@@ -1,0 +1,248 @@
+"""The language model's loss without its logits: head, softmax and gradient, a chunk of rows at a time.
+
+Rows whose label is ignored are never projected. Where the head is frozen, each chunk gives the gradient of its losses
+to the hidden states while its logits are there, as Liger's kernel does; where it trains, backward makes each chunk
+again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastpeft import ops
+from fastpeft.autograd import watched
+from fastpeft.gemm import mm
+
+REDUCTIONS = ("mean", "sum", "none")
+#: Logits in a chunk, the only large buffer: rows enough for a product with the weight not to wait for the weight.
+_CHUNK = 2**24
+
+
+def lm_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """`cross_entropy(hidden weightᵀ + bias, labels)`, without ever holding the logits of all rows.
+
+    As `F.cross_entropy` of the logits in float32: softmax is exact, and the same at each run.
+
+    Args:
+        hidden: (..., K), float32, bfloat16, float16 or float64, any strides.
+        weight: (V, K) in hidden's dtype, any strides, as `lm_head.weight` is.
+        labels: (...), int64: the token that each position is to predict (already shifted), or `ignore_index`.
+        bias: (V,) in hidden's dtype, or None.
+        ignore_index: the label of positions that count nowhere.
+        reduction: `mean` over the labels that count, `sum`, or `none`: a loss for each label.
+        num_items: what the sum is divided by instead of the number of labels that count, in the place of `mean`:
+            transformers' `num_items_in_batch`.
+        label_smoothing: the share of the target that is spread over all V tokens (Szegedy et al., 2016), 0 to 1.
+        backend: `auto` (Triton for CUDA tensors where it serves the case, else PyTorch), `triton` or `torch`.
+
+    Returns:
+        The loss, float32 (float64 of float64): a scalar, or (...) for `none`. NaN for the mean of no label that
+        counts, as torch has it. Differentiable by hidden, weight and bias, any number of times on the PyTorch path;
+        a second derivative holds all logits.
+
+    Raises:
+        ValueError: shapes, devices or options that don't fit; `backend="triton"` where it can't serve, with the reason.
+        TypeError: a dtype that isn't served, or weight or bias in another than hidden's.
+        IndexError: a label outside 0 to V - 1 that isn't `ignore_index`, naming it.
+    """
+    loss, _ = routed_lm_head_loss(
+        hidden, weight, labels, bias, ignore_index, reduction, num_items, label_smoothing, backend
+    )
+    return loss
+
+
+def routed_lm_head_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    num_items: Tensor | float | None,
+    label_smoothing: float,
+    backend: str,
+) -> tuple[Tensor, ops.Route]:
+    """`lm_head_loss`, with the route it took, which a head records."""
+    _check(hidden, weight, labels, bias, reduction, num_items, label_smoothing)
+    hidden, weight, bias = ops.as_autocast(hidden, weight, bias)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != hidden.dtype:
+            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+    route = ops.route_for(backend, False, hidden.device)
+    targets = labels.reshape(-1)
+    counts = targets != ignore_index
+    if (
+        torch.compiler.is_compiling() or ops.transformed()
+    ):  # what traces or transforms knows the plain formula
+        logits = F.linear(hidden, weight, bias).flatten(0, -2)
+        losses = F.cross_entropy(
+            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets,
+            ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing,
+        )  # fmt: skip
+    else:
+        rows = counts.nonzero()[:, 0]
+        states = hidden.reshape(-1, hidden.shape[-1])
+        some = len(rows) < len(targets)
+        states, kept = (t.index_select(0, rows) if some else t for t in (states, targets))
+        _check_range(kept, len(weight))
+        trains = any(t is not None and t.requires_grad for t in (weight, bias))
+        ahead = torch.is_grad_enabled() and hidden.requires_grad and not trains
+        losses = LmHeadLoss.apply(states, weight, bias, kept, label_smoothing, ahead)
+        if some and reduction == "none":
+            losses = losses.new_zeros(len(targets)).index_copy(0, rows, losses)
+    if reduction == "none":
+        return losses.view(labels.shape), route
+    return _reduced(losses.sum(), counts, reduction, num_items), route
+
+
+def _reduced(total: Tensor, counts: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor:
+    if reduction == "sum":
+        return total
+    if num_items is None:
+        return total / counts.sum()
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+
+
+class LmHeadLoss(torch.autograd.Function):
+    """The loss of each row, all of whose labels count: with logits l = h Wᵀ + b, and ε of the target spread evenly,
+
+        loss = logsumexp(l) - (1 - ε) l[label] - ε mean(l)        dl = softmax(l) - (1 - ε) onehot(label) - ε / V
+        dh = dl W        dW = dlᵀ h        db = Σ dl
+
+    `ahead` has dh computed beside the losses, unscaled: in 16 bits its last factor may be a loss scaler's.
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        smoothing: float,
+        ahead: bool,
+    ) -> Tensor:
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        losses = hidden.new_empty(len(hidden), dtype=wide)
+        d_hidden = hidden.new_empty(hidden.shape) if ahead else None
+        for rows, of_rows, d_logits in _chunks(hidden, weight, bias, labels, smoothing):
+            losses[rows] = of_rows
+            if d_hidden is not None:
+                torch.mm(d_logits.to(hidden.dtype), weight, out=d_hidden[rows])
+        ctx.save_for_backward(hidden, weight, bias, labels, d_hidden)
+        ctx.smoothing = smoothing
+        ctx.set_materialize_grads(False)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        if dy is None:
+            return (None,) * 6
+        if watched():
+            return LmHeadLoss._plain_backward(ctx, dy)
+        hidden, weight, bias, labels, d_hidden = ctx.saved_tensors
+        need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
+        if d_hidden is not None:
+            return (d_hidden * dy[:, None]).to(hidden.dtype), *(None,) * 5
+        d_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
+        d_weight = torch.zeros_like(weight, dtype=dy.dtype) if need_weight else None
+        d_bias = torch.zeros_like(bias, dtype=dy.dtype) if need_bias else None
+        for rows, _, d_logits in _chunks(hidden, weight, bias, labels, ctx.smoothing):
+            d_logits *= dy[rows, None]
+            d_narrow = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_narrow, weight, out=d_hidden[rows])
+            if d_weight is not None:
+                d_weight += d_narrow.T @ hidden[rows]
+            if d_bias is not None:
+                d_bias += d_logits.sum(0)
+        d_weight, d_bias = (g if g is None else g.to(hidden.dtype) for g in (d_weight, d_bias))
+        return d_hidden, d_weight, d_bias, None, None, None
+
+    @staticmethod
+    def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        """The same gradients by operations that torch differentiates, of saved tensors that are inputs all."""
+        hidden, weight, bias, labels, _ = ctx.saved_tensors
+        logits = F.linear(hidden, weight, bias).to(dy.dtype)
+        target = F.one_hot(labels, len(weight)) * (1.0 - ctx.smoothing) + ctx.smoothing / len(weight)
+        d_logits = dy[:, None] * (logits.softmax(1) - target)
+        d_narrow = d_logits.to(hidden.dtype)
+        gradients = d_narrow @ weight, d_narrow.T @ hidden, d_logits.sum(0).to(hidden.dtype)
+        needed = ctx.needs_input_grad
+        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Of each chunk its rows, their losses, and the gradient of the losses' sum to their logits."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    most = max(_CHUNK // len(weight), 1)
+    count = -(-len(hidden) // most)
+    for i in range(count):
+        rows = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
+        logits, label = mm(hidden[rows], weight.T, bias).to(wide), labels[rows, None]
+        largest, of_label = logits.amax(1), logits.gather(1, label)[:, 0]
+        aim = of_label if smoothing == 0.0 else torch.lerp(of_label, logits.mean(1), smoothing)
+        # A pass in place on the CPU, whose kernel reads a row's elements before it writes them.
+        shares = torch.softmax(logits, 1, out=logits if ops.on_cpu(logits) else None)
+        # The largest share is 1 / Σ exp(l - largest), and never tiny.
+        losses = largest - shares.amax(1).log() - aim
+        if smoothing > 0.0:
+            shares -= smoothing / len(weight)
+        yield rows, losses, shares.scatter_(1, label, shares.gather(1, label) - (1.0 - smoothing))
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    reduction: str,
+    num_items: Tensor | float | None,
+    label_smoothing: float,
+) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}: choose one of {', '.join(REDUCTIONS)}")
+    if num_items is not None and reduction != "mean":
+        raise ValueError(f"num_items takes the place of the mean's count, and reduction is {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
+    ops.check_tensors(hidden=hidden, weight=weight, bias=bias)
+    if labels.dtype != torch.int64:
+        raise TypeError(f"labels have dtype {labels.dtype}: use int64, as labels.long() gives")
+    if labels.device != hidden.device:
+        raise ValueError(
+            f"labels are on {labels.device} and hidden on {hidden.device}: move them to one device"
+        )
+    v, k = weight.shape if weight.dim() == 2 else (-1, -1)
+    ops.check_shapes(
+        ("hidden", hidden, (*labels.shape, k)),
+        ("bias", bias, (v,)),
+        against=f"labels of shape {tuple(labels.shape)} and weight of shape {tuple(weight.shape)} (vocabulary, width)",
+    )
+
+
+def _check_range(labels: Tensor, vocabulary: int) -> None:
+    if labels.numel():
+        for found in torch.stack(labels.aminmax()).tolist():
+            if not 0 <= found < vocabulary:
+                raise IndexError(
+                    f"label {found} is out of range: the vocabulary has {vocabulary} tokens, 0 to {vocabulary - 1}"
+                )
