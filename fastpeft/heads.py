@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import get_eval_frame_callback
 from transformers import (
     GPT2DoubleHeadsModel,
     GPT2ForSequenceClassification,
@@ -167,8 +168,6 @@ def why_not_head(head: Any) -> str | None:
         return "lm_head is more than a linear layer"
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         return "lm_head trains"
-    if isinstance(head, GPT2LMHeadModel) and head.loss_function is not ForCausalLMLoss:
-        return "a loss_function of its own"
     return None
 
 
@@ -179,6 +178,10 @@ def _why_not_deferred(head: Any, given: dict[str, Any]) -> str | None:
     return_dict = given.get("return_dict")
     if not (head.config.return_dict if return_dict is None else return_dict):
         return "return_dict=False: a tuple holds its logits"
+    if isinstance(head, GPT2LMHeadModel) and head.loss_function is not ForCausalLMLoss:
+        return "a loss_function of its own"
+    if get_eval_frame_callback():  # it compiles what this call calls, though not the call itself
+        return "torch.compile takes plain logits"
     return why_not_here() or why_not_head(head)
 
 

@@ -129,17 +129,19 @@ def test_the_report_reads_as_a_table():
     model = fastpeft.patch(with_lora(gpt2(n_layer=1), ["c_attn"]))
     rows = list(fastpeft.report(model))
     assert [tuple(row) for row in rows] == [
-        ("base_model.model.transformer", "packing", "torch", rows[0].reason, 0),
-        ("base_model.model.transformer.h.0.attn.c_attn", "lora", "torch", rows[1].reason, 0),
+        ("base_model.model", "loss", "torch", "not called yet", 0),
+        ("base_model.model.transformer", "packing", "torch", "not called yet", 0),
+        ("base_model.model.transformer.h.0.attn.c_attn", "lora", "torch", rows[2].reason, 0),
         ("base_model.model.transformer.h.0.mlp.act", "activation", "torch", "one pass", 0),
     ]
     step(model)
     text = str(fastpeft.report(model)).splitlines()
     assert text[0].split() == ["name", "kind", "path", "reason", "calls"]
-    assert text[2].endswith(" 1")
-    assert text[-1] == "3 sites: 3 torch"
+    assert "no labels: the logits are what is asked for" in text[1]
+    assert text[3].endswith(" 1")
+    assert text[-1] == "4 sites: 1 stock, 3 torch"
     model(input_ids=torch.ones(1, 9, dtype=torch.long), position_ids=torch.arange(9)[None])
-    assert str(fastpeft.report(model)).endswith("3 sites: 1 stock, 2 torch")
+    assert str(fastpeft.report(model)).endswith("4 sites: 2 stock, 2 torch")
 
 
 def test_a_model_with_nothing_to_fuse_warns_and_under_strict_raises():
@@ -375,10 +377,11 @@ def test_copies_of_a_patched_model_are_patched(copy_of):
     step(model)
     twin = copy_of(model)
     assert classes(twin) == classes(model)
-    calls = [row.calls for row in fastpeft.report(model) if row.kind != "packing"]
+    calls = [row.calls for row in fastpeft.report(model) if row.kind not in ("packing", "loss")]
     result, expected = step(twin), step(model)
     assert all(torch.equal(result[name], expected[name]) for name in expected)
-    assert [row.calls for row in fastpeft.report(twin) if row.kind != "packing"] == [n + 1 for n in calls]
+    calls_of_twin = [row.calls for row in fastpeft.report(twin) if row.kind not in ("packing", "loss")]
+    assert calls_of_twin == [n + 1 for n in calls]
     fastpeft.unpatch(twin)
     assert_stock(twin)
     assert_fused(model)

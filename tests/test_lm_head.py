@@ -1,0 +1,204 @@
+"""`fastpeft.lm_head_loss` against cross-entropy of float64 logits, and no logits kept."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import assert_as_good_as
+
+import fastpeft
+from fastpeft import lm_head
+
+V, K = 101, 24  # V divides nothing
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(lm_head, "_CHUNK", 5 * V)  # rows
+
+
+def operands(dtype, *, bias=False, trains=False, rows=(3, 7)):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*rows, K, generator=generator).to(dtype).requires_grad_()
+    weight = (torch.randn(V, K, generator=generator) * 0.3).to(dtype).requires_grad_(trains)
+    offset = torch.randn(V, generator=generator).to(dtype).requires_grad_(trains) if bias else None
+    labels = torch.randint(V, rows, generator=generator)
+    labels.view(-1)[1:4] = -100
+    return hidden, weight, offset, labels
+
+
+def plain(hidden, weight, bias, labels, dtype=None, **options):
+    """Stock's head and loss, in `dtype`."""
+    hidden, weight, bias = (t if t is None or dtype is None else t.to(dtype) for t in (hidden, weight, bias))
+    logits = F.linear(hidden, weight, bias).flatten(0, -2)
+    return F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), labels.flatten(), **options
+    )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize(
+    ("bias", "trains", "smoothing"), list(itertools.product([False, True], [False, True], [0.0, 0.1]))
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients(dtype, bias, trains, smoothing, reduction):
+    *inputs, labels = operands(dtype, bias=bias, trains=trains)
+    options = {"reduction": reduction, "label_smoothing": smoothing}
+    hidden, weight, offset = inputs
+    loss = fastpeft.lm_head_loss(hidden, weight, labels, bias=offset, **options)
+    assert loss.shape == (labels.shape if reduction == "none" else ())
+    expected = plain(*inputs, labels, **options).view(loss.shape)
+    truth = plain(*inputs, labels, torch.float64, **options).view(loss.shape).to(torch.float64)
+    dy = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1))
+    trained = [t for t in inputs if t is not None and t.requires_grad]
+    assert len(trained) == 1 + trains * (1 + bias)
+    results = [
+        [value.detach(), *torch.autograd.grad(value, trained, dy.to(value.dtype))]
+        for value in (loss, expected, truth)
+    ]
+    for name, fused, pytorch, exact in zip(("loss", "dh", "dW", "db"), *results, strict=False):
+        assert_as_good_as(fused, pytorch, exact.double(), name)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 6, 11], ids=["one row", "a chunk", "and a row", "odd chunks"])
+def test_chunks_of_any_size(rows):
+    hidden, weight, _, labels = operands(torch.float64, rows=(rows + 3,))
+    loss = fastpeft.lm_head_loss(hidden, weight, labels)
+    expected = plain(hidden, weight, None, labels)
+    (got,), (want,) = (torch.autograd.grad(value, [hidden]) for value in (loss, expected))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(got, want)
+    assert (got[1:4] == 0).all(), "ignored labels have no gradient"
+
+
+def test_no_label_that_counts():
+    hidden, weight, _, labels = operands(torch.float32)
+    ignored = torch.full_like(labels, -100)
+    for options in ({}, {"num_items": 7}, {"reduction": "sum"}, {"reduction": "none"}):
+        loss = fastpeft.lm_head_loss(hidden, weight, ignored, **options)
+        expected = torch.zeros(loss.shape) if options else torch.tensor(float("nan"))
+        torch.testing.assert_close(loss.detach(), expected, equal_nan=True)
+        (gradient,) = torch.autograd.grad(loss.sum(), [hidden])
+        assert (gradient == 0).all()
+    empty = fastpeft.lm_head_loss(hidden[:0], weight, labels[:0])
+    assert empty.isnan()
+
+
+def test_num_items_takes_the_place_of_the_count():
+    hidden, weight, _, labels = operands(torch.float64)
+    total = plain(hidden, weight, None, labels, reduction="sum")
+    for items in (9, 9.0, torch.tensor(9)):
+        torch.testing.assert_close(fastpeft.lm_head_loss(hidden, weight, labels, num_items=items), total / 9)
+
+
+def test_another_label_is_ignored():
+    hidden, weight, _, labels = operands(torch.float64)
+    labels = labels.masked_fill(labels == -100, 5)
+    loss = fastpeft.lm_head_loss(hidden, weight, labels, ignore_index=5)
+    torch.testing.assert_close(loss, plain(hidden, weight, None, labels, ignore_index=5))
+
+
+def test_a_row_of_nan_stays_alone():
+    hidden, weight, _, labels = operands(torch.float32)
+    with torch.no_grad():
+        hidden[2, 3] = float("nan")
+    losses = fastpeft.lm_head_loss(hidden, weight, labels, reduction="none")
+    (gradient,) = torch.autograd.grad(losses, [hidden], torch.ones_like(losses))
+    bad = torch.zeros_like(labels, dtype=torch.bool)
+    bad[2, 3] = True
+    assert torch.equal(losses.isnan(), bad)
+    assert torch.equal(gradient.isnan().all(2), bad)
+    assert torch.equal(gradient.isnan().any(2), bad)
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["frozen", "trains"])
+def test_second_derivatives(trains):
+    hidden, weight, bias, labels = operands(torch.float64, bias=True, trains=trains)
+    trained = [t for t in (hidden, weight, bias) if t.requires_grad]
+    results = []
+    for loss in (
+        fastpeft.lm_head_loss(hidden, weight, labels, bias=bias, label_smoothing=0.1),
+        plain(hidden, weight, bias, labels, label_smoothing=0.1),
+    ):
+        first = torch.autograd.grad(loss, trained, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), trained))
+    torch.testing.assert_close(*results)
+
+
+def test_torch_func_and_the_compiler_see_the_plain_formula():
+    hidden, weight, _, labels = operands(torch.float64)
+    hidden = hidden.detach()
+    expected = torch.func.grad(lambda h: plain(h, weight, None, labels))(hidden)
+    torch.testing.assert_close(
+        torch.func.grad(lambda h: fastpeft.lm_head_loss(h, weight, labels))(hidden), expected
+    )
+    compiled = torch.compile(fastpeft.lm_head_loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(hidden, weight, labels), plain(hidden, weight, None, labels))
+
+
+def test_autocast():
+    hidden, weight, _, labels = operands(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fastpeft.lm_head_loss(hidden, weight, labels)
+        expected = plain(hidden, weight, None, labels)
+    torch.testing.assert_close(loss, expected)
+    (got,), (want,) = (torch.autograd.grad(value, [hidden]) for value in (loss, expected))
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=1e-3)  # a bfloat16's
+
+
+def test_a_loss_scaler_loses_nothing_in_float16():
+    hidden, weight, _, labels = operands(torch.float16, rows=(64, 64))
+    weight = weight * 1e-3
+    scaled = fastpeft.lm_head_loss(hidden, weight, labels) * 2.0**16
+    (gradient,) = torch.autograd.grad(scaled, [hidden])
+    exact = hidden.detach().double().requires_grad_()
+    (truth,) = torch.autograd.grad(plain(exact, weight.double(), None, labels) * 2.0**16, [exact])
+    (unscaled,) = torch.autograd.grad(fastpeft.lm_head_loss(hidden, weight, labels), [hidden])
+    assert (gradient.double() - truth).norm() < 5e-3 * truth.norm()
+    assert (unscaled.double() * 2.0**16 - truth).norm() > 5e-2 * truth.norm(), "nothing to lose: no test"
+
+
+def test_backward_twice_and_the_same_at_each_run():
+    hidden, weight, _, labels = operands(torch.float32)
+    loss = fastpeft.lm_head_loss(hidden, weight, labels)
+    first = torch.autograd.grad(loss, [hidden], retain_graph=True)
+    second = torch.autograd.grad(loss, [hidden])
+    again = fastpeft.lm_head_loss(hidden, weight, labels)
+    assert torch.equal(again, loss)
+    assert torch.equal(first[0], second[0])
+    assert torch.equal(torch.autograd.grad(again, [hidden])[0], first[0])
+
+
+def test_logits_of_a_chunk_are_all_that_is_held(monkeypatch):
+    hidden, weight, _, labels = operands(torch.float32, rows=(200,))
+    held = []
+    product = lm_head.mm
+    monkeypatch.setattr(
+        lm_head, "mm", lambda x, w, bias: held.append(x.shape[0] * w.shape[1]) or product(x, w, bias)
+    )
+    fastpeft.lm_head_loss(hidden, weight, labels).backward()
+    assert max(held) <= 5 * V
+    assert sum(held) == 197 * V, "a row whose label is ignored is never projected"
+
+
+@pytest.mark.parametrize(("changes", "error", "match"), [
+    ({"labels": torch.full((3, 7), V)}, IndexError, f"label {V} is out of range"),
+    ({"labels": torch.full((3, 7), -1)}, IndexError, "label -1 is out of range"),
+    ({"labels": torch.zeros(3, 7)}, TypeError, r"int64, as labels.long\(\) gives"),
+    ({"labels": torch.zeros(21, dtype=torch.long)}, ValueError, "hidden has shape"),
+    ({"weight": torch.zeros(V, K + 1)}, ValueError, "hidden has shape"),
+    ({"weight": torch.zeros(V, K, dtype=torch.bfloat16)}, TypeError, "weight must have hidden's dtype"),
+    ({"bias": torch.zeros(V + 1)}, ValueError, "bias has shape"),
+    ({"reduction": "median"}, ValueError, "unknown reduction 'median'"),
+    ({"reduction": "sum", "num_items": 3}, ValueError, "num_items takes the place"),
+    ({"label_smoothing": 1.5}, ValueError, "label_smoothing must be between 0 and 1"),
+    ({"backend": "cuda"}, ValueError, "unknown backend"),
+])  # fmt: skip
+def test_one_clear_error(changes, error, match):
+    hidden, weight, _, labels = operands(torch.float32)
+    given = {"weight": weight, "labels": labels, **changes}
+    with pytest.raises(error, match=match):
+        fastpeft.lm_head_loss(hidden, **given)
