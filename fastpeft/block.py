@@ -26,7 +26,7 @@ class Packed(NamedTuple):
     tokens: Tensor  # (T,) flat indices into the grid
     slots: Tensor  # (T,) flat indices into the view
     grid: tuple[int, int]
-    view: tuple[int, int]  # (batch, longest)
+    view: tuple[int, int]  # (sequences, longest)
     mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
     pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
     last: nn.Module | None  # the block after which only the pooled are read

@@ -1,8 +1,9 @@
 """GPT-2 on packed tokens: padding leaves before the embeddings and returns, as zeros, after the last block.
 
 Between, everything runs on (1, tokens, width): stock's own forward, blocks and adapters. Only attention has to know
-which token belongs to which sequence; it alone sees a padded view, its rows flush left. A full batch keeps its grid:
-there attention alone changes, and the block takes its projection's residual. Under a sequence classifier, the last
+which token belongs to which sequence; it alone sees a padded view, its rows flush left. A full batch keeps its grid,
+also one whose rows hold several sequences each (positions that begin again): there attention alone changes, and the
+block takes its projection's residual. Under a sequence classifier, the last
 block goes on from its keys and values only at the tokens that the head pools, which pays for full batches too.
 """
 
@@ -223,8 +224,11 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
         return reason
     if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
         return _NO_IDS
-    if mask is None and arguments.get("position_ids") is not None:
-        return "position_ids without an attention_mask"  # where they begin again, stock sees another sequence
+    placed = mask is None and arguments.get("position_ids") is not None
+    if (
+        placed and module.gradient_checkpointing and _caches(module, arguments)
+    ):  # off, before or after it counts
+        return "position_ids without an attention_mask, and a cache under checkpointing"
     if mask is not None and (
         type(mask) is not Tensor or mask.shape != ids.shape or mask.device != ids.device
     ):
@@ -242,9 +246,10 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
 
 def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unmasked: bool) -> Packed | str:
     """The layout of a batch, or why its padding can't leave, or needn't."""
-    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
+    ids, attention_mask = arguments["input_ids"], arguments.get("attention_mask")
     batch, length = ids.shape
-    if length > module.wpe.weight.shape[0]:
+    mask, given = attention_mask, arguments.get("position_ids")
+    if given is None and length > module.wpe.weight.shape[0]:
         return "more tokens than positions"
     rows = torch.arange(batch, device=ids.device)
     read = Reads() if isinstance(reads, str) else reads
@@ -271,13 +276,22 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unm
             return "a cache of padded rows"
         elif FULL * ids.numel() < count and read.pooled is None:
             return "the batch is nearly full"
+    sequences, pooled = batch, read.pooled
     if mask is None:
         tokens = order = torch.arange(ids.numel(), device=ids.device)
-        places, longest = tokens % length, length
+        places, longest, sequence = tokens % length, length, tokens // length
+        if attention_mask is None and given is not None and not _caches(module, arguments):
+            # As stock has it, positions that don't go on are another sequence's; it has no padding then.
+            begins = torch.nn.functional.pad(given.expand_as(ids).diff(dim=1) != 1, (1, 0), value=True)
+            first = begins.flatten().nonzero()[:, 0]
+            sequence = begins.flatten().cumsum(0) - 1
+            places = tokens - first[sequence]
+            sequences, longest = len(first), int(places.max()) + 1
+            pooled = pooled if sequences == batch else None
     else:
         tokens = mask.flatten().nonzero()[:, 0]
         order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
-        places = (mask.cumsum(1) - 1).flatten()[tokens]
+        places, sequence = (mask.cumsum(1) - 1).flatten()[tokens], tokens // length
         longest = int(places.max()) + 1
     causal = None
     if module.config._attn_implementation == "eager":
@@ -285,9 +299,16 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unm
         causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
         causal = causal.triu(1)[None, None]
     last = module.h[-1] if len(module.h) else None
-    pooled = None if read.pooled is None or last is None else order[rows * length + read.pooled]
-    slots = tokens // length * longest + places
-    return Packed(tokens, slots, (batch, length), (batch, longest), causal, pooled, last)
+    pooled = None if pooled is None or last is None else order[rows * length + pooled]
+    return Packed(
+        tokens, sequence * longest + places, (batch, length), (sequences, longest), causal, pooled, last
+    )
+
+
+def _caches(module: Any, arguments: dict[str, Any]) -> bool:
+    """Whether this call makes a cache."""
+    asked = arguments.get("use_cache")
+    return bool(module.config.use_cache if asked is None else asked)
 
 
 def _in_range(module: Any, arguments: dict[str, Any]) -> Tensor:

@@ -175,6 +175,54 @@ def test_position_ids_and_token_type_ids():
     assert_packed_equals_stock(with_lora(gpt2(GPT2ForSequenceClassification)), inputs)
 
 
+def flattened(*rows):
+    """Sequences of the given lengths one after the other in each row, as DataCollatorWithFlattening lays them."""
+    generator = torch.Generator().manual_seed(0)
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+    ids = torch.randint(2, 61, positions.shape, generator=generator)
+    return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [[(9, 3, 20, 5)], [(6, 6), (12,)], [(6, 6), (6, 6)], [(1, 2, 1)]], ids=str)
+@pytest.mark.parametrize("scope", ["auto", "model"])
+def test_positions_that_begin_again_are_other_sequences(rows, attention, scope):
+    """Longer in all than the model has positions, too."""
+    stock = with_lora(gpt2(n_positions=20, attn_implementation=attention)).train()
+    patched = fastpeft.patch(copy.deepcopy(stock), scope=scope)
+    inputs = flattened(*rows)
+    results = []
+    for model in (stock, patched):
+        outputs = model(**inputs, use_cache=False)
+        outputs.loss.backward()
+        grads = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append((outputs.loss.detach(), outputs.logits.detach(), grads))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert packing_row(patched)[2:] == ("torch", "packed: no padding between the embeddings and the head", 1)
+
+
+@pytest.mark.parametrize("head", [GPT2ForSequenceClassification, GPT2Model])
+def test_positions_that_begin_again_under_any_head(head):
+    stock = gpt2(head).eval()
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    inputs = {name: value for name, value in flattened((4, 8), (7, 5)).items() if name != "labels"}
+    torch.testing.assert_close(patched(**inputs, use_cache=False)[0], stock(**inputs, use_cache=False)[0])
+    assert packing_row(patched).calls == 1
+
+
+def test_with_a_cache_positions_that_begin_again_are_one_sequence():
+    stock = gpt2().eval()
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    inputs = flattened((4, 8), (7, 5))
+    expected, result = stock(**inputs), patched(**inputs)
+    torch.testing.assert_close(result.logits, expected.logits)
+    assert not torch.allclose(result.logits, stock(**inputs, use_cache=False).logits), (
+        "no test: they are the same"
+    )
+    torch.testing.assert_close(result.past_key_values.layers[1].keys, expected.past_key_values.layers[1].keys)
+    assert packing_row(patched).calls == 1
+
+
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=9).filter(
@@ -214,9 +262,6 @@ def test_nothing_leaks_between_sequences():
 
 
 ASIDE = {
-    "position_ids without an attention_mask": lambda i: {
-        "input_ids": i["input_ids"], "position_ids": torch.arange(12).expand(3, 12) % 7
-    },
     "an attention_mask that hasn't the shape of input_ids": lambda i: {
         **i, "attention_mask": torch.zeros(3, 1, 12, 12)
     },
