@@ -13,6 +13,8 @@ Only where a gradient is wanted are logits stored, a chunk at a time, written on
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -180,7 +182,7 @@ def head_loss_kernel(
 
 @triton.jit
 def gradient_to_logits(logits, lse, labels, offs_v, smoothing, uniform, SMOOTHED: tl.constexpr):
-    """`softmax(logits) - (1 - smoothing) onehot(label) - uniform`, in the logits' dtype; columns are `offs_v`."""
+    """`softmax(logits) - (1 - smoothing) onehot(labels) - uniform` at columns `offs_v`, in the logits' dtype."""
     d_logits = tl.exp2(logits.to(tl.float32) * _LOG2_E - (lse * _LOG2_E)[:, None])
     if SMOOTHED:
         d_logits -= uniform
@@ -188,10 +190,20 @@ def gradient_to_logits(logits, lse, labels, offs_v, smoothing, uniform, SMOOTHED
     return rounded(tl.where(here, d_logits - (1.0 - smoothing), d_logits), logits.dtype)
 
 
+@triton.jit
+def store_of_run(acc, out_ptr, M, K, offs_m, offs_n, mask_m, mask_n):
+    """A tile of what this run sums, in `out_ptr` (runs, M, K)."""
+    out_ptr += tl.program_id(1).to(tl.int64) * M * K
+    offsets = offs_m[:, None].to(tl.int64) * K + offs_n[None, :]
+    tl.store(
+        out_ptr + offsets, rounded(acc, out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :]
+    )
+
+
 @triton.jit(do_not_specialize=["M"])
 def head_gradient_kernel(
-    logits_ptr, lse_ptr, labels_ptr, weight_ptr, d_hidden_ptr,
-    M, K, V,
+    logits_ptr, lse_ptr, labels_ptr, weight_ptr, out_ptr,
+    M, K, V, columns,
     stride_lm, stride_wv, stride_wk,
     smoothing, uniform,
     SMOOTHED: tl.constexpr,
@@ -201,9 +213,9 @@ def head_gradient_kernel(
     BLOCK_K: tl.constexpr,
     MASKED_N: tl.constexpr,
 ):  # fmt: skip
-    """`d_hidden = (softmax(logits) - (1 - smoothing) onehot(label) - uniform) weight`, one tile a program.
+    """`out = (softmax(logits) - (1 - smoothing) onehot(label) - uniform) weight`, one tile of a run a program.
 
-    BLOCK_K steps over V; it divides `stride_lm`, and logits are -inf past V.
+    A run sums `columns` of V, BLOCK_K at a time. BLOCK_K divides `stride_lm`, and logits are -inf past V.
     """
     num_pid_n = tl.cdiv(K, BLOCK_N)  # the programs that read the same logits are neighbours
     offs_m = tl.program_id(0) // num_pid_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -212,32 +224,31 @@ def head_gradient_kernel(
     mask_m, mask_n = offs_m < M, offs_n < K
     rows = tl.where(mask_m, offs_m, 0)
     lse, labels = tl.load(lse_ptr + rows), tl.load(labels_ptr + rows).to(tl.int32)
+    start_v = tl.program_id(1) * columns
+    end_v = tl.minimum(start_v + columns, V)
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    logits_ptrs = logits_ptr + rows[:, None].to(tl.int64) * stride_lm + offs_v[None, :]
-    weight_ptrs = (
-        weight_ptr + offs_v[:, None].to(tl.int64) * stride_wv + offs_n[None, :].to(tl.int64) * stride_wk
-    )
-    for v in range(0, V, BLOCK_K):
+    logits_ptrs = logits_ptr + start_v + rows[:, None].to(tl.int64) * stride_lm + offs_v[None, :]
+    weight_ptrs = weight_ptr + start_v * tl.cast(stride_wv, tl.int64)
+    weight_ptrs += offs_v[:, None].to(tl.int64) * stride_wv + offs_n[None, :].to(tl.int64) * stride_wk
+    for v in range(start_v, end_v, BLOCK_K):
         mask = (offs_v < V - v)[:, None]
         if MASKED_N:
             mask = mask & mask_n[None, :]
         logits = tl.load(logits_ptrs)
         weight = tl.load(weight_ptrs, mask=mask, other=0.0)
-        d_logits = gradient_to_logits(logits, lse, labels, v + offs_v, smoothing, uniform, SMOOTHED)
+        d_logits = gradient_to_logits(logits, lse, labels - v, offs_v, smoothing, uniform, SMOOTHED)
         acc = dot(d_logits, weight, acc, INPUT_PRECISION)
         logits_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * tl.cast(stride_wv, tl.int64)
 
-    offsets = offs_m[:, None].to(tl.int64) * K + offs_n[None, :]
-    mask = mask_m[:, None] & mask_n[None, :]
-    tl.store(d_hidden_ptr + offsets, rounded(acc, d_hidden_ptr.dtype.element_ty), mask=mask)
+    store_of_run(acc, out_ptr, M, K, offs_m, offs_n, mask_m, mask_n)
 
 
 @triton.jit(do_not_specialize=["M"])
 def head_gradient_descriptor_kernel(
-    logits_desc, lse_ptr, labels_ptr, weight_desc, d_hidden_desc,
-    M, K, V,
+    logits_desc, lse_ptr, labels_ptr, weight_desc, out_ptr,
+    M, K, V, columns,
     smoothing, uniform,
     SMOOTHED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
@@ -248,16 +259,18 @@ def head_gradient_descriptor_kernel(
     """`head_gradient_kernel` with tensor descriptors, which read zeros past the weight's end."""
     num_pid_n = tl.cdiv(K, BLOCK_N)
     start_m, start_n = tl.program_id(0) // num_pid_n * BLOCK_M, tl.program_id(0) % num_pid_n * BLOCK_N
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_m, offs_n = start_m + tl.arange(0, BLOCK_M), start_n + tl.arange(0, BLOCK_N)
     offs_v = tl.arange(0, BLOCK_K)
-    rows = tl.where(offs_m < M, offs_m, 0)
+    mask_m, mask_n = offs_m < M, offs_n < K
+    rows = tl.where(mask_m, offs_m, 0)
     lse, labels = tl.load(lse_ptr + rows), tl.load(labels_ptr + rows).to(tl.int32)
+    start_v = tl.program_id(1) * columns
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for v in range(0, V, BLOCK_K):
+    for v in range(start_v, tl.minimum(start_v + columns, V), BLOCK_K):
         logits, weight = logits_desc.load([start_m, v]), weight_desc.load([v, start_n])
-        d_logits = gradient_to_logits(logits, lse, labels, v + offs_v, smoothing, uniform, SMOOTHED)
+        d_logits = gradient_to_logits(logits, lse, labels - v, offs_v, smoothing, uniform, SMOOTHED)
         acc = dot(d_logits, weight, acc, INPUT_PRECISION)
-    d_hidden_desc.store([start_m, start_n], rounded(acc, d_hidden_desc.dtype))
+    store_of_run(acc, out_ptr, M, K, offs_m, offs_n, mask_m, mask_n)
 
 
 # --- launchers: allocation and grid
@@ -289,8 +302,8 @@ def losses(
             how = tiling.head_logits(rows, weight)
             logits, lse = head_losses(rows, *given, bias, found[some], gradient, how)
             if d_hidden is not None and k > 0:
-                how = tiling.head_gradient(rows, weight)
-                head_gradient(logits, lse, *given, d_hidden[some], how)
+                how, runs = tiling.head_gradient(rows, weight)
+                head_gradient(logits, lse, *given, d_hidden[some], how, runs)
     return found, d_hidden
 
 
@@ -332,7 +345,7 @@ def head_losses(
 
     key = "head logits", how, precision, k, *kind, *fixed(hidden, weight, bias)
     programs = -(-m // tile.block_m) * tiles
-    operands: tuple[object, ...] = hidden, weight, logits
+    operands: tuple[Any, ...] = hidden, weight, logits
     if how.descriptor:
         programs = min(programs, how.programs)
         blocks = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k], [tile.block_m, tile.block_n]
@@ -357,33 +370,39 @@ def head_gradient(
     smoothing: float,
     d_hidden: Tensor,
     how: tiling.Linear,
+    runs: int,
 ) -> None:
-    """Fills `d_hidden` (M, K), contiguous."""
+    """Fills `d_hidden` (M, K), contiguous, by so many runs over V."""
     (m, k), v, precision, tile = d_hidden.shape, len(weight), input_precision(logits.dtype), how.tile
+    columns = -(-v // (runs * tile.block_k)) * tile.block_k
+    runs = -(-v // columns)
+    out = d_hidden.new_empty(runs, m, k, dtype=torch.float32) if runs > 1 else d_hidden
 
     def launcher() -> Launcher:
         args = {
             "K": k, "V": v, "SMOOTHED": smoothing != 0.0, "INPUT_PRECISION": precision,
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
         }  # fmt: skip
-        common = ("lse_ptr", "labels_ptr", "M", "smoothing", "uniform")
+        common = ("out_ptr", "lse_ptr", "labels_ptr", "M", "columns", "smoothing", "uniform")
         if how.descriptor:
-            changing = ("logits_desc", "weight_desc", "d_hidden_desc", *common)
+            changing = ("logits_desc", "weight_desc", *common)
             return Launcher(head_gradient_descriptor_kernel, changing, args, tile.num_warps, tile.num_stages)
         args |= {
             "stride_lm": logits.stride(0), "stride_wv": weight.stride(0), "stride_wk": weight.stride(1),
             "MASKED_N": k % tile.block_n != 0,
         }  # fmt: skip
-        changing = ("logits_ptr", "weight_ptr", "d_hidden_ptr", *common)
+        changing = ("logits_ptr", "weight_ptr", *common)
         return Launcher(head_gradient_kernel, changing, args, tile.num_warps, tile.num_stages)
 
-    key = "head gradient", how, precision, k, v, smoothing != 0.0, *fixed(logits, weight)
-    operands: tuple[object, ...] = logits, weight, d_hidden
+    key = "head gradient", how, precision, k, v, smoothing != 0.0, out.dtype, *fixed(logits, weight)
+    operands: tuple[Any, ...] = logits, weight
     if how.descriptor:
-        blocks = [tile.block_m, tile.block_k], [tile.block_k, tile.block_n], [tile.block_m, tile.block_n]
-        operands = described(operands, blocks)
-    grid = (-(-m // tile.block_m) * -(-k // tile.block_n), 1, 1)
-    launchers.once(key, launcher)(grid, *operands, lse, labels, m, smoothing, smoothing / v)
+        operands = described(operands, ([tile.block_m, tile.block_k], [tile.block_k, tile.block_n]))
+    grid = (-(-m // tile.block_m) * -(-k // tile.block_n), runs, 1)
+    changing = out, lse, labels, m, columns, smoothing, smoothing / v
+    launchers.once(key, launcher)(grid, *operands, *changing)
+    if runs > 1:
+        d_hidden.copy_(out.sum(0))
 
 
 def described(

@@ -182,15 +182,21 @@ ADAPTER_GRADIENT_FLOAT32 = Strip(16, 32, 8, 3)
 #: A chunk of logits has rows so many elements apart, or a multiple: whole steps of the gradient's tiles, 128 bytes.
 HEAD_ALIGNED = 64
 
-#: Tiles of the language model's head on 16-bit numbers: of the logits, and of the gradient to hidden. By pointers, and
-#: with descriptors where operands come from shared memory.
-HEAD_POINTER = {
+#: Tiles of the language model's head on 16-bit numbers, of the logits and of the gradient to hidden: with descriptors
+#: where operands come from shared memory, and all others. What a row leaves of 256 columns spills on sm_100.
+HEAD_DESCRIPTOR = {
+    90: {
+        "logits": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+        "gradient": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+    },
+    100: {
+        "logits": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+        "gradient": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+    },
+}
+HEAD = {
     "logits": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
     "gradient": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
-}
-HEAD_DESCRIPTOR = {
-    "logits": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
-    "gradient": (Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4), Tile(64, 128, 64, 4, 4)),
 }
 HEAD_FLOAT32 = {
     "logits": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
@@ -372,9 +378,10 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Linear:
     return _head("logits", hidden, weight, len(weight))
 
 
-def head_gradient(hidden: Tensor, weight: Tensor) -> Linear:
-    """How the gradient to a chunk's rows (M, K) is computed."""
-    return _head("gradient", hidden, weight, weight.shape[1])
+def head_gradient(hidden: Tensor, weight: Tensor) -> tuple[Linear, int]:
+    """How the gradient to a chunk's rows (M, K) is computed, and in how many runs over V: few rows have few tiles."""
+    how = _head("gradient", hidden, weight, weight.shape[1])
+    return how, max(1, how.programs // _programs(how.tile, *hidden.shape))
 
 
 def _head(kernel: str, hidden: Tensor, weight: Tensor, n: int) -> Linear:
@@ -389,7 +396,7 @@ def head_tiles(arch: int, descriptor: bool, float32: bool = False) -> dict[str, 
     """The tiles of the language model's head, by kernel."""
     if float32:
         return HEAD_FLOAT32
-    return HEAD_DESCRIPTOR if descriptor and arch in (90, 100) else HEAD_POINTER
+    return HEAD_DESCRIPTOR.get(arch, HEAD) if descriptor else HEAD
 
 
 def splits(device: torch.device, programs: int, rank: int) -> int:
