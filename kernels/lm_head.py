@@ -8,7 +8,11 @@ everything of them is computed in float32. `head_logits_kernel` leaves of each t
 of exponentials, which `head_loss_kernel` combines, always in the same order; `head_gradient_kernel` makes what it
 multiplies of the logits while it multiplies.
 
-Only where a gradient is wanted are logits stored, a chunk at a time, written once and read once.
+Only where a gradient is wanted are logits stored, a chunk at a time, written once and read once: 4 bytes each of 16
+bits, in the time of 1,200 operations on the GPU that has most for a byte. Never written, they would be computed again
+for each 256 columns of d_hidden, the most that a program's registers sum up: 2 K · K / 256 operations each, 4,600 at
+K = 768 and 22,400 at 1600; `bench/traffic.py` counts both. One program for all columns has no room for its sums, and
+programs that add to what others summed would need atomics.
 """
 
 from __future__ import annotations
@@ -39,7 +43,7 @@ def exp_of_difference(values, top):
 
 @triton.jit
 def left_of_tile(
-    acc, labels_ptr, partials_ptr, sums_ptr, losses_ptr,
+    acc, labels_ptr, parts_ptr, sums_ptr, losses_ptr,
     M, V,
     pid_n, offs_m, mask_m,
     dtype: tl.constexpr,
@@ -61,13 +65,13 @@ def left_of_tile(
     logits = tl.where(mask_n[None, :], logits, float("-inf"))
     top = tl.max(logits, axis=1)
     lse = top + tl.log(tl.sum(exp_of_difference(logits, top[:, None]), axis=1))
-    tl.store(partials_ptr + row + offs_m, lse, mask=mask_m)
+    tl.store(parts_ptr + row + offs_m, lse, mask=mask_m)
     return rounded(logits, dtype)
 
 
 @triton.jit(do_not_specialize=["M"])
 def head_logits_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, partials_ptr, sums_ptr, losses_ptr, logits_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, labels_ptr, parts_ptr, sums_ptr, losses_ptr, logits_ptr,
     M, K, V,
     stride_hm, stride_hk, stride_wv, stride_wk, stride_lm,
     INPUT_PRECISION: tl.constexpr,
@@ -79,7 +83,7 @@ def head_logits_kernel(
 ):  # fmt: skip
     """`logits = hidden weightᵀ + bias`, one tile a program, and of each tile what the loss needs of it.
 
-    Partials and sums are (tiles of a row, M). With `logits_ptr` logits are stored, rows `stride_lm` apart, -inf past V.
+    Parts and sums are (tiles of a row, M). With `logits_ptr` logits are stored, rows `stride_lm` apart, -inf past V.
     """
     pid_m, pid_n = grouped_order(tl.program_id(0), M, V, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -104,7 +108,7 @@ def head_logits_kernel(
         weight_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
 
     logits = left_of_tile(
-        acc, labels_ptr, partials_ptr, sums_ptr, losses_ptr, M, V,
+        acc, labels_ptr, parts_ptr, sums_ptr, losses_ptr, M, V,
         pid_n, offs_m, mask_m, hidden_ptr.dtype.element_ty, BLOCK_N,
     )  # fmt: skip
     if logits_ptr is not None:
@@ -114,7 +118,7 @@ def head_logits_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def head_logits_descriptor_kernel(
-    hidden_desc, weight_desc, bias_ptr, labels_ptr, partials_ptr, sums_ptr, losses_ptr, logits_desc,
+    hidden_desc, weight_desc, bias_ptr, labels_ptr, parts_ptr, sums_ptr, losses_ptr, logits_desc,
     M, K, V,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -134,7 +138,7 @@ def head_logits_descriptor_kernel(
             weight = weight_desc.load([start_n, k]).T
             acc = dot(hidden_desc.load([start_m, k]), weight, acc, INPUT_PRECISION)
         logits = left_of_tile(
-            acc, labels_ptr, partials_ptr, sums_ptr, losses_ptr, M, V,
+            acc, labels_ptr, parts_ptr, sums_ptr, losses_ptr, M, V,
             pid_n, offs_m, mask_m, hidden_desc.dtype, BLOCK_N,
         )  # fmt: skip
         if logits_desc is not None:
@@ -143,7 +147,7 @@ def head_logits_descriptor_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def head_loss_kernel(
-    partials_ptr, sums_ptr, lse_ptr, losses_ptr,
+    parts_ptr, sums_ptr, lse_ptr, losses_ptr,
     M, V, tiles,
     smoothing,
     BLOCK_M: tl.constexpr,
@@ -159,14 +163,14 @@ def head_loss_kernel(
     tops = tl.full((BLOCK_T, BLOCK_M), float("-inf"), dtype=tl.float32)
     for t in range(0, tiles, BLOCK_T):
         mask = (offs_t < tiles - t)[:, None]
-        partials = tl.load(partials_ptr + tl.cast(t, tl.int64) * M + offsets, mask=mask, other=float("-inf"))
-        tops = tl.maximum(tops, partials)
+        parts = tl.load(parts_ptr + tl.cast(t, tl.int64) * M + offsets, mask=mask, other=float("-inf"))
+        tops = tl.maximum(tops, parts)
     top = tl.max(tops, axis=0)
     acc = tl.zeros((BLOCK_T, BLOCK_M), dtype=tl.float32)
     for t in range(0, tiles, BLOCK_T):
         mask = (offs_t < tiles - t)[:, None]
-        partials = tl.load(partials_ptr + tl.cast(t, tl.int64) * M + offsets, mask=mask, other=float("-inf"))
-        acc += exp_of_difference(partials, top[None, :])
+        parts = tl.load(parts_ptr + tl.cast(t, tl.int64) * M + offsets, mask=mask, other=float("-inf"))
+        acc += exp_of_difference(parts, top[None, :])
     lse = top + tl.log(tl.sum(acc, axis=0))
     loss = lse - (1.0 - smoothing) * tl.load(losses_ptr + rows)
     if sums_ptr is not None:
@@ -322,7 +326,7 @@ def head_losses(
     tiles = -(-v // tile.block_n)
     padded = -(-v // tiling.HEAD_ALIGNED) * tiling.HEAD_ALIGNED
     logits, lse = (hidden.new_empty(m, padded), found.new_empty(m)) if stores else (None, None)
-    partials, sums = found.new_empty(tiles, m), found.new_empty(tiles, m) if smoothing else None
+    parts, sums = found.new_empty(tiles, m), found.new_empty(tiles, m) if smoothing else None
     kind = v, stores, smoothing != 0.0
 
     def launcher() -> Launcher:
@@ -331,7 +335,7 @@ def head_losses(
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
             "GROUP_M": 32,  # a chunk, so that the weight is read once: hidden stays in L2
         }  # fmt: skip
-        common = ("bias_ptr", "labels_ptr", "partials_ptr", "sums_ptr", "losses_ptr", "M")
+        common = ("bias_ptr", "labels_ptr", "parts_ptr", "sums_ptr", "losses_ptr", "M")
         if how.descriptor:
             changing = ("hidden_desc", "weight_desc", "logits_desc", *common)
             return Launcher(head_logits_descriptor_kernel, changing, args, tile.num_warps, tile.num_stages)
@@ -350,15 +354,15 @@ def head_losses(
         programs = min(programs, how.programs)
         blocks = [tile.block_m, tile.block_k], [tile.block_n, tile.block_k], [tile.block_m, tile.block_n]
         operands = described(operands, blocks)
-    launchers.once(key, launcher)((programs, 1, 1), *operands, bias, labels, partials, sums, found, m)
+    launchers.once(key, launcher)((programs, 1, 1), *operands, bias, labels, parts, sums, found, m)
 
     def loss_launcher() -> Launcher:
         args = {"V": v, "tiles": tiles, "BLOCK_M": LOSS_ROWS, "BLOCK_T": 32}
-        changing = ("partials_ptr", "sums_ptr", "lse_ptr", "losses_ptr", "M", "smoothing")
+        changing = ("parts_ptr", "sums_ptr", "lse_ptr", "losses_ptr", "M", "smoothing")
         return Launcher(head_loss_kernel, changing, args, 4, 1)
 
     loss = launchers.once(("head loss", tiles, *kind, found.get_device()), loss_launcher)
-    loss((-(-m // LOSS_ROWS), 1, 1), partials, sums, lse, found, m, smoothing)
+    loss((-(-m // LOSS_ROWS), 1, 1), parts, sums, lse, found, m, smoothing)
     return logits, lse
 
 

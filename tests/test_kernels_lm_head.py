@@ -173,6 +173,18 @@ def test_a_logit_of_minus_infinity_is_never_likely(device):
     torch.testing.assert_close((losses, d_hidden), expected)
 
 
+def test_logits_are_rounded_as_stock_rounds_them(device):
+    """Of whole numbers sums are exact, and most between 256 and 1024 aren't bfloat16's: then nothing else differs."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randint(0, 15, (n, 8), generator=generator).bfloat16().to(device) for n in (40, 301)
+    )
+    labels = torch.arange(40, device=device)
+    losses, _ = lm_head.losses(hidden, weight, labels, gradient=False)
+    expected, _ = formula(hidden, weight, labels, None, 0.0, torch.bfloat16)
+    torch.testing.assert_close(losses, expected)
+
+
 def test_a_confident_row_keeps_what_is_left_of_its_gradient(device):
     """At p = 0.9998 rounded before the one is taken off, bfloat16 would leave nothing."""
     hidden, weight, labels, _ = arguments(8, 40, 61, "bf16", device)
