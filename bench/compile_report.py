@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, low_rank, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, low_rank, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 
@@ -50,6 +50,7 @@ ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
 LAYOUTS = ("", " transposed")  # of W: forward, and as dx takes it
 EXTREMES = (16, 256)  # where rank picks no tile; the GEMM takes 16 ranks at a time: one step, or a loop
+V = 50257  # GPT-2's vocabulary
 M, K, N = 8192, 768, 2304  # c_attn of GPT-2 over 8192 tokens; only divisibility by 16 matters to the code
 
 
@@ -101,6 +102,7 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} residual")
             if variant == "single":  # without dropout: a forward's
                 yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} gelu alone")
+    yield from head_cases(arch)
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case("dropout", arch, dtype, dropout.STRIP, 0)
         for width in (1024, 2048):
@@ -147,6 +149,22 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
 
 
+def head_cases(arch: int) -> Iterator[Case]:
+    """The configurations of the language model's head: all in the first form, and the costliest in the others."""
+    forms = ("descriptor", "pointer") if arch >= 90 else ("pointer",)
+    kinds = [*(("bf16", form) for form in forms), ("fp16", forms[0])]
+    kinds += [(precision, "pointer") for precision in (("tf32",) if arch == 100 else ("tf32", "fp32"))]
+    for i, (dtype, form) in enumerate(kinds):
+        tiles = tiling.head_tiles(arch, form == "descriptor", dtype.endswith("32"))
+        for tile, variant in itertools.product(
+            tiles["logits"], ("", " stored", " stored smoothed")[2 * (i > 0) :]
+        ):
+            yield Case("head_logits", arch, dtype, tile, 0, form + variant)
+        for tile, variant in itertools.product(tiles["gradient"], ("", " runs", " smoothed")[2 * (i > 0) :]):
+            yield Case("head_gradient", arch, dtype, tile, 0, form + variant)
+    yield Case("head_loss", arch, "fp32", (lm_head.LOSS_ROWS, 32, 4, 1), 0, "smoothed")
+
+
 def recorded(case: Case) -> launch.Launch:
     """The launch of the case's kernel, on tensors that exist in shape only."""
     dtype, _, factors = case.dtype.partition("+")
@@ -183,6 +201,20 @@ def recorded(case: Case) -> launch.Launch:
             kind |= {"epilogue": epilogue, "a": given.get("a")}
             given |= {"epilogue": epilogue, "dropout": mask, "tickets": tickets}
             low_rank.Linear(*operands, how, **kind)(*operands, 2.0, **given)
+        elif case.kernel.startswith("head"):
+            form = case.variant.split()
+            smoothing = 0.1 if "smoothed" in form else 0.0
+            tile = tiling.HEAD_FLOAT32["logits"][0] if case.kernel == "head_loss" else tiling.Tile(*case.tile)
+            how = tiling.Linear(tile, "descriptor" in form, False, 132)
+            labels, weight = torch.empty(M, dtype=torch.int64, device="meta"), rows(V, K)
+            losses = torch.empty(M, dtype=torch.float32, device="meta")
+            if case.kernel == "head_gradient":
+                logits = rows(M, -(-V // tiling.HEAD_ALIGNED) * tiling.HEAD_ALIGNED)
+                runs = 2 if "runs" in form else 1
+                lm_head.head_gradient(logits, losses, weight, labels, smoothing, rows(M, K), how, runs)
+            else:
+                given = rows(M, K), weight, labels, smoothing, rows(V), losses
+                lm_head.head_losses(*given, "stored" in form, how)
         elif case.kernel == "shrink":
             operands = rows(M, K), factor(rank, K).T
             low_rank.Shrink(*operands, tiling.Strip(*case.tile), drops=drop)(*operands, mask)
@@ -421,7 +453,7 @@ def faults(line: dict[str, Any]) -> list[str]:
         found.append(f"spills {line['spill_loads']}/{line['spill_stores']}")
     if line["shared_bytes"] > line["shared_limit"] or line["tensor_memory"] > 512:
         found.append("over the limit")
-    multiplies = line["kernel"] not in ("dropout", "layer_norm_backward")
+    multiplies = line["kernel"] not in ("dropout", "layer_norm_backward", "head_loss")
     if line["dtype"] != "fp32" and multiplies and not line["mma"]:
         found.append("no tensor-core instruction")
     limit = 1.35 if "single" in line["config"] else 1.15
@@ -458,18 +490,25 @@ def main() -> None:
     parser.add_argument(
         "--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, like 80,90"
     )
+    parser.add_argument(
+        "--kernel", default="", help="only those whose names begin so; FILE keeps the others' rows"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     arguments = parser.parse_args()
     rows = []
     print(HEAD)
-    every = [case for arch in arguments.arch.split(",") for case in cases(int(arch))]
+    archs, chosen = [int(arch) for arch in arguments.arch.split(",")], arguments.kernel
+    every = [case for arch in archs for case in cases(arch) if case.kernel.startswith(chosen)]
     for line in report(every, arguments.workers):
         rows.append(line)
         print(text(line), flush=True)
     bad = sum(bool(faults(line)) for line in rows)
     print(f"{len(rows)} configurations, {bad} with a fault; triton {triton.__version__}")
     if arguments.json:
+        if chosen:  # the rows of other kernels stay, those of these come last
+            found = json.loads(arguments.json.read_text())["rows"]
+            rows = [line for line in found if not line["kernel"].startswith(chosen)] + rows
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 
 

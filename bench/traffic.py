@@ -35,9 +35,11 @@ from transformers.activations import NewGELUActivation
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import launch, layer_norm, tiling
+from fastpeft.kernels import launch, layer_norm, lm_head, tiling
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
+VOCABULARY = 50257
+WIDTHS = (768, 1024, 1280, 1600)  # of the four published sizes
 H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
 aten = torch.ops.aten
 ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
@@ -306,6 +308,54 @@ def neighbour_bounds(x: Tensor, every: list[nn.Module], norm: nn.Module) -> dict
     return {"bound": of(*alone, 8), "bound_fused": of(*fused, 7)}
 
 
+def stock_head(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The language model's loss as transformers has it."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def head_variants(tokens: int, k: int, dtype: str) -> dict[str, dict[str, Any]]:
+    """The traffic of the language model's head with its loss, and its products in teraflops, by variant.
+
+    `bound` reads and writes hidden, the weight, their logits and the gradient as often as storing the logits needs:
+    the weight by each GEMM, logits by who writes and who reads them. `recomputed` stores none, and computes them again
+    in backward for each 256 columns of the gradient, which is what accumulators have room for; what it moves is less
+    than counted for nobody, and what it multiplies more.
+    """
+    hidden = torch.empty(tokens, k, dtype=DTYPES[dtype], device="meta", requires_grad=True)
+    weight = torch.empty(VOCABULARY, k, dtype=DTYPES[dtype], device="meta")
+    labels = torch.empty(tokens, dtype=torch.int64, device="meta")
+    forward, backward = [], []
+    with on_an_h100():
+        with counted(forward):
+            _, d_hidden = lm_head.losses(hidden.detach(), weight, labels, gradient=True)
+        with counted(backward):
+            torch.mul(d_hidden, 1.0 / tokens)
+    rows, logits = stored_bytes(hidden), stored_bytes(hidden) // k * VOCABULARY
+    small = 8 * tokens + 4 * tokens + 2 * rows  # labels, losses, and the gradient scaled
+    gemm = 2 * tokens * k * VOCABULARY / 1e12
+    found = {
+        "bound": (
+            Traffic(
+                [Kernel("bound", 2 * rows + 2 * stored_bytes(weight) + 2 * logits)],
+                [Kernel("bound", small)],
+                rows,
+            ),
+            2,
+        ),
+        f"stock_{dtype}": (traffic(partial(stock_head, weight=weight, labels=labels), hidden, [weight]), 2),
+        "fastpeft": (Traffic(forward, backward, rows), 2),
+        "recomputed": (
+            Traffic(
+                [Kernel("loss", rows + stored_bytes(weight))],
+                [Kernel("gradient", 2 * rows + stored_bytes(weight) + small)],
+                rows,
+            ),
+            2 + -(-k // 256),
+        ),
+    }
+    return {name: {**each.record(), "teraflops": gemm * gemms} for name, (each, gemms) in found.items()}
+
+
 def block(by_layer: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, int]]:
     """The sums over a block's layers, by variant."""
     variants = next(iter(by_layer.values()))
@@ -328,6 +378,7 @@ def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, A
         "block": block(by_layer),
         "neighbours": {v: t.record() for v, t in neighbour_variants(tokens, rank, dropout_p, dtype).items()},
         "adapter": {v: t.record() for v, t in adapter_variants(tokens, dtype).items()},
+        "head": {str(width): head_variants(tokens, width, dtype) for width in WIDTHS},
         "layers": by_layer,
         **record.header(),
     }
@@ -339,7 +390,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     lines = [f"{'':14}{'launches':>9}{'MB':>9}{'x bound':>9}{'saved MB':>10}"]
     for variant, row in rows.items():
         ratio, megabytes, saved = row["bytes"] / least, row["bytes"] / 1e6, row["saved_bytes"] / 1e6
-        lines.append(f"{variant:14}{row['launches']:9}{megabytes:9.1f}{ratio:9.2f}{saved:10.1f}")
+        products = f"{row['teraflops']:10.2f} TFLOP" if "teraflops" in row else ""
+        lines.append(f"{variant:14}{row['launches']:9}{megabytes:9.1f}{ratio:9.2f}{saved:10.1f}{products}")
     return "\n".join(lines)
 
 
@@ -354,7 +406,8 @@ def main() -> None:
     args = parser.parse_args()
     result = measure(args.tokens, args.rank, args.dropout, args.dtype)
     whole = ((name, result[name]) for name in ("block", "neighbours", "adapter"))
-    for name, rows in [*result["layers"].items(), *whole]:
+    heads = ((f"head of width {width}", rows) for width, rows in result["head"].items())
+    for name, rows in [*result["layers"].items(), *whole, *heads]:
         print(f"\n{name}\n{table(rows)}")
     if args.json:
         record.write(args.json, result)

@@ -33,6 +33,15 @@ def load(ptrs, mask, MASKED: tl.constexpr):
 
 
 @triton.jit
+def start_from(bias_ptr, offs_n, mask_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """An accumulator holding the bias in every row, or zeros."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     """`acc + a b`, in float32."""
     if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers

@@ -66,7 +66,7 @@ def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], num_warps: 
 #: Pointers to what torch has just allocated, which is aligned.
 _FRESH = {
     f"{name}_ptr"
-    for name in "u y h xa z dz dx dxa da db out partials tickets seed".split()  # noqa: SIM905
+    for name in "u y h xa z dz dx dxa da db out partials parts sums lse losses logits tickets seed".split()  # noqa: SIM905
 }
 
 

@@ -28,6 +28,7 @@ from .blocks import (
     input_precision,
     load,
     rounded,
+    start_from,
     sum_in_order,
     ticket_count,
 )
@@ -67,15 +68,6 @@ def initial(
         acc = dot(u, rounded(f.to(tl.float32) * scaling, u.dtype), acc, INPUT_PRECISION)
     if DROPOUT:
         acc = tl.where(keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N), acc, 0.0)
-    return acc
-
-
-@triton.jit
-def start_from(bias_ptr, offs_n, mask_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """An accumulator holding the bias in every row, or zeros."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
     return acc
 
 

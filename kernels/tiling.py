@@ -179,6 +179,30 @@ ADAPTER_GRADIENT = {
 }
 ADAPTER_GRADIENT_FLOAT32 = Strip(16, 32, 8, 3)
 
+#: A chunk of logits has rows so many elements apart, or a multiple: whole steps of the gradient's tiles, 128 bytes.
+HEAD_ALIGNED = 64
+
+#: Tiles of the language model's head on 16-bit numbers, of the logits and of the gradient to hidden: with descriptors
+#: where operands come from shared memory, and all others. What a row leaves of 256 columns spills on sm_100.
+HEAD_DESCRIPTOR = {
+    90: {
+        "logits": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+        "gradient": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+    },
+    100: {
+        "logits": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+        "gradient": (Tile(128, 256, 64, 8, 3), Tile(64, 128, 64, 4, 4)),
+    },
+}
+HEAD = {
+    "logits": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+    "gradient": (Tile(128, 128, 64, 8, 3), Tile(64, 128, 64, 4, 3)),
+}
+HEAD_FLOAT32 = {
+    "logits": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+    "gradient": (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3)),
+}
+
 #: The interpreter's cost goes by programs and steps, so it takes the largest tiles.
 _INTERPRETER = Architecture(90, 2, 0, 0, 1 << 30)
 
@@ -337,6 +361,42 @@ def adapter(x: Tensor, rank: int) -> list[Strip]:
 def adapter_gradient(x: Tensor, rank: int) -> Strip:
     """The strip of the adapter's weight gradients."""
     return ADAPTER_GRADIENT_FLOAT32 if x.dtype == torch.float32 else ADAPTER_GRADIENT[padded_rank(rank)]
+
+
+def head_rows(m: int, k: int) -> int:
+    """How many of m rows go into a chunk of logits, all chunks alike, in whole tiles.
+
+    Each chunk reads the weight twice, V K numbers each time, for 2 V numbers a row that it stores and reads: with 5 K
+    rows that is a fifth more. Fewer than 4096 would leave multiprocessors idle.
+    """
+    chunks = -(-m // max(4096, 5 * k))
+    return -(-m // max(chunks, 1) // 128) * 128 or 128
+
+
+def head_logits(hidden: Tensor, weight: Tensor) -> Linear:
+    """How a chunk's logits (M, V) are computed."""
+    return _head("logits", hidden, weight, len(weight))
+
+
+def head_gradient(hidden: Tensor, weight: Tensor) -> tuple[Linear, int]:
+    """How the gradient to a chunk's rows (M, K) is computed, and in how many runs over V: few rows have few tiles."""
+    how = _head("gradient", hidden, weight, weight.shape[1])
+    return how, max(1, how.programs // _programs(how.tile, *hidden.shape))
+
+
+def _head(kernel: str, hidden: Tensor, weight: Tensor, n: int) -> Linear:
+    arch, float32 = architecture(hidden.device), hidden.dtype == torch.float32
+    described = arch.name >= 90 and not float32 and _describable(hidden) and _describable(weight)
+    tiles = head_tiles(arch.name, described, float32)[kernel]
+    tile = _cheapest_first(tiles, steps(len(hidden)), n, arch)[0]
+    return Linear(tile, described, False, arch.multiprocessors)
+
+
+def head_tiles(arch: int, descriptor: bool, float32: bool = False) -> dict[str, tuple[Tile, ...]]:
+    """The tiles of the language model's head, by kernel."""
+    if float32:
+        return HEAD_FLOAT32
+    return HEAD_DESCRIPTOR.get(arch, HEAD) if descriptor else HEAD
 
 
 def splits(device: torch.device, programs: int, rank: int) -> int:

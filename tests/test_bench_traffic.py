@@ -119,6 +119,40 @@ def test_each_layer_norm_leaves_what_the_layer_after_it_needs(neighbours):
     assert "aten.native_layer_norm.default" not in names
 
 
+def test_the_head_stores_a_chunk_of_logits_once_and_reads_it_once():
+    """In two chunks of 4096 rows; on sm_90 a row's logits are 197 tiles of 256."""
+    m, k, v, padded, tiles = 8192, 768, 50257, 50304, 197
+    rows, weight, logits, part, of_row, label = (
+        BF16 * m * k,
+        BF16 * v * k,
+        BF16 * m * padded,
+        FP32 * m * tiles,
+        FP32 * m,
+        8 * m,
+    )
+    found = traffic.head_variants(m, k, "bf16")
+    kernels = {
+        "head_logits_descriptor_kernel": rows + 2 * weight + logits + part + of_row + label,
+        "head_loss_kernel": part + of_row + of_row,  # in place, and lse
+        "head_gradient_descriptor_kernel": logits + of_row + label + 2 * weight + rows,
+        "aten.mul.Tensor": 2 * rows,
+    }
+    moved = dict.fromkeys(kernels, 0)
+    for kernel in found["fastpeft"]["forward"] + found["fastpeft"]["backward"]:
+        moved[kernel["name"]] += kernel["bytes"]
+    assert moved == kernels
+
+
+@pytest.mark.parametrize("width", traffic.WIDTHS)
+def test_the_head_moves_little_more_than_it_must(width):
+    found = traffic.head_variants(8192, width, "bf16")
+    assert found["fastpeft"]["bytes"] <= 1.2 * found["bound"]["bytes"]
+    assert found["stock_bf16"]["bytes"] > 8 * found["fastpeft"]["bytes"]
+    # What it saves by not computing logits again outweighs their bytes, on the GPU with most operations for a byte.
+    more = (found["recomputed"]["teraflops"] - found["fastpeft"]["teraflops"]) * 1e12
+    assert more > (found["fastpeft"]["bytes"] - found["recomputed"]["bytes"]) * traffic.H100.flops_per_byte
+
+
 def test_an_expanded_operand_costs_what_it_stores():
     assert traffic.stored_bytes(torch.empty(N, device="meta").expand(M, N)) == FP32 * N
     assert traffic.distinct_bytes([w := torch.empty(K, N), w.T, w[:1]]) == FP32 * (K * N + N)

@@ -65,6 +65,8 @@ SAMPLE = {
     "dropout": [""],
     "layer_norm_shrink": [""],
     "layer_norm_backward": [""],
+    "head_logits": ["descriptor stored", "pointer stored smoothed"],
+    "head_gradient": ["descriptor", "pointer smoothed"],
     "linear": [
         "pointer split",
         "pointer split residual",
