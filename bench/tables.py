@@ -185,7 +185,7 @@ def speedups(record: dict[str, Any]) -> Table:
         name = describe(point)
         for variant, row in point["variants"].items():
             if "failed" in row:
-                rows.append([name, LABELS[variant], failed(row), "", "", ""])
+                rows.append([name, LABELS[variant], failed(row), "", "", "", ""])
                 name = ""
                 continue
             speedup, frozen, layers = (row.get(key) for key in ("speedup", "over_frozen", "over_layers"))
@@ -196,10 +196,12 @@ def speedups(record: dict[str, Any]) -> Table:
             tokens = f"{row['tokens_per_second']['median']:.0f} : {theirs}"
             compared = f"{LABELS[variant]} : {LABELS[speedup['over']]}"
             over = ["" if other is None else f"{other['median']:.2f}" for other in (frozen, layers)]
-            rows.append([name, compared, tokens, ratio(speedup), *over])
+            peaks = [each.get("step_peak_bytes") for each in (row, against)]
+            peak = "" if None in peaks else " : ".join(map(mega, peaks))
+            rows.append([name, compared, tokens, ratio(speedup), *over, peak])
             name = ""
     times = ["time over the frozen model's", "time over the layers scope's"]
-    header = ["", "compared", "tokens/s", "speed-up (20-80 %)", *times]
+    header = ["", "compared", "tokens/s", "speed-up (20-80 %)", *times, "a step's peak MB"]
     data = dict.fromkeys(point["data"] for point in record["points"])
     names = " and ".join("random tokens" if each == "random" else each for each in data)
     return Table(f"Whole models on {names}", f"Medians of rounds. {provenance(record)}", header, rows)

@@ -3,14 +3,16 @@
     python bench/throughput.py [--model small] [--batch 8] [--seq 128] [--dtype fp32 bf16]
         [--method lora adapter] [--dropout 0 0.1] [--inference] [--startup] [--json FILE [--resume]] [--minutes N]
     python bench/throughput.py --data rotten-tomatoes --batch 32 [...]
+    python bench/throughput.py --head lm --data random rotten-tomatoes rotten-tomatoes-answers --batch 16 [...]
 
 A training step is forward, loss and backward; the optimiser's share is the same for all and left out. A round
 runs each variant once, in an order that rotates from round to round, so that whatever else slows the machine
 meets all of them; ratios are taken within a round. Figures are medians, with the 20 % and 80 % quantiles.
+Inference is a forward pass without gradients, a language model's for its loss, as perplexity is evaluated.
 
 Random tokens fill their batch, the same in every round. Of Rotten Tomatoes' sentences each round takes others,
-in random order, padded to the longest of the batch; only their own tokens count. Both come with an attention
-mask, as from any collator.
+in random order, padded to the longest of the batch; only their own tokens count. A language model learns all
+of a sentence, or as an answer only the second half. All come with an attention mask, as from any collator.
 
 Before anything is timed, each variant's logits and gradients are held against stock's, and the patched
 model's report shows that its fused code ran; after it, that the auto scope packed whatever it could. A variant
@@ -40,7 +42,6 @@ from cases import DTYPES, MODELS
 from check import Wrong
 from torch import Tensor, nn
 
-from fastpeft.compare.arguments import ROTTEN_TOMATOES
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.packing import FULL
 
@@ -93,7 +94,7 @@ def training_step(model: nn.Module, batch: Batch) -> None:
 
 @torch.no_grad()
 def inference_step(model: nn.Module, batch: Batch) -> None:
-    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    model(**batch)
 
 
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
@@ -122,13 +123,19 @@ def step_peak_bytes(step: Callable[[], None], device: str) -> int | None:
     return None if before is None or after is None else after - before
 
 
-def batches_of(setting: variants.Setting, batch: int, seq: int | None, rounds: int) -> list[Batch]:
+def batches_of(
+    setting: variants.Setting, mode: str, data: str, batch: int, seq: int | None, rounds: int
+) -> list[Batch]:
     """The batch of each round, those that warm up first: of random tokens, or of sentences where `seq` is None."""
     count = WARM_UP + rounds
     if seq is not None:
-        return [variants.batch_of(setting, [seq] * batch)] * count
-    vocabulary, longest = (variants.size_of(setting, name) for name in ("vocab_size", "n_positions"))
-    return sentences.batches(count, batch, vocabulary, longest, setting.device)
+        found = [variants.batch_of(setting, [seq] * batch)] * count
+    else:
+        vocabulary, longest = (variants.size_of(setting, name) for name in ("vocab_size", "n_positions"))
+        found = sentences.batches(count, batch, vocabulary, longest, setting.device, setting.head, data)
+    if mode == "inference" and setting.head == "classifier":  # its logits are all
+        found = [{name: tensor for name, tensor in each.items() if name != "labels"} for each in found]
+    return found
 
 
 def point(
@@ -263,7 +270,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if not models and not failed:
                 models = variants.build(setting, names, failed)
                 models = variants.check(models, setting, failed)
-            batches = batches_of(setting, each["batch"], each["seq"], args.rounds)
+            where = (each[key] for key in ("mode", "data", "batch", "seq"))
+            batches = batches_of(setting, *where, args.rounds)
             lines = dict(failed)
             rows = point(models, setting, each["mode"], batches, lines)
             rows |= {name: {"failed": line} for name, line in lines.items()}
@@ -297,7 +305,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=["small"])
     parser.add_argument("--method", nargs="+", choices=variants.BASELINES, default=["lora"])
-    parser.add_argument("--data", nargs="+", choices=(RANDOM, ROTTEN_TOMATOES), default=[RANDOM])
+    parser.add_argument("--data", nargs="+", choices=(RANDOM, *sentences.NAMES), default=[RANDOM])
     parser.add_argument("--head", choices=variants.HEADS, help="default: lm; classifier for sentences")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.1], help="of LoRA")
@@ -323,13 +331,13 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
         stock = variants.BASELINES[method]["fastpeft"]
         if args.variants and stock not in args.variants:
             parser.error(f"--variants of {method} are held against {stock}: name it too")
-    sentences_too = ROTTEN_TOMATOES in args.data
-    if sentences_too and args.head == "lm":
-        parser.error(f"--data {ROTTEN_TOMATOES} is labelled for a classifier: leave --head out")
-    args.head = args.head or ("classifier" if sentences_too else "lm")
-    if sentences_too and (why := sentences.why_not()):
-        args.data.remove(ROTTEN_TOMATOES)
-        print(f"{ROTTEN_TOMATOES} is left out: {why}")
+    some = [name for name in args.data if name in sentences.NAMES]
+    args.head = args.head or ("classifier" if some else "lm")
+    if sentences.ANSWERS in some and args.head != "lm":
+        parser.error(f"--data {sentences.ANSWERS} is for a language model: --head lm")
+    if some and (why := sentences.why_not()):
+        args.data = [name for name in args.data if name not in some]
+        print(f"{' and '.join(some)} left out: {why}")
         if not args.data:
             parser.error("nothing is left to measure")
     return args

@@ -7,7 +7,7 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ def lm_head_loss(
 
     Returns:
         The loss, float32 (float64 of float64): a scalar, or (...) for `none`. NaN for the mean of no label that
-        counts, as torch has it. Differentiable by hidden, weight and bias, any number of times on the PyTorch path;
-        a second derivative holds all logits.
+        counts, as torch has it. Differentiable by hidden, weight and bias, any number of times; a second
+        derivative holds all logits.
 
     Raises:
         ValueError: shapes, devices or options that don't fit; `backend="triton"` where it can't serve, with the reason.
@@ -103,12 +103,43 @@ def routed_lm_head_loss(
         _check_range(kept, len(weight))
         trains = any(t is not None and t.requires_grad for t in (weight, bias))
         ahead = torch.is_grad_enabled() and hidden.requires_grad and not trains
-        losses = LmHeadLoss.apply(states, weight, bias, kept, label_smoothing, ahead)
+        given = states, weight, bias, kept, label_smoothing, ahead
+        if route.path == "triton":
+            route = _confirmed(route, backend, *given)
+        losses = LmHeadLoss.apply(*given, route.path == "triton")
         if some and reduction == "none":
             losses = losses.new_zeros(len(targets)).index_copy(0, rows, losses)
     if reduction == "none":
         return losses.view(labels.shape), route
     return _reduced(losses.sum(), counts, reduction, num_items), route
+
+
+def _confirmed(
+    route: ops.Route,
+    backend: str,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    smoothing: float,
+    ahead: bool,
+) -> ops.Route:
+    """`route` where the kernels serve these operands, are built and not measured slower."""
+    from fastpeft.kernels import launch, tuning
+    from fastpeft.kernels import lm_head as kernels
+
+    def through(by_kernels: bool) -> Callable[..., Tensor]:
+        return lambda *tensors: LmHeadLoss.apply(*tensors, labels, smoothing, ahead, by_kernels)
+
+    operands = hidden, weight, bias
+    return ops.confirmed(
+        route,
+        backend,
+        False,
+        launch.unsupported(hidden, 1, weight, bias),
+        lambda: kernels.ready(*operands),
+        lambda: tuning.slower_than("lm_head", operands, (smoothing, ahead), through(True), through(False)),
+    )
 
 
 def _reduced(total: Tensor, counts: Tensor, reduction: str, num_items: Tensor | float | None) -> Tensor:
@@ -125,7 +156,8 @@ class LmHeadLoss(torch.autograd.Function):
         loss = logsumexp(l) - (1 - ε) l[label] - ε mean(l)        dl = softmax(l) - (1 - ε) onehot(label) - ε / V
         dh = dl W        dW = dlᵀ h        db = Σ dl
 
-    `ahead` has dh computed beside the losses, unscaled: in 16 bits its last factor may be a loss scaler's.
+    `ahead` has dh computed beside the losses, unscaled: in 16 bits its last factor may be a loss scaler's. With
+    `by_kernels` Triton's compute both.
     """
 
     @staticmethod
@@ -137,14 +169,22 @@ class LmHeadLoss(torch.autograd.Function):
         labels: Tensor,
         smoothing: float,
         ahead: bool,
+        by_kernels: bool,
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        losses = hidden.new_empty(len(hidden), dtype=wide)
-        d_hidden = hidden.new_empty(hidden.shape) if ahead else None
-        for rows, of_rows, d_logits in _chunks(hidden, weight, bias, labels, smoothing):
-            losses[rows] = of_rows
-            if d_hidden is not None:
-                torch.mm(d_logits.to(hidden.dtype), weight, out=d_hidden[rows])
+        if by_kernels:
+            from fastpeft.kernels import lm_head as kernels
+
+            losses, d_hidden = kernels.losses(
+                hidden, weight, labels, bias, smoothing=smoothing, gradient=ahead
+            )
+        else:
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            losses = hidden.new_empty(len(hidden), dtype=wide)
+            d_hidden = hidden.new_empty(hidden.shape) if ahead else None
+            for rows, of_rows, d_logits in _chunks(hidden, weight, bias, labels, smoothing):
+                losses[rows] = of_rows
+                if d_hidden is not None:
+                    torch.mm(d_logits.to(hidden.dtype), weight, out=d_hidden[rows])
         ctx.save_for_backward(hidden, weight, bias, labels, d_hidden)
         ctx.smoothing = smoothing
         ctx.set_materialize_grads(False)
@@ -153,13 +193,13 @@ class LmHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         if watched():
             return LmHeadLoss._plain_backward(ctx, dy)
         hidden, weight, bias, labels, d_hidden = ctx.saved_tensors
         need_hidden, need_weight, need_bias, *_ = ctx.needs_input_grad
         if d_hidden is not None:
-            return (d_hidden * dy[:, None]).to(hidden.dtype), *(None,) * 5
+            return (d_hidden * dy[:, None]).to(hidden.dtype), *(None,) * 6
         d_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=dy.dtype) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=dy.dtype) if need_bias else None
@@ -173,7 +213,7 @@ class LmHeadLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
         d_weight, d_bias = (g if g is None else g.to(hidden.dtype) for g in (d_weight, d_bias))
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, *(None,) * 4
 
     @staticmethod
     def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
@@ -185,7 +225,7 @@ class LmHeadLoss(torch.autograd.Function):
         d_narrow = d_logits.to(hidden.dtype)
         gradients = d_narrow @ weight, d_narrow.T @ hidden, d_logits.sum(0).to(hidden.dtype)
         needed = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
+        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 4
 
 
 def _chunks(

@@ -268,7 +268,7 @@ def _confirmed_layer(
     residual: Tensor | None,
     residual_p: float,
 ) -> Confirmed:
-    """`_confirm` for a layer's call."""
+    """`confirmed` for a layer's call."""
     from fastpeft.kernels import launch, tuning
     from fastpeft.kernels import lora_linear as kernels
 
@@ -285,7 +285,7 @@ def _confirmed_layer(
 
     given = (rows, *layer, residual)
     drops = (dropout_p, residual_p)
-    confirmed = _confirm(
+    found = confirmed(
         route,
         backend,
         strict,
@@ -293,7 +293,7 @@ def _confirmed_layer(
         lambda: kernels.ready(rows, *layer, dropout_p, residual, residual_p),
         lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
     )
-    return Confirmed(confirmed, kernels.Layer())
+    return Confirmed(found, kernels.Layer())
 
 
 _INCLUDED = Route("triton", "fused kernels, LayerNorm included")
@@ -375,7 +375,7 @@ def _confirmed_mlp(
     residual: Tensor | None,
     residual_p: float,
 ) -> Confirmed:
-    """`_confirm` for an MLP's call."""
+    """`confirmed` for an MLP's call."""
     from fastpeft.kernels import launch, lora_linear, lora_mlp, tuning
 
     rows, residual = as_rows(rows), None if residual is None else as_rows(residual)
@@ -392,7 +392,7 @@ def _confirmed_mlp(
     given = (rows, *fc[:4], *proj[:4], residual)
     drops = (fc.dropout_p, proj.dropout_p, residual_p)
     rank = max(fc.lora_a.shape[0], proj.lora_a.shape[0])
-    confirmed = _confirm(
+    found = confirmed(
         _MLP,
         backend,
         strict,
@@ -400,7 +400,7 @@ def _confirmed_mlp(
         lambda: lora_mlp.ready(rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p, residual, residual_p),
         lambda: tuning.slower_than("lora_mlp", given, drops, through_kernels, through_pytorch),
     )
-    return Confirmed(confirmed, (lora_linear.Layer(), lora_linear.Layer()))
+    return Confirmed(found, (lora_linear.Layer(), lora_linear.Layer()))
 
 
 _MLP = Route("triton", "fused kernels, GELU included")
@@ -551,7 +551,7 @@ def routed_adapter(
         given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
 
         def confirm() -> Confirmed:
-            confirmed = _confirm(
+            found = confirmed(
                 route,
                 backend,
                 strict,
@@ -559,7 +559,7 @@ def routed_adapter(
                 lambda: kernels.ready(*given[:5], activation, residual_rows),
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
             )
-            return Confirmed(confirmed)
+            return Confirmed(found)
 
         route, _ = _once(decided, rows, residual_rows, (), confirm)
         if route.path == "triton":
@@ -645,7 +645,7 @@ def _refuse(backend: str, reason: str) -> Route:
     return Route("torch", reason)
 
 
-def _confirm(
+def confirmed(
     route: Route,
     backend: str,
     strict: bool,

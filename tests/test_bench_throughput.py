@@ -125,7 +125,7 @@ def test_a_ratio_is_taken_within_its_round(monkeypatch):
     rounds = {"frozen": [1.0, 10.0, 1.0], "peft": [2.0, 20.0, 2.0], "fastpeft": [1.0, 10.0, 1.0]}
     monkeypatch.setattr(throughput, "seconds", lambda *_: rounds)
     models = variants.build(LORA, list(rounds))
-    batches = throughput.batches_of(LORA, batch=2, seq=8, rounds=3)
+    batches = throughput.batches_of(LORA, "training", throughput.RANDOM, batch=2, seq=8, rounds=3)
     rows = throughput.point(models, LORA, "training", batches)
     assert rows["fastpeft"]["speedup"] == {"over": "peft", "median": 2.0, "q20": 2.0, "q80": 2.0}
     assert rows["peft"]["over_frozen"]["q80"] == 2.0
@@ -150,7 +150,7 @@ def test_every_variant_meets_every_batch_and_warm_up_is_not_timed():
 
 def test_a_model_scope_that_leaves_padding_in_is_refused(monkeypatch):
     models = variants.build(CLASSIFIER, ["peft", "fastpeft", "fastpeft_model"])
-    batches = throughput.batches_of(CLASSIFIER, batch=8, seq=None, rounds=1)
+    batches = throughput.batches_of(CLASSIFIER, "training", "rotten-tomatoes", batch=8, seq=None, rounds=1)
     rows = throughput.point(models, CLASSIFIER, "training", batches)
     assert rows["fastpeft_model"]["saved_bytes"] < rows["fastpeft"]["saved_bytes"]
     assert rows["fastpeft_model"]["over_layers"]["median"] > 0
@@ -203,10 +203,33 @@ def test_sentences_are_recorded_beside_full_batches(tmp_path):
         assert (point["fill"] == 1) == (point["data"] == "random")
 
 
-def test_sentences_under_a_language_model_head_are_refused(capsys):
+def test_a_language_models_sentences_and_answers():
+    """All of a sentence's tokens are learnt, or those of its second half; a classifier can't learn answers."""
+    whole, answers = (sentences_of(head="lm", name=name) for name in sentences.NAMES)
+    for batch, other in zip(whole, answers, strict=True):
+        mask = batch["attention_mask"].bool()
+        assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(~mask, -100))
+        counts = (other["labels"] != -100).sum(1)
+        assert torch.equal(counts, mask.sum(1) - mask.sum(1) // 2)
+        assert torch.equal(other["labels"][other["labels"] != -100], batch["labels"][other["labels"] != -100])
+        assert (other["labels"][:, 0] == -100).all()
+    assert throughput.parsed(["--data", "rotten-tomatoes", "--head", "lm"]).head == "lm"
+
+
+def test_answers_under_a_classifier_are_refused(capsys):
     with pytest.raises(SystemExit):
-        throughput.parsed(["--data", "rotten-tomatoes", "--head", "lm"])
-    assert "rotten-tomatoes is labelled for a classifier: leave --head out" in capsys.readouterr().err
+        throughput.parsed(["--data", "rotten-tomatoes-answers"])
+    assert "rotten-tomatoes-answers is for a language model: --head lm" in capsys.readouterr().err
+
+
+def test_a_language_models_inference_gives_its_loss_without_logits():
+    models = variants.build(LORA._replace(head="lm"), ["peft", "fastpeft", "fastpeft_model"])
+    setting = LORA._replace(head="lm")
+    batches = throughput.batches_of(setting, "inference", "rotten-tomatoes", batch=8, seq=None, rounds=1)
+    rows = throughput.point(models, setting, "inference", batches)
+    assert set(rows) == {"peft", "fastpeft", "fastpeft_model"}
+    calls = {row.kind: row.calls for row in fastpeft.report(models["fastpeft_model"])}
+    assert calls["loss"] == calls["packing"] == 4  # three rounds, and one for its memory
 
 
 def test_variants_without_what_they_are_held_against_are_refused(capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from kernel_checks import lora_arguments
@@ -41,6 +43,20 @@ def test_a_gpt2_trained_through_the_kernels_follows_the_pytorch_path(kind, devic
     assert_fused(through_kernels, (kind,), path="triton")
     assert seen == pytest.approx(expected, rel=1e-5)
     assert seen[-1] < seen[0] - 0.05
+
+
+def test_a_language_models_loss_and_gradients_by_the_kernels(device):
+    """The head's and all others, also where labels are ignored, from outputs whose logits nobody reads."""
+    model = with_lora(gpt2(n_layer=1)).to(device)
+    ids = torch.randint(2, 61, (3, 9), generator=torch.Generator().manual_seed(0)).to(device)
+    labels = ids.masked_fill(torch.arange(9, device=device) < 3, -100)
+    results = []
+    for patched in (model, fastpeft.patch(copy.deepcopy(model), backend="triton")):
+        loss = patched(input_ids=ids, labels=labels).loss
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in patched.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert_fused(patched, ("loss",), path="triton")
 
 
 def test_dropout_at_the_same_seed_gives_the_same_training(device):
