@@ -306,6 +306,8 @@ def losses(
             how = tiling.head_logits(rows, weight)
             logits, lse = head_losses(rows, *given, bias, found[some], gradient, how)
             if d_hidden is not None and k > 0:
+                assert logits is not None
+                assert lse is not None
                 how, runs = tiling.head_gradient(rows, weight)
                 head_gradient(logits, lse, *given, d_hidden[some], how, runs)
     return found, d_hidden

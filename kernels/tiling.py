@@ -17,6 +17,7 @@ That each row spills nothing and fits is not argued but compiled: bench/compile_
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -392,7 +393,7 @@ def _head(kernel: str, hidden: Tensor, weight: Tensor, n: int) -> Linear:
     return Linear(tile, described, False, arch.multiprocessors)
 
 
-def head_tiles(arch: int, descriptor: bool, float32: bool = False) -> dict[str, tuple[Tile, ...]]:
+def head_tiles(arch: int, descriptor: bool, float32: bool = False) -> Mapping[str, tuple[Tile, ...]]:
     """The tiles of the language model's head, by kernel."""
     if float32:
         return HEAD_FLOAT32
