@@ -131,8 +131,8 @@ class PackingSite(Site):
 
 #: How each of GPT2Model's arguments may be, for its call to be packed; by any other name, only None.
 _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_cache", "return_dict"}
-#: What passes through to attention functions, which don't look at it.
-_IGNORED = {"num_items_in_batch"}
+#: What passes through to attention functions, of which eager and sdpa don't look at it.
+_IGNORED = {"num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _FALSY = {"output_attentions", "output_hidden_states"}
 _NAMES = list(inspect.signature(GPT2Model.forward).parameters)[1:]
 _NO_IDS = "input_ids (batch, length) are needed to see the padding"

@@ -16,6 +16,7 @@ from models import assert_as_good_over_draws, assert_fused, draws_of, gpt2, with
 from peft import PrefixTuningConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
+    DataCollatorWithFlattening,
     DynamicCache,
     GPT2ForQuestionAnswering,
     GPT2ForSequenceClassification,
@@ -199,6 +200,16 @@ def test_positions_that_begin_again_are_other_sequences(rows, attention, scope):
         results.append((outputs.loss.detach(), outputs.logits.detach(), grads))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
     assert packing_row(patched)[2:] == ("torch", "packed: no padding between the embeddings and the head", 1)
+
+
+def test_what_a_flattening_collator_gives_is_packed():
+    rows = [{"input_ids": list(range(2, 2 + n))} for n in (4, 7, 2)]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    stock = gpt2().train()
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    expected, result = (model(**collator(rows), use_cache=False) for model in (stock, patched))
+    torch.testing.assert_close((result.loss, result.logits), (expected.loss, expected.logits))
+    assert packing_row(patched).calls == 1
 
 
 @pytest.mark.parametrize("head", [GPT2ForSequenceClassification, GPT2Model])
