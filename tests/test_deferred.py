@@ -117,6 +117,10 @@ USES = {
 }
 
 
+@pytest.mark.fidelity(
+    "a language model's logits, read before or after its loss's backward pass",
+    "computed when they are read; as stock",
+)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("use", USES.values(), ids=list(USES))
 def test_every_way_to_the_logits(use, when):
@@ -194,6 +198,7 @@ GRADIENTS = {
 }
 
 
+@pytest.mark.fidelity("losses of one's own on a language model's logits", "as stock")
 @pytest.mark.parametrize("loss_of", GRADIENTS.values(), ids=list(GRADIENTS))
 def test_gradients_of_the_logits(loss_of):
     def use(model, inputs):
@@ -228,6 +233,10 @@ def test_a_step_between_loss_and_logits():
     assert_the_same(use, *twins(), batch())
 
 
+@pytest.mark.fidelity(
+    "a language model's head changed between a call and the reading of its logits",
+    "error that names the remedy",
+)
 @pytest.mark.parametrize("change", [
     lambda model: model.get_base_model().lm_head.weight.mul_(2),
     lambda model: model.load_state_dict(model.state_dict()),
@@ -303,6 +312,10 @@ REASONS = {
 }  # fmt: skip
 
 
+@pytest.mark.fidelity(
+    "a hook, LoRA, modules_to_save or trainable tokens on lm_head, a loss_function of one's own",
+    "stock, with the reason",
+)
 @pytest.mark.parametrize(("make", "reason"), REASONS.values(), ids=list(REASONS))
 def test_a_head_of_another_kind(make, reason):
     def use(model, inputs):
@@ -370,6 +383,10 @@ class _Sentences(Dataset):
         return {name: value[i % 3] for name, value in batch((9, 4, 7)).items()}
 
 
+@pytest.mark.fidelity(
+    "Trainer on a language model: evaluation, label smoothing, bf16, accumulation",
+    "loss without logits; with smoothing stock's",
+)
 @pytest.mark.parametrize("options", [
     {"prediction_loss_only": True}, {"prediction_loss_only": True, "bf16": True}, {"label_smoothing_factor": 0.1}, {},
 ], ids=["loss only", "bf16", "smoothing", "predictions"])  # fmt: skip

@@ -184,6 +184,9 @@ def flattened(*rows):
     return {"input_ids": ids, "position_ids": positions, "labels": ids.masked_fill(positions == 0, -100)}
 
 
+@pytest.mark.fidelity(
+    "several sequences in a row, by position_ids that begin again", "packed; each attends to itself alone"
+)
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("rows", [[(9, 3, 20, 5)], [(6, 6), (12,)], [(6, 6), (6, 6)], [(1, 2, 1)]], ids=str)
 @pytest.mark.parametrize("scope", ["auto", "model"])

@@ -42,6 +42,10 @@ def packing_calls(model):
     return next(row.calls for row in fastpeft.report(model) if row.kind == "packing")
 
 
+@pytest.mark.fidelity(
+    "TRL's SFTTrainer: nll, dft, packing, padding-free, completions",
+    "fused, packed where nobody reads the padding",
+)
 @pytest.mark.filterwarnings("ignore")  # trl's own
 @pytest.mark.parametrize(("options", "scope", "packs"), [
     ({"loss_type": "nll"}, "auto", False),
@@ -68,6 +72,7 @@ def test_sft(options, scope, packs, tmp_path):
     assert (packing_calls(model) > 0) == packs
 
 
+@pytest.mark.fidelity("TRL's DPOTrainer", "fused")
 @pytest.mark.filterwarnings("ignore")
 def test_dpo(tmp_path):
     rows = [
