@@ -54,6 +54,10 @@ bench: $(INSTALLED)
 	  --batch 4 --inference --startup --rounds 9 --json bench/results/throughput.json
 	$(BIN)/python bench/throughput.py --data random rotten-tomatoes --batch 32 --dropout 0.05 --model-dropout 0.1 \
 	  --inference --variants frozen peft fastpeft fastpeft_model --rounds 9 --json bench/results/sentences.json
+	$(BIN)/python bench/throughput.py --head lm --data rotten-tomatoes rotten-tomatoes-answers --batch 16 --dropout 0.05 \
+	  --inference --variants peft fastpeft fastpeft_model --rounds 7 --json bench/results/language.json
+	$(BIN)/python bench/throughput.py --head lm --batch 4 --dropout 0.05 --inference \
+	  --variants peft fastpeft fastpeft_model --rounds 7 --json bench/results/language.json --resume
 	$(BIN)/python bench/plot.py --table README.md
 
 # On a GPU: the tests, then all that is counted and measured, into one page. A call takes at most eight minutes, and the

@@ -23,6 +23,10 @@ LABELS = {
     "fastpeft_model": "fastpeft, packed",
     "fastpeft_fp32": "fastpeft, fp32 factors",
     "exact": "fastpeft, exact",
+    "stock_bf16": "transformers",
+    "stock_fp16": "transformers",
+    "stock_fp32": "transformers",
+    "recomputed": "logits never stored",
 }
 
 
@@ -99,13 +103,15 @@ NEIGHBOURS = "Neighbours are LayerNorms, the GELU, and dropouts with their resid
 
 
 def traffic(record: dict[str, Any]) -> Iterator[Table]:
-    """The bytes and launches of a block's four LoRA layers, and of an adapter."""
+    """The bytes and launches of a block's four LoRA layers, of an adapter, and of a language model's head."""
     shapes = record["shapes"]
     lora = f"r={shapes['rank']}, dropout {shapes['dropout']:g}"
-    note = (
-        f"{shapes['tokens']} tokens, width {shapes['width']}, {record['dtype']}, forward and backward, {{}}. "
-    )
-    note += f"Counted, not timed: what is launched on {record['architecture']}. {provenance(record)}"
+
+    def note(what: str) -> str:
+        counted = f"Counted, not timed: what is launched on {record['architecture']}. {provenance(record)}"
+        return f"{shapes['tokens']} tokens, {record['dtype']}, forward and backward, {what}. {counted}"
+
+    lora = f"width {shapes['width']}, {lora}"
     header = ["", "launches", "MB moved", "x least", "MB saved for backward"]
     for title, rows, what in (
         ("Memory traffic of the LoRA layers of one block", record["block"], lora),
@@ -114,14 +120,31 @@ def traffic(record: dict[str, Any]) -> Iterator[Table]:
             record["neighbours"],
             f"{lora}. {NEIGHBOURS}",
         ),
-        ("Memory traffic of one adapter", record["adapter"], f"bottleneck {shapes['bottleneck']}"),
+        (
+            "Memory traffic of one adapter",
+            record["adapter"],
+            f"width {shapes['width']}, bottleneck {shapes['bottleneck']}",
+        ),
     ):
         least = rows["bound"]["bytes"]
         cells = []
         for variant, row in rows.items():
             moved, saved = mega(row["bytes"]), mega(row["saved_bytes"])
             cells.append([LABELS[variant], str(row["launches"]), moved, f"{row['bytes'] / least:.2f}", saved])
-        yield Table(title, note.format(what), header, cells)
+        yield Table(title, note(what), header, cells)
+    rows = []
+    for variant in next(iter(record["head"].values())):
+        each = [(found[variant], found["bound"]["bytes"]) for found in record["head"].values()]
+        sizes = [f"{mega(r['bytes'])} ({r['bytes'] / least:.2f}), {r['teraflops']:.1f}" for r, least in each]
+        rows.append([LABELS[variant], *sizes])
+    yield Table(
+        "Memory traffic of a language model's head and loss",
+        note(
+            "the head frozen, its vocabulary GPT-2's. Logits never stored would be multiplied for anew in backward"
+        ),
+        ["MB moved (x least), TFLOP", *(f"width {width}" for width in record["head"])],
+        rows,
+    )
 
 
 def host(record: dict[str, Any]) -> Iterator[Table]:

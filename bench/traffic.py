@@ -317,9 +317,8 @@ def head_variants(tokens: int, k: int, dtype: str) -> dict[str, dict[str, Any]]:
     """The traffic of the language model's head with its loss, and its products in teraflops, by variant.
 
     `bound` reads and writes hidden, the weight, their logits and the gradient as often as storing the logits needs:
-    the weight by each GEMM, logits by who writes and who reads them. `recomputed` stores none, and computes them again
-    in backward for each 256 columns of the gradient, which is what accumulators have room for; what it moves is less
-    than counted for nobody, and what it multiplies more.
+    the weight by each GEMM, logits by who writes and who reads them. `recomputed`, which isn't built, stores none, and
+    computes them again in backward for each 256 columns of the gradient, which is what accumulators have room for.
     """
     hidden = torch.empty(tokens, k, dtype=DTYPES[dtype], device="meta", requires_grad=True)
     weight = torch.empty(VOCABULARY, k, dtype=DTYPES[dtype], device="meta")

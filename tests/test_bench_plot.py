@@ -33,6 +33,7 @@ TRAFFIC = {
     "adapter": {"bound": BOUND, "eager": COUNT, "fastpeft": COUNT},
     "neighbours": {"bound": BOUND, "bound_fused": BOUND, "peft_bf16": COUNT, "fastpeft_model": COUNT},
     "layers": {"c_attn": {"bound": BOUND, "frozen": COUNT, "peft_bf16": COUNT, "fastpeft": COUNT}},
+    "head": {"768": {"bound": {**BOUND, "teraflops": 1.26}, "recomputed": {**COUNT, "teraflops": 3.16}}},
     **HEADER,
 }
 ROW = {
@@ -123,9 +124,12 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         "dropout 0.05, GPT-2's own 0.1, fp32, batch 32 of rotten-tomatoes, 49% padding, CPU | fastpeft : peft |"
         in text
     )
-    assert "\n|  | fastpeft, packed : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 |" in text
+    assert (
+        "\n|  | fastpeft, packed : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 | 2.0 : 2.0 |" in text
+    )
+    assert "| logits never stored | 3.0 (1.50), 3.2 |" in text
     assert "| auto, triton | 20.0 | 0.50 (0.40-0.80) | 300 | 91 | 1.0 | 9.0 | 2.0 | 8.0 |" in text
-    assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |" in text
+    assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |  |" in text
     page = (results / "report.html").read_text()
     assert page.count("<td>failed: RuntimeError: no / memory</td>") == 2
     assert "<td>failed: Wrong: it is</td>" in page
