@@ -5,7 +5,8 @@
 
 A step of a small model on a GPU lasts as long as the host takes to issue it, wherever the kernels are quicker. Here
 Triton's kernels are compiled for an H100 and launched on nothing (driver.py), and tensors are so small that an operator
-of torch costs its dispatch. One thread; variants in turn within a round, ratios within a round, medians over rounds.
+of torch costs its dispatch. One thread, and its processor time, since it waits for nothing; variants in turn within a
+round, ratios within a round, medians over rounds.
 
 Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. Parts are of samples
 of the stack: choosing what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
@@ -202,10 +203,10 @@ def measure(
     for turn in range(rounds):
         names = list(steps)
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            began = time.perf_counter()
+            began = time.process_time()
             for _ in range(STEPS):
                 steps[name]()
-            times[name].append((time.perf_counter() - began) / STEPS)
+            times[name].append((time.process_time() - began) / STEPS)
     found = {}
     for name, step in steps.items():
         before = launches.launched

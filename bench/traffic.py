@@ -184,17 +184,16 @@ def projection(layer: Any, dropout_p: float) -> ops.Projection:
     return ops.Projection(base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
 
 
-def fused_lora(layer: Any, dropout_p: float, x: Tensor, **neighbours: Any) -> Tensor:
-    """A peft layer by `fastpeft.lora_linear`, with what is beside it."""
-    return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False, **neighbours)[0]
+def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:
+    """A peft layer by `fastpeft.lora_linear`."""
+    return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False)[0]
 
 
-def fused_mlp(fc: Any, proj: Any, dropout_p: float, x: Tensor, **neighbours: Any) -> Tensor:
-    """Two peft layers, the GELU between them and what is beside them by `ops.lora_mlp`."""
-    layers = (projection(layer, dropout_p) for layer in (fc, proj))
-    served = ops.lora_mlp(x, *layers, "auto", **neighbours)
+def fused_chain(links: list[ops.Link], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Layers with what stands between them by `ops.lora_chain`: the result, and the residual to go on with."""
+    served = ops.lora_chain(x, residual, links, "auto")
     assert served is not None
-    return served[0]
+    return served.y, served.residual
 
 
 def fused_adapter(layer: Any, x: Tensor) -> Tensor:
@@ -233,25 +232,6 @@ def adapter_variants(tokens: int, dtype: str) -> dict[str, Traffic]:
     }
 
 
-def with_neighbours(
-    c_attn: Callable[..., Tensor],
-    c_proj: Callable[..., Tensor],
-    mlp: Callable[..., Tensor],
-    norms: list[Callable[[Tensor], tuple[Tensor, Tensor, ops.Shrunk | None]]],
-    x: Tensor,
-    attended: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """A block but for its attention, which makes `attended` of the first result; the second goes to the next block.
-
-    A norm gives its result, its residual and what it computed for the layer after it; `c_proj` and `mlp` take a
-    residual, and the dropout before it.
-    """
-    h, x, shrunk = norms[0](x)
-    qkv = c_attn(h, shrunk=shrunk)
-    h, x, shrunk = norms[1](c_proj(attended, residual=ops.Residual(x, RESIDUAL_DROPOUT)))
-    return qkv, mlp(h, residual=ops.Residual(x, RESIDUAL_DROPOUT), shrunk=shrunk)
-
-
 def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Traffic]:
     """The traffic of a block's projections with its LayerNorms, GELU, dropouts and residuals, by variant.
 
@@ -265,27 +245,33 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
     parameters = [p for module in (*every, norm) for p in module.parameters()]
     one_by_one = [partial(fused_lora, layer, dropout_p) for layer in every]
 
-    def run(*parts: Any) -> Traffic:
-        return traffic(partial(with_neighbours, *parts), rows, parameters)
-
     def alone(gelu: Callable[[Tensor], Tensor], layers: list[Any]) -> Traffic:
         """Every layer, and every neighbour, by itself."""
         c_attn, c_proj, c_fc, mlp_c_proj = layers
-        return run(
-            lambda x, shrunk: c_attn(x),
-            lambda x, residual: ops.added(c_proj(x), residual),
-            lambda x, residual, shrunk: ops.added(mlp_c_proj(gelu(c_fc(x))), residual),
-            [lambda x: (norm(x), x, None)] * 2,
-        )
 
-    model = (*one_by_one[:2], partial(fused_mlp, *every[2:], dropout_p))
-    following = (projection(layer, dropout_p) for layer in (every[0], every[2]))
-    norms = [partial(ops.layer_norm, norm=norm, backend="auto", following=layer) for layer in following]
+        def block(x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+            qkv = c_attn(norm(x))
+            x = ops.added(c_proj(attended), ops.Residual(x, RESIDUAL_DROPOUT))
+            y = mlp_c_proj(gelu(c_fc(norm(x))))
+            return qkv, ops.added(y, ops.Residual(x, RESIDUAL_DROPOUT))
+
+        return traffic(block, rows, parameters)
+
+    def at_once(x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+        c_attn, c_proj, c_fc, mlp_c_proj = (projection(layer, dropout_p) for layer in every)
+        qkv, residual = fused_chain([ops.Link(c_attn, norm)], x, None)
+        behind = [
+            ops.Link(c_proj, residual_p=RESIDUAL_DROPOUT),
+            ops.Link(c_fc, norm, activates=True),
+            ops.Link(mlp_c_proj, residual_p=RESIDUAL_DROPOUT),
+        ]
+        return qkv, fused_chain(behind, attended, residual)[0]
+
     return {
         **neighbour_bounds(rows[0], every, norm),
         f"peft_{dtype}": alone(NewGELUActivation(), every),
         "fastpeft": alone(reference.gelu_new, one_by_one),
-        "fastpeft_model": run(*model, norms),
+        "fastpeft_model": traffic(at_once, rows, parameters),
     }
 
 

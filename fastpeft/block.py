@@ -30,6 +30,7 @@ class Packed(NamedTuple):
     mask: Tensor | None  # (1, 1, longest, longest), additive: eager attention needs it written out
     pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
     last: nn.Module | None  # the block after which only the pooled are read
+    walked: list[Any]  # what the trunk was seen to be, while the call runs that saw it
 
     @property
     def whole(self) -> bool:
@@ -44,32 +45,28 @@ class Packed(NamedTuple):
         return rows.view(batch, length, -1)
 
 
+class Stage(NamedTuple):
+    """A layer of a block, with what stands before and behind it."""
+
+    layer: Any
+    norm: Any = None  # a LayerNorm, of what comes in, which goes on as the residual
+    act: Any = None  # a GELU that follows
+    dropout: Any = None  # of the result, before the residual is added; None: it isn't
+
+
 @stands_for(GPT2MLP)
 class FusedMLP(GPT2MLP):
     """GPT-2's MLP, in one operation where Triton serves both projections; stock's forward, unless packed."""
 
     _fastpeft: Site
 
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Any,
-        residual: Tensor | None = None,
-        *,
-        packed: bool = False,
-        shrunk: ops.Shrunk | None = None,
-    ) -> Tensor:
-        """The MLP of hidden_states (..., width), added to `residual`, of the same shape, if there is one."""
+    def forward(self, hidden_states: Any, *, packed: bool = False) -> Tensor:  # type: ignore[override]
+        """The MLP of hidden_states (..., width)."""
         if not packed:
             return super().forward(hidden_states)
-        added = _residual(residual, self.dropout)
-        y = _through_kernels(self, hidden_states, added, shrunk)
-        if y is None:
-            h = first_of(self.c_fc, hidden_states, shrunk)
-            return projected(self.c_proj, self.dropout, self.act(h), residual)
-        if added is not None:
-            return y
-        y = self.dropout(y)
-        return y if residual is None else residual + y
+        stages = [Stage(self.c_fc, act=self.act), Stage(self.c_proj)]
+        y, _ = through(stages, hidden_states, None, self._fastpeft, None)
+        return _dropped(y, self.dropout)
 
 
 @stands_for(GPT2Block)
@@ -84,33 +81,111 @@ class FusedBlock(GPT2Block):
         """hidden_states (1, T, width), or the whole grid → the same shape, zeros where a head that pools won't look."""
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
+        attn, mlp, site = self.attn, self.mlp, self._fastpeft
         kept = args[0] if args else None  # the cache, which GPT2Model passes by position
-        if packed.pooled is not None and packed.last is self:
-            # Keys and values of all tokens, and the rest of the pooled alone.
-            attended, _ = self.attn(self.ln_1(hidden_states), packed=packed, kept=kept, pool=True)
-            pooled = hidden_states.index_select(1, packed.pooled) + attended
-            pooled = _added(self.mlp, pooled, self.ln_2(pooled), packed=True)
-            return torch.zeros_like(hidden_states).index_copy(1, packed.pooled, pooled)
-        h, x, shrunk = self._normed(self.ln_1, hidden_states, self.attn.c_attn)
-        x = _added(self.attn, x, h, packed=packed, kept=kept, shrunk=shrunk)
-        h, x, shrunk = self._normed(self.ln_2, x, self.mlp.c_fc)
-        return _added(self.mlp, x, h, packed=True, shrunk=shrunk)
-
-    def _normed(self, norm: nn.Module, x: Tensor, layer: Any) -> tuple[Tensor, Tensor, ops.Shrunk | None]:
-        """The LayerNorm of x for `layer`, x to go on with as the residual, and what was computed for the layer."""
-        if type(norm) is not nn.LayerNorm:
-            return norm(x), x, None
-        plan = for_kernels(layer, x)
-        following, strict = (None, False) if plan is None else (plan.projection(), layer._fastpeft.strict)
-        site = self._fastpeft
-        if site.plan is None:
-            site.plan = ops.Decided()
-        return ops.layer_norm(x, norm, site.backend, following, strict, site.plan)
+        # Of the last block, keys and values of all tokens, and the rest of the pooled alone.
+        pooled = packed.pooled if packed.last is self else None
+        if "adapter" in attn._modules or "adapter" in mlp._modules:
+            h, x = _normed(self.ln_1, hidden_states, site)
+            x = _added(attn, _at(pooled, x), h, packed=packed, kept=kept, pooled=pooled)
+            h, x = _normed(self.ln_2, x, site)
+            y = _added(mlp, x, h, packed=True)
+        else:
+            h, residual = through([Stage(attn.c_attn, self.ln_1)], hidden_states, None, site, packed)
+            stages = [
+                Stage(attn.c_proj, dropout=attn.resid_dropout),
+                Stage(mlp.c_fc, self.ln_2, mlp.act),
+                Stage(mlp.c_proj, dropout=mlp.dropout),
+            ]
+            attended = attn.attended(h, packed, kept, pooled)
+            y, _ = through(stages, attended, _at(pooled, residual), site, packed)
+        return y if pooled is None else torch.zeros_like(hidden_states).index_copy(1, pooled, y)
 
 
-def first_of(layer: Any, h: Tensor, shrunk: ops.Shrunk | None) -> Tensor:
-    """A branch's first layer of h, with what the LayerNorm of h computed for it."""
-    return layer(h) if shrunk is None else layer(h, shrunk=shrunk)
+def _at(pooled: Tensor | None, x: Any) -> Any:
+    """x (1, T, width), or of the pooled tokens alone."""
+    return x if pooled is None else x.index_select(1, pooled)
+
+
+def through(
+    stages: list[Stage], x: Tensor, residual: Tensor | None, site: Site, packed: Packed | None
+) -> tuple[Tensor, Tensor | None]:
+    """What comes of these stages, and the residual to go on with, None where it was added.
+
+    As many of them at once as one operation serves, which in most blocks are all, and each other by itself.
+    """
+    while stages:
+        done = _at_once(stages, x, residual, packed)
+        if done is not None:
+            x, residual, count = done
+            stages = stages[count:]
+            continue
+        layer, norm, act, dropout = stages[0]
+        if norm is not None:
+            x, residual = _normed(norm, x, site)
+            stages = [stages[0]._replace(norm=None), *stages[1:]]
+            continue
+        if dropout is None:
+            x = layer(x)
+        else:
+            x, residual = projected(layer, dropout, x, residual), None
+        x = x if act is None else act(x)
+        stages = stages[1:]
+    return x, residual
+
+
+def _at_once(
+    stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed | None
+) -> tuple[Tensor, Tensor | None, int] | None:
+    """What comes of the first stages, the residual, and how many they were; None where none gain by going at once."""
+    plans: list[LoraPlan] = []
+    width, walked = x.shape[-1], packed.walked[0] if packed is not None and packed.walked else None
+    for stage in stages:
+        plan = for_kernels(stage.layer, x, width, walked)
+        if plan is None:
+            break
+        plans.append(plan)
+        width = plan.widths[1]
+    # A layer by itself is its module's to call.
+    for count in range(len(plans), 0 if stages[0].norm is not None else 1, -1):
+        links = _links(stages[:count], plans)
+        if links is None:
+            continue
+        site = stages[0].layer._fastpeft
+        decided = plans[0].before(plans[1:count])
+        served = ops.lora_chain(x, residual, links, site.backend, site.strict, decided)
+        if served is None:
+            continue
+        for stage, link, route in zip(stages, links, served.routes, strict=False):
+            stage.layer._fastpeft.record(route)
+            if link.activates:
+                stage.act._fastpeft.record(route)
+        last = stages[count - 1]
+        return served.y if last.act is None else last.act(served.y), served.residual, count
+    return None
+
+
+def _links(stages: list[Stage], plans: list[LoraPlan]) -> list[ops.Link] | None:
+    """The stages as one operation takes them; None where something between them isn't what it knows."""
+    links = []
+    for i, (_, norm, act, dropout) in enumerate(stages):
+        activates = act is not None and i < len(stages) - 1
+        if activates and (type(act) is not FusedGelu or act._fastpeft.exact):
+            return None
+        p = None if dropout is None else _drops(dropout)
+        if (dropout is not None and p is None) or (norm is not None and type(norm) is not nn.LayerNorm):
+            return None
+        links.append(ops.Link(plans[i].projection(), norm, activates, p))
+    return links
+
+
+def _normed(norm: nn.Module, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
+    """The LayerNorm of x, and x to go on with as the residual."""
+    if type(norm) is not nn.LayerNorm:
+        return norm(x), x
+    if site.plan is None:
+        site.plan = ops.Decided()
+    return ops.layer_norm(x, norm, site.backend, site.plan)
 
 
 def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -123,10 +198,8 @@ def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | Non
 
 
 def _added(branch: Any, x: Tensor, h: Tensor, **given: Any) -> Tensor:
-    """`x + branch(h)` for a block's attention or MLP, in one operation with what the branch ends with."""
+    """`x + branch(h)` for a block's attention or MLP, in one operation with the adapter that the branch ends with."""
     adapter = getattr(branch, "adapter", None)
-    if adapter is None:
-        return _first(branch(h, residual=x, **given))
     if isinstance(adapter, FusedAdapter) and adapt_output in branch._forward_hooks.values():
         return adapter(_first(branch.forward(h, **given)), residual=x)
     return x + _first(branch(h, **given))
@@ -150,38 +223,3 @@ def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | Non
 def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
     p = _drops(dropout)
     return dropout(x) if p is None else ops.dropped(x, p)
-
-
-class _Both(NamedTuple):
-    """What was found out about an MLP whose layers have these plans."""
-
-    layers: tuple[LoraPlan, LoraPlan]
-    decided: ops.Decided
-
-
-def _through_kernels(
-    mlp: Any, x: Tensor, residual: ops.Residual | None, shrunk: ops.Shrunk | None
-) -> Tensor | None:
-    """`c_proj(act(c_fc(x)))`, added to a residual if there is one; None where its layers had better go one by one."""
-    fc, act, proj = mlp.c_fc, mlp.act, mlp.c_proj
-    if type(act) is not FusedGelu or act._fastpeft.exact:
-        return None
-    first = for_kernels(fc, x)
-    second = None if first is None else for_kernels(proj, x, first.widths[1])
-    if first is None or second is None:
-        return None
-    both = mlp._fastpeft.plan
-    if both is None or both.layers[0] is not first or both.layers[1] is not second:
-        both = mlp._fastpeft.plan = _Both((first, second), ops.Decided())
-    site = fc._fastpeft
-    layers = first.projection(), second.projection()
-    try:
-        served = ops.lora_mlp(x, *layers, site.backend, site.strict, residual, shrunk, both.decided)
-    except ValueError as error:
-        raise ValueError(f"{site.name} and {proj._fastpeft.name}: {error}") from None
-    if served is None:
-        return None
-    y, route = served
-    for each in (fc, act, proj):
-        each._fastpeft.record(route)
-    return y

@@ -68,14 +68,14 @@ class _AdapterPlan(Plan):
         down, up = self._places
         return [down["weight"], down["bias"], up["weight"], up["bias"]]
 
-    def holds(self, module: Any, x: Tensor) -> bool:
+    def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         """As `Plan.holds`, for x of the width that the adapter takes."""
         act = module.act
         return (
             act is self._act
             and (type(act) is not nn.GELU or activation_name(act) == self.activation)
             and type(getattr(module, "scale", 1.0)) in (float, int)
-            and super().holds(module, x)
+            and super().holds(module, x, walked)
             and x.shape[-1:] == module.down.weight.shape[1:]
         )
 

@@ -132,7 +132,7 @@ def _confirmed(
         return lambda *tensors: LmHeadLoss.apply(*tensors, labels, smoothing, ahead, by_kernels)
 
     operands = hidden, weight, bias
-    return ops.confirmed(
+    return ops.confirm(
         route,
         backend,
         False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -34,7 +36,6 @@ class FusedLoraLinear(LoraLinear):
         x: Tensor,
         *args: Any,
         residual: ops.Residual | None = None,
-        shrunk: ops.Shrunk | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """x (..., in_features) → (..., out_features), added to a residual if the block gives one."""
@@ -56,7 +57,7 @@ class FusedLoraLinear(LoraLinear):
         options = site.backend, site.exact, site.strict
         decided = None if plan is None else plan.decided
         try:
-            y, route = ops.routed_lora_linear(x, projection, *options, fused, shrunk, decided)
+            y, route = ops.routed_lora_linear(x, projection, *options, fused, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         for name in rest:
@@ -79,7 +80,16 @@ class LoraPlan(Plan):
         self._active = list(active) if isinstance(active, list) else active
         self._name, self._scaling = name, module.scaling
         self._transposed = not isinstance(module.base_layer, Conv1D)
+        self._chains: dict[int, tuple[Sequence[LoraPlan], ops.Decided]] = {}
         super().__init__(module, [module, *factors], [module.base_layer, *(part[name] for part in factors)])
+
+    def before(self, others: Sequence[LoraPlan]) -> ops.Decided:
+        """What was found out about a chain of this layer and of these others behind it."""
+        known, decided = self._chains.get(len(others), ((), None))
+        if decided is None or not all(map(is_, known, others)):
+            decided = ops.Decided()
+            self._chains[len(others)] = others, decided
+        return decided
 
     def read(self) -> list[Tensor | None]:
         """Weight and bias of the frozen layer, lora_a and lora_b, and the latter's bias, which there mustn't be."""
@@ -94,8 +104,15 @@ class LoraPlan(Plan):
         assert lora_b is not None
         return lora_a.shape[1], lora_b.shape[0]
 
-    def holds(self, module: Any, x: Tensor) -> bool:
-        """Whether a call of `module` on what is like x but for its shape is still of the kind that was planned."""
+    @property
+    def fits(self) -> bool:
+        """Whether the parameters have shapes that go together."""
+        weight, bias, lora_a, lora_b, *_ = self.projection()
+        rank, (k, n) = lora_a.shape[0], self.widths
+        shapes = weight.shape, (n,) if bias is None else bias.shape, lora_b.shape
+        return shapes == ((k, n), (n,), (n, rank))
+
+    def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         return (
             not module._disable_adapters
             and not module.merged_adapters
@@ -103,7 +120,7 @@ class LoraPlan(Plan):
             and module._active_adapter == self._active
             and module.scaling is self._scaling
             and type(self._scaling[self._name]) in (float, int)
-            and super().holds(module, x)
+            and super().holds(module, x, walked)
         )
 
     def projection(self) -> ops.Projection:
@@ -118,19 +135,22 @@ class LoraPlan(Plan):
         return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropout_p(self._dropout))
 
 
-def planned(module: Any, x: Tensor, width: int | None = None) -> LoraPlan | None:
+def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None) -> LoraPlan | None:
     """The plan of a call of this LoRA layer on x, made where there is none; None where it isn't fused by one.
 
-    Where a `width` is given, the call is on a tensor of that width that comes of x.
+    Where a `width` is given, the call is on a tensor of that width that comes of x. `walked` is as in `Plan.holds`.
     """
     if torch.compiler.is_compiling() or x.dim() == 0:
         return None
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
     plan = site.plan
-    if plan is not None and plan.holds(module, x):
+    if plan is not None and plan.holds(module, x, walked):
         return plan if width == plan.widths[0] else None
-    if why_not_here() or why_not_lora(module) or why_not_tensors(x, module.base_layer.weight):
+    base = module.base_layer
+    if why_not_here() or why_not_lora(module):
+        return None
+    if why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None)):
         return None
     names = _active(module)
     if len(names) > 1 or module.lora_variant:
@@ -138,18 +158,20 @@ def planned(module: Any, x: Tensor, width: int | None = None) -> LoraPlan | None
     if module.lora_B[names[0]].bias is not None:
         return None
     plan = LoraPlan(module, names[0])
-    if not plan.holds(module, x) or width != plan.widths[0]:  # a shape for the operation to complain of
-        return None
+    if not plan.holds(module, x) or width != plan.widths[0] or not plan.fits:
+        return None  # a shape for the operation to complain of
     site.plan = plan
     return plan
 
 
-def for_kernels(layer: Any, x: Tensor, width: int | None = None) -> LoraPlan | None:
+def for_kernels(layer: Any, x: Tensor, width: int, walked: Any) -> LoraPlan | None:
     """`planned`, where kernels may do what the layer does beside other work; else None."""
     if type(layer) is not FusedLoraLinear:
         return None
     site = layer._fastpeft
-    plan = planned(layer, x, width)
+    if site.plan is not None and site.plan.decided.by_torch:
+        return None
+    plan = planned(layer, x, width, walked)
     if plan is None or plan.decided.chosen(site.backend, site.exact, x.device).path != "triton":
         return None
     return plan

@@ -14,6 +14,7 @@ from torch import Tensor
 
 _BITS = 12  # of 16 drawn for a gap: a table of 2¹² entries stays in the cache
 _FAR = 2.0**53  # beyond any tensor
+_FEW = 2048  # gaps, up to which as many logarithms are quicker than the twenty calls that look gaps up
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -65,6 +66,9 @@ def _positions(size: int, dropout_p: float) -> np.ndarray:
 
 def _gaps(count: int, dropout_p: float) -> np.ndarray:
     """Distances from one dropped element to the next, geometric: k has probability p (1-p)ᵏ⁻¹."""
+    if count <= _FEW:
+        waits = torch.empty(count, dtype=torch.float64).exponential_(-math.log1p(-dropout_p)).numpy()
+        return np.minimum(waits, _FAR).astype(np.int64) + 1
     table, rest, total = _gap_law(dropout_p)
     words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     lanes = words.numpy().view(np.uint16)[:count] >> (16 - _BITS)

@@ -6,6 +6,7 @@ import importlib.metadata
 import numbers
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -47,13 +48,23 @@ class Residual(NamedTuple):
     dropout_p: float
 
 
-class Shrunk(NamedTuple):
-    """`xa = dropout(x) Aᵀ` that the kernel of a LayerNorm computed beside x, for the layer of this A."""
+class Link(NamedTuple):
+    """A LoRA layer of a chain, with what stands before and behind it."""
 
-    xa: Tensor
-    seeds: Sequence[Tensor]  # of this mask, and of two more that the layer's operation may draw
-    lora_a: Tensor
-    dropout_p: float
+    projection: Projection
+    norm: torch.nn.LayerNorm | None = None  # of what comes in, which goes on as the residual
+    activates: bool = False  # the tanh GELU follows
+    residual_p: float | None = (
+        None  # with which the result is dropped and added to the residual; None: it isn't
+    )
+
+
+class Chained(NamedTuple):
+    """What comes of a chain, the residual to go on with unless it was added, and the route of each link."""
+
+    y: Tensor
+    residual: Tensor | None
+    routes: Sequence[Route]
 
 
 class Confirmed(NamedTuple):
@@ -80,32 +91,51 @@ class Decided:
             self.route = choose(backend, exact, device)
         return self.route
 
+    @property
+    def by_torch(self) -> bool:
+        """Whether torch was chosen."""
+        return self.route is not None and self.route.path == "torch"
+
 
 def _once(
     decided: Decided | None,
+    route: Route,
+    backend: str,
+    strict: bool,
     rows: Tensor,
     residual: Tensor | None,
-    drops: tuple[float, ...],
-    confirm: Callable[[], Confirmed],
+    links: list[Link],
+    stores: list[str],
 ) -> Confirmed:
-    """What `confirm` says; asked once for such rows, a residual or none, and dropouts that drop or don't."""
-    return confirm() if decided is None else decided.answers.once(_kind_of(rows, residual, drops), confirm)
+    """What `_confirmed` says; asked once for such a call."""
+    if decided is None:
+        return _confirmed(route, backend, strict, rows, residual, links, stores)
+    some = [
+        (each.projection.dropout_p > 0.0, each.residual_p and True, each.norm and _norm_kind(each.norm))
+        for each in links
+    ]
+    key = _kind_of(rows, residual), *some, *stores
+    return decided.answers.once(
+        key, lambda: _confirmed(route, backend, strict, rows, residual, links, stores)
+    )
 
 
-def _kind_of(rows: Tensor, residual: Tensor | None, drops: tuple[float, ...]) -> Hashable:
+def _kind_of(rows: Tensor, residual: Tensor | None) -> Hashable:
     """Of a call, what counts for its kernels beside the operands that a `Decided` is for."""
-    from fastpeft.kernels import launch, tiling
+    import fastpeft.kernels.launch as launch
+    import fastpeft.kernels.tiling as tiling
 
     aligned = (rows.data_ptr() | (0 if residual is None else residual.data_ptr())) % 16 == 0
     tf32 = rows.dtype == torch.float32 and launch.tf32_allowed()
-    some = tuple(p > 0.0 for p in drops)
+    count = rows_in(rows)
     return (
-        tiling.steps(rows_in(rows)),
+        tiling.steps(count),
+        count > 0,
         rows.dtype,
         rows.dim() == 2 and rows.stride(),
         aligned,
-        residual is None,
-        some,
+        None if residual is None else residual.dtype,
+        torch.is_inference_mode_enabled(),
         tf32,
     )
 
@@ -196,33 +226,37 @@ def routed_lora_linear(
     exact: bool,
     strict: bool = False,
     residual: Residual | None = None,
-    shrunk: Shrunk | None = None,
     decided: Decided | None = None,
 ) -> tuple[Tensor, Route]:
-    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record.
-
-    `shrunk` is what `layer_norm` gave with x for this projection.
-    """
+    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record."""
     if decided is None:
         _check_lora_linear(x, projection)
         route = route_for(backend, exact, x.device)
     else:
         route = decided.chosen(backend, exact, x.device)
-    x, projection = _as_autocast(x, projection)
+    if decided is None or _autocasts(x):
+        x, projection = _as_autocast(x, projection)
     if route.path == "triton":
-        rows = as_taken(x)
-        residual_rows, residual_p = _rows_of(residual, x.dtype)
-        given = rows, projection, residual_rows, residual_p
-        drops = projection.dropout_p, residual_p
-        route, prepared = _once(
-            decided, rows, residual_rows, drops, lambda: _confirmed_layer(route, backend, strict, *given)
-        )
-        if route.path == "triton":
-            shrunk = _fitting(shrunk, projection)
-            y = _layer_by_kernels(*given, shrunk, prepared)
-            route = _INCLUDED if shrunk else route
-            y = y if rows is x else _unrowed(y, x)
-            return y if residual_rows is not None else added(y, residual), route
+        import fastpeft.kernels.launch as launch
+        import fastpeft.kernels.lora_linear as kernels
+
+        if not launch.eager(x):
+            rows = as_rows(x)
+            found = _confirmed(route, backend, strict, rows, None, [Link(projection)], ["y"]).route
+            if found.path == "triton":
+                (seed,) = _new_seeds(x, projection.dropout_p)
+                y = kernels.lora_linear(rows, *projection, seed)
+                return added(_unrowed(y, x), residual), found
+        else:
+            rows = as_taken(x)
+            residual_rows, residual_p = _rows_of(residual, rows)
+            links = [Link(projection, residual_p=residual_p)]
+            found, how = _once(decided, route, backend, strict, rows, residual_rows, links, ["y"])
+            if found.path == "triton":
+                y, _ = _through_kernels(rows, residual_rows, links, ["y"], how)
+                y = y if rows is x else _unrowed(y, x)
+                return y if residual_rows is not None else added(y, residual), found
+        route = found
     rows = as_rows(x)
     weight, bias, lora_a, lora_b, scaling, dropout_p = projection
     if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
@@ -232,71 +266,6 @@ def routed_lora_linear(
     else:
         y = autograd.LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, exact)
     return added(_unrowed(y, x), residual), route
-
-
-def _layer_by_kernels(
-    rows: Tensor,
-    projection: Projection,
-    residual: Tensor | None,
-    residual_p: float,
-    shrunk: Shrunk | None = None,
-    prepared: Any = None,
-) -> Tensor:
-    """A layer of rows by the kernels, with what they have `prepared` for such calls."""
-    from fastpeft.kernels import lora_linear as kernels
-
-    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
-    layer = weight, bias, lora_a, lora_b
-    xa, drawn = (None, None) if shrunk is None else (shrunk.xa, shrunk.seeds)
-    seed, residual_seed = _new_seeds(rows, dropout_p, residual_p, drawn=drawn)
-    call = kernels.call_of(scaling, dropout_p, seed, residual_p, residual_seed, xa=xa)
-    y, _ = kernels.applied(rows, layer, call, residual, None, prepared)
-    assert y is not None
-    return y
-
-
-def _with(projection: Projection, weight: Any, bias: Any, lora_a: Any, lora_b: Any) -> Projection:
-    return projection._replace(weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
-
-
-def _confirmed_layer(
-    route: Route,
-    backend: str,
-    strict: bool,
-    rows: Tensor,
-    projection: Projection,
-    residual: Tensor | None,
-    residual_p: float,
-) -> Confirmed:
-    """`confirmed` for a layer's call."""
-    from fastpeft.kernels import launch, tuning
-    from fastpeft.kernels import lora_linear as kernels
-
-    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
-    layer = weight, bias, lora_a, lora_b
-    rows, residual = as_rows(rows), None if residual is None else as_rows(residual)
-
-    def through_kernels(x: Any, *tensors: Any) -> Tensor:
-        return _layer_by_kernels(x, _with(projection, *tensors[:4]), tensors[4], residual_p)
-
-    def through_pytorch(*tensors: Any) -> Any:
-        y = autograd.LoraLinear.apply(*tensors[:5], scaling, dropout_p, False)
-        return y if residual is None else added(y, Residual(tensors[5], residual_p))
-
-    given = (rows, *layer, residual)
-    drops = (dropout_p, residual_p)
-    found = confirmed(
-        route,
-        backend,
-        strict,
-        launch.unsupported(rows, projection.lora_a.shape[0], *layer, residual),
-        lambda: kernels.ready(rows, *layer, dropout_p, residual, residual_p),
-        lambda: tuning.slower_than("lora_linear", given, drops, through_kernels, through_pytorch),
-    )
-    return Confirmed(found, kernels.Layer())
-
-
-_INCLUDED = Route("triton", "fused kernels, LayerNorm included")
 
 
 def _unrowed(y: Tensor, x: Tensor) -> Tensor:
@@ -309,155 +278,221 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _unrowed(autograd.Linear.apply(as_rows(x), weight, bias), x)
 
 
-def lora_mlp(
+def lora_chain(
     x: Tensor,
-    fc: Projection,
-    proj: Projection,
+    residual: Tensor | None,
+    links: list[Link],
     backend: str,
     strict: bool = False,
-    residual: Residual | None = None,
-    shrunk: Shrunk | None = None,
     decided: Decided | None = None,
-) -> tuple[Tensor, Route] | None:
-    """`proj(gelu(fc(x)))`, the tanh GELU, added to a residual if there is one, and its route, by the kernels.
+) -> Chained | None:
+    """LoRA layers in a row with what stands between them, by the kernels; None where these won't serve them at once.
 
-    For devices that `choose` gives to Triton; None where it won't serve this call after all. Outside the kernels
-    there is nothing to gain over layer by layer. `shrunk` is what `layer_norm` gave with x for `fc`.
+    For devices that `choose` gives to Triton: outside the kernels there is nothing to gain over layer by layer.
+    x (..., K); the residual has the shape of what it is added to.
     """
-    if decided is None:
-        _check_lora_linear(x, fc)
-    shrunk = _fitting(shrunk, fc)
-    (x, fc), (_, proj) = _as_autocast(x, fc), _as_autocast(x, proj)
+    import fastpeft.kernels.launch as launch  # `from fastpeft.kernels import launch` takes ten times as long
+    import fastpeft.kernels.lora_chain as kernels
+
+    if not launch.eager(x):
+        return None
+    outside = None
+    if _autocasts(x):
+        # A LayerNorm and a sum are float32 there, the layers between them aren't.
+        if any(link.norm or (link.residual_p is not None and link is not links[-1]) for link in links):
+            return None
+        links = [link._replace(projection=_as_autocast(x, link.projection)[1]) for link in links]
+        x, *_ = as_autocast(x)
+        if residual is not None and residual.dtype != x.dtype and links[-1].residual_p is not None:
+            outside, residual = Residual(residual, links[-1].residual_p), None
+            links[-1] = links[-1]._replace(residual_p=None)
     rows = as_taken(x)
-    residual_rows, residual_p = _rows_of(residual, x.dtype)
-    given = rows, fc, proj, residual_rows, residual_p
-    trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (rows, *fc[:4]))
-    drops = fc.dropout_p, proj.dropout_p, residual_p, float(trains)
-    route, prepared = _once(
-        decided, rows, residual_rows, drops, lambda: _confirmed_mlp(backend, strict, *given)
-    )
+    if residual is not None:
+        residual = residual.contiguous() if rows is x else as_rows(residual.contiguous())
+    layers, activated = [link.projection for link in links], [link.activates for link in links]
+    stores = kernels.stores(rows, residual, layers, activated)
+    route, how = _once(decided, _FUSED, backend, strict, rows, residual, links, stores)
     if route.path != "triton":
         return None
-    y = _mlp_by_kernels(*given, shrunk, prepared)
-    y = y if rows is x else _unrowed(y, x)
-    route = _MLP_INCLUDED if shrunk else route
-    return y if residual_rows is not None else added(y, residual), route
+    y, carried = _through_kernels(rows, residual, links, stores, how)
+    if rows is not x:
+        y, carried = _unrowed(y, x), None if carried is None else _unrowed(carried, x)
+    return Chained(added(y, outside), carried, how.routes)
 
 
-def _mlp_by_kernels(
-    rows: Tensor,
-    fc: Projection,
-    proj: Projection,
-    residual: Tensor | None,
-    residual_p: float,
-    shrunk: Shrunk | None = None,
-    prepared: Any = (None, None),
-) -> Tensor:
-    """An MLP of rows by the kernels, with what they have `prepared` for such calls."""
-    from fastpeft.kernels import lora_linear, lora_mlp
-
-    xa, drawn = (None, None) if shrunk is None else (shrunk.xa, shrunk.seeds)
-    first, second, last = _new_seeds(rows, fc.dropout_p, proj.dropout_p, residual_p, drawn=drawn)
-    stores = lora_linear.stored(rows, *fc[:4])
-    calls = (
-        lora_linear.call_of(fc.scaling, fc.dropout_p, first, stores=stores, xa=xa),
-        lora_linear.call_of(proj.scaling, proj.dropout_p, second, residual_p, last),
-    )
-    return lora_mlp.applied(rows, fc[:4], proj[:4], calls, residual, prepared)
+_FUSED = Route("triton", "fused kernels")
 
 
-def _confirmed_mlp(
+class How(NamedTuple):
+    """How the kernels serve a chain: what each layer has prepared, whether its norm leaves its xa, and the routes."""
+
+    prepared: list[Any]
+    shrinks: list[bool]
+    routes: list[Route]
+
+
+def _through_kernels(
+    rows: Tensor, residual: Tensor | None, links: list[Link], stores: list[str], how: How
+) -> tuple[Tensor, Tensor | None]:
+    """A chain by the kernels: its result, and the residual to go on with."""
+    import fastpeft.kernels.lora_chain as kernels
+
+    drops = [p for link in links for p in (link.projection.dropout_p, link.residual_p or 0.0)]
+    return kernels.lora_chain(rows, residual, _for_kernels(links, stores, how, _new_seeds(rows, *drops)))
+
+
+def _for_kernels(links: list[Link], stores: list[str], how: How, seeds: Sequence[Tensor | None]) -> list[Any]:
+    """Links as the kernels take them, with two seeds for each: of the mask before lora_a, and of the residual's."""
+    import fastpeft.kernels.lora_chain as kernels
+
+    found = []
+    for i, (projection, norm, _, residual_p) in enumerate(links):
+        weight, bias, lora_a, lora_b, scaling, dropout_p = projection
+        inner, outer = seeds[2 * i], seeds[2 * i + 1]
+        call = kernels.Call(
+            scaling,
+            None if inner is None else kernels.Dropout(dropout_p, inner),
+            stores[i],
+            None if outer is None else kernels.Dropout(residual_p or 0.0, outer),
+        )
+        before = None
+        if norm is not None:
+            held: Any = norm._parameters  # an attribute's look-up takes ten times as long
+            before = kernels.Norm(held["weight"], held["bias"], norm.eps, how.shrinks[i])
+        layer = weight, bias, lora_a, lora_b
+        found.append(kernels.Link(layer, call, how.prepared[i], before, residual_p is not None))
+    return found
+
+
+def _confirmed(
+    route: Route,
     backend: str,
     strict: bool,
     rows: Tensor,
-    fc: Projection,
-    proj: Projection,
     residual: Tensor | None,
-    residual_p: float,
+    links: list[Link],
+    stores: list[str],
 ) -> Confirmed:
-    """`confirmed` for an MLP's call."""
-    from fastpeft.kernels import launch, lora_linear, lora_mlp, tuning
+    """How a chain's call is served: by `route`, prepared, where kernels serve all of it, are built and not slower."""
+    from fastpeft.kernels import launch, lora_chain, tuning
 
-    rows, residual = as_rows(rows), None if residual is None else as_rows(residual)
+    tensors = [t for link in links for t in link.projection[:4]]
+    rank = max(link.projection.lora_a.shape[0] for link in links)
+    unsupported = launch.unsupported(rows, rank, *tensors, residual)
+    alone = len(links) == 1 and links[0].norm is None
+    if not alone and (unsupported or not _fit(rows, residual, links)):
+        return Confirmed(Route("torch", "layer by layer"))  # where each says why
+    shrinks = []
+    for i, link in enumerate(links):
+        normed, served = residual if i else rows, "alone"
+        if link.norm is not None and normed is not None:
+            served = _norm_served(normed, link.norm, link.projection, strict)
+        if served == "stock":
+            return Confirmed(Route("torch", "a LayerNorm that torch serves"))
+        shrinks.append(served == "shrunk")
+    how = How([lora_chain.Layer() for _ in links], shrinks, _routes(links, shrinks))
 
-    def through_kernels(x: Any, *tensors: Any) -> Tensor:
-        layers = _with(fc, *tensors[:4]), _with(proj, *tensors[4:8])
-        return _mlp_by_kernels(x, *layers, tensors[8], residual_p)
+    def through_kernels(x: Any, residual: Any, *tensors: Any) -> Tensor:
+        return _through_kernels(x, residual, _with(links, tensors), stores, how)[0]
 
-    def through_pytorch(x: Any, *tensors: Any) -> Any:
-        h = reference.gelu_new(autograd.LoraLinear.apply(x, *tensors[:4], *fc[4:], False))
-        y = autograd.LoraLinear.apply(h, *tensors[4:8], *proj[4:], False)
-        return y if residual is None else added(y, Residual(tensors[8], residual_p))
+    def through_pytorch(x: Any, residual: Any, *tensors: Any) -> Any:
+        for projection, norm, activates, residual_p in _with(links, tensors):
+            if norm is not None:
+                residual, x = x, norm(x)
+            x = autograd.LoraLinear.apply(as_rows(x), *projection, False)
+            x = reference.gelu_new(x) if activates else x
+            x = x if residual_p is None else added(x, Residual(as_rows(residual), residual_p))
+        return x
 
-    given = (rows, *fc[:4], *proj[:4], residual)
-    drops = (fc.dropout_p, proj.dropout_p, residual_p)
-    rank = max(fc.lora_a.shape[0], proj.lora_a.shape[0])
-    found = confirmed(
-        _MLP,
-        backend,
-        strict,
-        launch.unsupported(rows, rank, *given[1:]),
-        lambda: lora_mlp.ready(rows, fc[:4], fc.dropout_p, proj[:4], proj.dropout_p, residual, residual_p),
-        lambda: tuning.slower_than("lora_mlp", given, drops, through_kernels, through_pytorch),
-    )
-    return Confirmed(found, (lora_linear.Layer(), lora_linear.Layer()))
+    def ready() -> str | None:
+        # Laid out as all rows of their kind: a single one's strides may be any.
+        added_rows = None if residual is None else as_rows(residual)
+        seed = torch.empty(2, dtype=torch.int64, device=rows.device)
+        drops = [p for link in links for p in (link.projection.dropout_p, link.residual_p or 0.0)]
+        seeds = [seed if p > 0.0 else None for p in drops]
+        return lora_chain.ready(as_rows(rows), added_rows, _for_kernels(links, stores, how, seeds))
+
+    drops = tuple((link.projection.dropout_p, link.residual_p) for link in links)
+    given = (rows, residual, *tensors)
+    slower = partial(tuning.slower_than, "lora_chain", given, drops, through_kernels, through_pytorch)
+    return Confirmed(confirm(route, backend, strict, unsupported, ready, slower), how)
 
 
-_MLP = Route("triton", "fused kernels, GELU included")
-_MLP_INCLUDED = Route("triton", "fused kernels, LayerNorm and GELU included")
+def _with(links: list[Link], tensors: Sequence[Any]) -> list[Link]:
+    """Links of these weights, biases, lora_a and lora_b, four for each."""
+    fours = zip(*[iter(tensors)] * 4, strict=True)
+    names = Projection._fields[:4]
+    return [
+        link._replace(projection=link.projection._replace(**dict(zip(names, four, strict=True))))
+        for link, four in zip(links, fours, strict=True)
+    ]
+
+
+def _fit(rows: Tensor, residual: Tensor | None, links: list[Link]) -> bool:
+    """Whether everything in a chain has one dtype and the widths that it takes, to be computed at once."""
+    width = rows.shape[-1]
+    held = [*(t for link in links for t in link.projection[:2]), residual]
+    held += [p for link in links if link.norm is not None for p in (link.norm.weight, link.norm.bias)]
+    if any(t is not None and t.dtype != rows.dtype for t in held):
+        return False
+    for (weight, _, lora_a, lora_b, *_), norm, _, residual_p in links:
+        ranks, ends = (lora_a.shape[0], lora_b.shape[1]), (lora_a.shape[1], lora_b.shape[0])
+        if ends != tuple(weight.shape) or ranks[0] != ranks[1] or ends[0] != width:
+            return False
+        if norm is not None and norm.weight.shape != (width,):
+            return False
+        width = ends[1]
+        if residual_p is not None and residual is not None and residual.shape != (*rows.shape[:-1], width):
+            return False
+    return True
+
+
+def _routes(links: list[Link], shrinks: list[bool]) -> list[Route]:
+    """The route of each link, by what is included; layers that a GELU joins have one."""
+    found: list[Route] = []
+    for i, link in enumerate(links):
+        if i and links[i - 1].activates:
+            found.append(found[-1])
+            continue
+        names = [name for name, there in (("LayerNorm", shrinks[i]), ("GELU", link.activates)) if there]
+        found.append(Route("triton", f"fused kernels, {' and '.join(names)} included") if names else _FUSED)
+    return found
 
 
 def layer_norm(
-    x: Tensor,
-    norm: torch.nn.LayerNorm,
-    backend: str,
-    following: Projection | None = None,
-    strict: bool = False,
-    decided: Decided | None = None,
-) -> tuple[Tensor, Tensor, Shrunk | None]:
+    x: Tensor, norm: torch.nn.LayerNorm, backend: str, decided: Decided | None = None
+) -> tuple[Tensor, Tensor]:
     """The LayerNorm of x, and x to go on with as the residual; by Triton, their gradients meet in one kernel.
 
-    Where the norm trains, or Triton won't serve it, torch does. Where a layer that drops is known to come next, the
-    same kernel computes its `dropout(h) Aᵀ`, the third, for that layer to be given.
+    Where the norm trains, or Triton won't serve it, torch does.
     """
     # The compiler fuses the plain formula by itself.
     if not torch.compiler.is_compiling() and choose(backend, False, x.device).path == "triton":
         from fastpeft.kernels import layer_norm as kernels
 
-        weight, bias = norm.weight, norm.bias
-        if weight is None or bias is None or weight.requires_grad or bias.requires_grad:
-            return norm(x), x, None
-        given = (x, weight, bias, norm.eps)
-        lora_a = following.lora_a if following is not None and following.dropout_p > 0.0 else None
-        served = (decided or Decided()).answers.once(
-            _norm_kind(x, weight, bias, lora_a), lambda: _norm_served(x, weight, bias, following, strict)
-        )
-        if served == "shrunk" and lora_a is not None and following is not None:
-            seeds = _drawn(x, 3)
-            h, x, xa = kernels.layer_norm_shrink(*given, lora_a, following.dropout_p, seeds[0])
-            return h, x, Shrunk(xa, seeds, lora_a, following.dropout_p)
+        key = *_norm_kind(norm), x.shape[-1], x.dtype, x.device, x.data_ptr() % 16, x.numel() > 0
+        served = (decided or Decided()).answers.once(key, lambda: _norm_served(x, norm))
         if served != "stock":
-            return *kernels.layer_norm(*given), None
-    return norm(x), x, None
+            return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
+    return norm(x), x
 
 
-def _norm_kind(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor | None) -> Hashable:
-    """All that it depends on how this LayerNorm is served."""
-    from fastpeft.kernels import launch
-
-    tf32 = x.dtype == torch.float32 and launch.tf32_allowed()
-    flags = x.numel() > 0, torch.is_autocast_enabled(x.device.type), torch.is_inference_mode_enabled(), tf32
-    return (
-        x.shape[-1], x.dtype, x.device, x.data_ptr() % 16, *launch.fixed(weight, bias, lora_a),
-        weight.shape, lora_a if lora_a is None else lora_a.shape, *flags,
-    )  # fmt: skip
+def _norm_kind(norm: torch.nn.LayerNorm) -> tuple[Hashable, ...]:
+    """What it depends on how this LayerNorm is served, but for what is true of x."""
+    held = norm._parameters["weight"], norm._parameters["bias"]
+    return tuple(p if p is None else (p.dtype, p.shape, p.stride(), p.device, p.requires_grad) for p in held)
 
 
-def _norm_served(x: Tensor, weight: Tensor, bias: Tensor, following: Projection | None, strict: bool) -> str:
-    """How a LayerNorm is served: "stock", "alone", or "shrunk" with what follows."""
+def _norm_served(
+    x: Tensor, norm: torch.nn.LayerNorm, following: Projection | None = None, strict: bool = False
+) -> str:
+    """How a LayerNorm is served: "stock", "alone", or "shrunk" with the layer that follows, which drops its result."""
     from fastpeft.kernels import launch
     from fastpeft.kernels import layer_norm as kernels
 
+    weight, bias = norm.weight, norm.bias
+    if weight is None or bias is None or weight.requires_grad or bias.requires_grad:
+        return "stock"
     if x.shape[-1] > kernels.MAX_WIDTH or launch.unsupported(x, 1) or kernels.ready(x, weight):
         return "stock"
     if following is None or following.dropout_p == 0.0 or not _shrinks(x, weight, bias, following, strict):
@@ -467,37 +502,25 @@ def _norm_served(x: Tensor, weight: Tensor, bias: Tensor, following: Projection 
 
 def _shrinks(x: Tensor, weight: Tensor, bias: Tensor, following: Projection, strict: bool) -> bool:
     """Whether the LayerNorm's kernel can compute what `following` needs, which drops its result."""
-    from fastpeft.kernels import launch, tiling
     from fastpeft.kernels import layer_norm as kernels
+    from fastpeft.kernels import tiling
 
-    lora_a, lora_b = following.lora_a, following.lora_b
-    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(x.device.type):
+    if torch.is_inference_mode_enabled() or x.numel() == 0:
         return False
-    if any(t.dtype != x.dtype for t in (weight, bias, following.weight)):
+    if tiling.layer_norm_shrink(x, following.lora_a.shape[0]) is None:
         return False
-    if x.numel() == 0 or not weight.shape == lora_a.shape[1:] == x.shape[-1:]:
-        return False
-    rank = lora_a.shape[0]
-    if launch.unsupported(x, rank, lora_a, lora_b) or tiling.layer_norm_shrink(x, rank) is None:
-        return False
-    failure = kernels.ready_to_shrink(x, weight, bias, lora_a)
+    failure = kernels.ready_to_shrink(x, weight, bias, following.lora_a)
     if failure and strict:
         raise RuntimeError(failure)
     return failure is None
 
 
-def _fitting(shrunk: Shrunk | None, projection: Projection) -> Shrunk | None:
-    """What a LayerNorm computed for this very projection; None where it was for another."""
-    if shrunk is None or shrunk.lora_a is not projection.lora_a or shrunk.dropout_p != projection.dropout_p:
-        return None
-    return shrunk
-
-
-def _rows_of(residual: Residual | None, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """A residual as the kernels add it, and its dropout; None where there is none, or it is wider than `dtype`."""
-    if residual is None or residual.x.dtype != dtype:
-        return None, 0.0
-    return residual.x.contiguous(), residual.dropout_p
+def _rows_of(residual: Residual | None, rows: Tensor) -> tuple[Tensor | None, float | None]:
+    """A residual as the kernels add it to rows, and its dropout; None where there is none, or it is wider."""
+    if residual is None or residual.x.dtype != rows.dtype:
+        return None, None
+    held = residual.x.contiguous()
+    return held if held.dim() == rows.dim() else as_rows(held), residual.dropout_p
 
 
 def added(y: Tensor, residual: Residual | None) -> Tensor:
@@ -538,8 +561,7 @@ def routed_adapter(
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
 
-        residual_rows, _ = _rows_of(outer, x.dtype)
-        residual_rows = None if residual_rows is None else as_rows(residual_rows)
+        residual_rows, _ = _rows_of(outer, rows)
 
         def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, more: Any) -> Tensor:
             return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale, more)
@@ -550,8 +572,8 @@ def routed_adapter(
 
         given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
 
-        def confirm() -> Confirmed:
-            found = confirmed(
+        def found() -> Confirmed:
+            confirmed = confirm(
                 route,
                 backend,
                 strict,
@@ -559,9 +581,10 @@ def routed_adapter(
                 lambda: kernels.ready(*given[:5], activation, residual_rows),
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
             )
-            return Confirmed(found)
+            return Confirmed(confirmed)
 
-        route, _ = _once(decided, rows, residual_rows, (), confirm)
+        kind = _kind_of(rows, residual_rows)
+        route, _ = found() if decided is None else decided.answers.once(kind, found)
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
@@ -645,7 +668,7 @@ def _refuse(backend: str, reason: str) -> Route:
     return Route("torch", reason)
 
 
-def confirmed(
+def confirm(
     route: Route,
     backend: str,
     strict: bool,
@@ -665,10 +688,10 @@ def confirmed(
     return Route("torch", reason) if reason else route
 
 
-def _new_seeds(x: Tensor, *dropouts: float, drawn: Sequence[Tensor] | None = None) -> list[Tensor | None]:
-    """A seed for each of these dropouts that drops, of those `drawn` already or drawn at once."""
+def _new_seeds(x: Tensor, *dropouts: float) -> list[Tensor | None]:
+    """A seed for each of these dropouts that drops, drawn at once."""
     count = sum(p > 0.0 for p in dropouts)
-    seeds = iter(drawn if drawn is not None else _drawn(x, count) if count else ())
+    seeds = iter(_drawn(x, count) if count else ())
     return [next(seeds) if p > 0.0 else None for p in dropouts]
 
 
@@ -696,9 +719,11 @@ def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
 
 def dtype_here(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast gives a linear layer's inputs, all but float64 ones; None where it is off."""
-    device = x.device.type
-    on = device in _AUTOCASTS and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on and x.dtype != torch.float64 else None
+    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
+
+
+def _autocasts(x: Tensor) -> bool:
+    return x.device.type in _AUTOCASTS and torch.is_autocast_enabled(x.device.type)
 
 
 def _check_lora_linear(x: Tensor, projection: Projection) -> None:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, ops
-from fastpeft.block import Packed, first_of, projected
+from fastpeft.block import Packed, projected
 from fastpeft.modules import why_not_here
 from fastpeft.swap import Site, stands_for
 from fastpeft.trunk import Trunk
@@ -50,20 +51,22 @@ class PackedAttention(GPT2Attention):
         *args: Any,
         packed: Packed | None = None,
         kept: Any = None,
-        pool: bool = False,
-        residual: Tensor | None = None,
-        shrunk: ops.Shrunk | None = None,
+        pooled: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Any, ...]:
-        """hidden_states (1, T, width), or the whole grid → the output at every token, or at the pooled ones, and None.
-
-        The output is added to a residual of its shape if there is one; keys and values go into the cache `kept`, if
-        there is one, in the caller's grid.
-        """
+        """hidden_states (1, T, width), or the whole grid → the output there, or at the pooled tokens, and None."""
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
+        rows = self.attended(self.c_attn(hidden_states), packed, kept, pooled)
+        return projected(self.c_proj, self.resid_dropout, rows, None), None
+
+    def attended(self, qkv: Tensor, packed: Packed, kept: Any, pooled: Tensor | None) -> Tensor:
+        """What `c_proj` takes, (1, T, width), or the whole grid, or at the pooled tokens alone, of what `c_attn` gives.
+
+        Keys and values go into the cache `kept`, if there is one, in the caller's grid.
+        """
         batch, longest = packed.view
-        rows = first_of(self.c_attn, hidden_states, shrunk).flatten(0, 1)
+        lead, rows = len(qkv), qkv.flatten(0, 1)
         qkv = rows
         if len(qkv) < batch * longest:  # else the packed rows are the view
             qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy_(0, packed.slots, qkv)
@@ -82,9 +85,9 @@ class PackedAttention(GPT2Attention):
             )
         # Rows are flush left, so the causal mask alone keeps every token from the padding.
         mask = packed.mask
-        if pool and packed.pooled is not None:  # one query a sequence
+        if pooled is not None:  # one query a sequence
             sequences = torch.arange(batch, device=qkv.device)
-            place = packed.slots[packed.pooled] % longest
+            place = packed.slots[pooled] % longest
             query = query[sequences, :, place][:, :, None]
             later = torch.arange(longest, device=qkv.device) > place[:, None]
             mask = torch.zeros_like(later, dtype=query.dtype).masked_fill(later, torch.finfo(query.dtype).min)
@@ -92,23 +95,24 @@ class PackedAttention(GPT2Attention):
         dropout = self.attn_dropout.p if self.training else 0.0
         if ops.on_cpu(qkv) and dropout > 0.0 and not torch.compiler.is_compiling():
             output = attention.dropping(query, key, value, mask, dropout, self.scaling)
-        else:
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+        elif packed.mask is not None:
+            output, _ = eager_attention_forward(
+                self, query, key, value, mask, dropout=dropout, scaling=self.scaling
             )
-            output, _ = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling)
+        else:  # as transformers calls it, less what GPT-2 hasn't
+            causal = mask is None and longest > 1
+            output = F.scaled_dot_product_attention(
+                query, key, value, mask, dropout_p=dropout, is_causal=causal, scale=self.scaling
+            ).transpose(1, 2)
         output = output.to(qkv.dtype).reshape(-1, self.embed_dim)
         if len(output) > len(packed.slots):
             output = output.index_select(0, packed.slots)
-        output = output.unflatten(0, (len(hidden_states), -1))
-        return projected(self.c_proj, self.resid_dropout, output, residual), None
+        return output.view(lead, -1, self.embed_dim)
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> list[Tensor]:
         """Query, key and value, (batch, heads, length, head_dim) each, of rows (batch · length, 3 · width)."""
-        return [
-            part.view(*shape, self.num_heads, self.head_dim).transpose(1, 2)
-            for part in qkv.view(*shape, -1).split(self.split_size, dim=2)
-        ]
+        parts = qkv.view(*shape, 3, self.num_heads, self.head_dim).unbind(2)
+        return [part.transpose(1, 2) for part in parts]
 
 
 class Settings(NamedTuple):
@@ -163,7 +167,7 @@ class PackedModel(GPT2Model):
             (len(arguments) < len(args) + len(kwargs) and "an error")  # for stock to raise
             or _why_not_call(self, arguments)
             or site.trunk.why_not(self)
-            or _layout(self, arguments, reads, site.only_unmasked)
+            or _layout(self, arguments, reads, site)
         )
         if isinstance(packed, str):
             site.record(ops.Route("stock", packed))
@@ -176,7 +180,10 @@ class PackedModel(GPT2Model):
         if not packed.whole:
             chosen |= _packed_rows(packed, arguments)
         site.record(ops.Route("packed", "packed: no padding between the embeddings and the head"))
-        output = super().forward(**{**arguments, **chosen})
+        try:
+            output = super().forward(**{**arguments, **chosen})
+        finally:
+            packed.walked.clear()  # a checkpoint's second forward comes after who knows what
         return output if packed.whole else _unpacked(packed, output)
 
 
@@ -244,7 +251,7 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
     return next((name for name in site.settings.asked if arguments.get(name) is None), None)
 
 
-def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unmasked: bool) -> Packed | str:
+def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: PackingSite) -> Packed | str:
     """The layout of a batch, or why its padding can't leave, or needn't."""
     ids, attention_mask = arguments["input_ids"], arguments.get("attention_mask")
     batch, length = ids.shape
@@ -252,7 +259,7 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unm
     if given is None and length > module.wpe.weight.shape[0]:
         return "more tokens than positions"
     rows = torch.arange(batch, device=ids.device)
-    read = Reads() if isinstance(reads, str) else reads
+    read, only_unmasked = Reads() if isinstance(reads, str) else reads, site.only_unmasked
     if mask is not None:
         mask = mask.bool()
         visible = mask.any()
@@ -300,9 +307,8 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, only_unm
         causal = causal.triu(1)[None, None]
     last = module.h[-1] if len(module.h) else None
     pooled = None if pooled is None or last is None else order[rows * length + pooled]
-    return Packed(
-        tokens, sequence * longest + places, (batch, length), (sequences, longest), causal, pooled, last
-    )
+    slots, view = sequence * longest + places, (sequences, longest)
+    return Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen])
 
 
 def _caches(module: Any, arguments: dict[str, Any]) -> bool:

@@ -27,6 +27,7 @@ class Plan(ABC):
     def __init__(self, module: Any, holders: Sequence[Any], parts: Sequence[nn.Module]) -> None:
         """Of `module`, whose call runs `parts`, which `holders` hold."""
         self._module = module
+        self._walked: Any = None
         self._handles = RemovableHandle.next_id
         self._holders = [each._modules for each in holders]
         self._children = [dict(each) for each in self._holders]
@@ -42,16 +43,23 @@ class Plan(ABC):
     def read(self) -> list[Tensor | None]:
         """The parameters that the call takes, as they are now; the first has the dtype and device of what comes in."""
 
-    def holds(self, module: Any, x: Tensor) -> bool:
-        """Whether a call of `module` on what is like x but for its shape is still of the kind that was planned."""
-        if not (
-            self._module is module
-            and self._handles == RemovableHandle.next_id
-            and self._holders == self._children
-            and list(map(type, self._parts)) == self._kinds
-            and not any(map(contains, self._attributes, repeat("forward")))
-        ):
-            return False
+    def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
+        """Whether a call of `module` on what is like x but for its shape is still of the kind that was planned.
+
+        `walked` stands for the modules of a trunk, hooks and all, as they were just seen to be (`Trunk.seen`): where it
+        is what it was when these were last compared, they are as they were.
+        """
+        if walked is None or walked is not self._walked or self._module is not module:
+            if not (
+                self._module is module
+                and self._handles == RemovableHandle.next_id
+                and self._holders == self._children
+                and list(map(type, self._parts)) == self._kinds
+                and not any(map(contains, self._attributes, repeat("forward")))
+                and why_not_here() is None
+            ):
+                return False
+            self._walked = walked
         self.tensors = self.read()
         first = self.tensors[0]
         assert first is not None
@@ -60,7 +68,6 @@ class Plan(ABC):
             and type(x) is Tensor
             and x.device == first.device
             and self.takes(x)
-            and why_not_here() is None
         )
 
     def takes(self, x: Tensor) -> bool:

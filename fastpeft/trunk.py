@@ -129,7 +129,9 @@ class Trunk:
     """
 
     def __init__(self) -> None:
-        self._seen: _Seen | None = None
+        #: What was found at the last walk: the same as long as no module was replaced, swapped or hooked, whatever
+        #: became of what they hold. To be taken for so only while a call runs that has just asked.
+        self.seen: Any = None
 
     def __deepcopy__(self, memo: Any) -> Trunk:
         return Trunk()
@@ -142,7 +144,7 @@ class Trunk:
         for kind, forward in _FORWARDS:
             if kind.forward is not forward:
                 return f"the forward of {kind.__name__} was replaced"
-        seen = self._seen
+        seen = self.seen
         if (
             seen is not None
             and seen.transformer is transformer
@@ -165,10 +167,10 @@ class Trunk:
         for module in modules:  # which grows: each after the one that holds it
             modules.extend(m for m in module._modules.values() if m is not None)
         if len(set(map(id, modules))) < len(modules):
-            self._seen = None
+            self.seen = None
             return "a module is used twice"
         if not all(isinstance(b, GPT2Block) and isinstance(b.attn, GPT2Attention) for b in transformer.h):
-            self._seen = None
+            self.seen = None
             return "its layers aren't all GPT-2's blocks"
         called = [module for module in modules if type(module) not in _HELD]
         offender = next((m for m in called if why_not_module(m, coming)), None)
@@ -178,7 +180,7 @@ class Trunk:
             for name, p in m._parameters.items()
             if p is not None and p.requires_grad
         ]
-        self._seen = _Seen(
+        self.seen = _Seen(
             transformer,
             handles,
             [m._modules for m in modules if m._modules],
@@ -193,7 +195,7 @@ class Trunk:
             offender,
         )
         if offender is None:
-            return _why_not_state(self._seen)
+            return _why_not_state(self.seen)
         return f"{_name_of(offender, transformer)} {why_not_module(offender, coming)}"
 
 

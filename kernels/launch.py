@@ -205,15 +205,31 @@ def differentiated() -> bool:
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active()
 
 
+_ONCE = "fastpeft's operations are differentiable once: unpatch the model for second derivatives"
+
+
 def differentiable_once(operator: Any) -> None:
     """Make a second derivative through the custom operator of a backward pass an error that says so."""
 
     def refuse(ctx: Any, *gradients: Any) -> None:
-        raise RuntimeError(
-            "fastpeft's operations are differentiable once: unpatch the model for second derivatives"
-        )
+        raise RuntimeError(_ONCE)
 
     operator.register_autograd(refuse)
+
+
+class _Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, compute: Callable[..., Any], *tensors: Tensor | None) -> Any:  # type: ignore[override]
+        return compute(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        raise RuntimeError(_ONCE)
+
+
+def once_differentiable(compute: Callable[..., Any], *tensors: Tensor | None) -> Any:
+    """`compute(*tensors)`, through which a derivative is an error that says so; so is mapping over it."""
+    return _Once.apply(compute, *tensors)
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[Any]:

@@ -175,19 +175,6 @@ def backward(dh: Tensor, x: Tensor, weight: Tensor, d_residual: Tensor, eps: flo
     return dx
 
 
-@torch.library.custom_op("fastpeft::layer_norm_shrink", mutates_args=())
-def _shrink(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, lora_a: Tensor, dropout_p: float, seed: Tensor
-) -> tuple[Tensor, Tensor]:
-    with on_device_of(x):
-        return shrink(x, weight, bias, eps, lora_a, dropout_p, seed)
-
-
-@_shrink.register_fake
-def _(x, weight, bias, eps, lora_a, dropout_p, seed):
-    return x.new_empty(x.shape), x.new_empty(x.shape[:-1].numel(), lora_a.shape[0])
-
-
 @torch.library.custom_op("fastpeft::layer_norm_backward", mutates_args=())
 def _backward(dh: Tensor, x: Tensor, weight: Tensor, d_residual: Tensor, eps: float) -> Tensor:
     with on_device_of(x):
@@ -204,22 +191,18 @@ differentiable_once(_backward)
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, *mask: Any) -> tuple[Any, ...]:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        if not mask:
-            return F.layer_norm(x, weight.shape, weight, bias, eps), x.view_as(x)
-        with on_device_of(x):
-            h, xa = (shrink if eager(x) else _shrink)(x, weight, bias, eps, *mask)
-        return h, x.view_as(x), (xa,)  # which autograd doesn't look into, nor fill zeros in for
+        return F.layer_norm(x, weight.shape, weight, bias, eps), x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor, d_residual: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, dh: Tensor, d_residual: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
         by_operator = differentiated() or not eager(x)
         with on_device_of(x):
             dx = (_backward if by_operator else backward)(dh, x, weight, d_residual, ctx.eps)
-        return dx, *(None,) * 6
+        return dx, None, None, None
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -228,17 +211,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Ten
     x, weight and bias (K,) have one dtype, float16, bfloat16 or float32; K is at most `MAX_WIDTH`.
     """
     return _LayerNorm.apply(x, weight, bias, eps)
-
-
-def layer_norm_shrink(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, lora_a: Tensor, dropout_p: float, seed: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What `layer_norm` gives, h and x, and `xa = dropout(h) Aᵀ`, unscaled, for `lora_linear.lora_linear`.
-
-    lora_a (R, K), in x's dtype or wider, `dropout_p` and `seed` are that layer's; xa (M, R) carries no gradient.
-    """
-    h, x, (xa,) = _LayerNorm.apply(x, weight, bias, eps, lora_a.detach(), dropout_p, seed)
-    return h, x, xa
 
 
 def ready(x: Tensor, weight: Tensor) -> str | None:
@@ -251,7 +223,7 @@ def ready(x: Tensor, weight: Tensor) -> str | None:
 
 
 def ready_to_shrink(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor) -> str | None:
-    """None where the kernel of `layer_norm_shrink`'s forward is built for these tensors; else why not."""
+    """None where the kernel of `shrink` is built for these tensors; else why not."""
     seed = torch.empty(1, dtype=torch.int64, device=x.device)
     key = ("layer_norm_shrink", *describe(x.flatten(0, -2), rows=True), *describe(weight, bias, lora_a))
     return build(key, x, lambda: shrink(x, weight, bias, 1e-5, lora_a, 0.5, seed))

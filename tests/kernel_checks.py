@@ -12,7 +12,7 @@ from tolerances import assert_as_good_as
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.kernels import dropout, launch, tiling
+from fastpeft.kernels import dropout, launch, lora_chain, tiling
 
 #: x's dtype and the parameters': float32 parameters on a 16-bit base are peft's default.
 DTYPES = {
@@ -267,3 +267,22 @@ def check_adapter(fused: Callable[..., Tensor], draws: list[Arguments], activati
         return fused(**given, activation=activation, scale=0.7)
 
     compare(call, formula, draws, ("down_weight", "up_weight"))
+
+
+def link(layer, scaling=1.0, p=0.0, seed=None, *, norm=None, stores="y", adds=False, added=(0.0, None)):
+    """A layer (weight, bias, lora_a, lora_b) of a chain; `added` is the dropout before its residual."""
+    drops = [None if seed is None else dropout.Dropout(p, seed) for p, seed in ((p, seed), added)]
+    call = lora_chain.Call(scaling, drops[0], stores, drops[1])
+    return lora_chain.Link(tuple(layer), call, lora_chain.Layer(), norm, adds)
+
+
+def mlp(
+    x, fc, proj, residual=None, fc_drops=(1.0, 0.0, None), proj_drops=(1.0, 0.0, None), added=(0.0, None)
+):
+    """`proj(gelu(fc(x)))`, added to a residual if there is one; a layer drops by (scaling, p, seed)."""
+    stores, _ = lora_chain.stores(x, residual, (fc, proj), (True, False))
+    links = [
+        link(fc, *fc_drops, stores=stores),
+        link(proj, *proj_drops, adds=residual is not None, added=added),
+    ]
+    return lora_chain.lora_chain(x, residual, links)[0]

@@ -17,7 +17,7 @@ from triton.runtime.errors import OutOfResources
 
 import fastpeft
 from fastpeft import ops
-from fastpeft.kernels import launch, lora_linear, low_rank, tiling
+from fastpeft.kernels import launch, lora_chain, low_rank, tiling
 
 
 class FakeKernel:
@@ -134,7 +134,7 @@ def call(backend, *, strict=False, dropout_p=0.5):
 
 
 def test_a_failed_build_falls_back_before_a_seed_is_drawn_and_strict_raises(monkeypatch):
-    monkeypatch.setattr(lora_linear, "ready", lambda *a: "linear_kernel can't be built here: too large")
+    monkeypatch.setattr(lora_chain, "ready", lambda *a: "linear_kernel can't be built here: too large")
     y, route, state = call("triton")
     expected, _, expected_state = call("torch")
     assert route == ops.Route("torch", "linear_kernel can't be built here: too large")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_checks import DTYPES, ROWS, compare, describe, draws_of, lora_arguments, pairwise
+from kernel_checks import DTYPES, ROWS, compare, describe, draws_of, link, lora_arguments, pairwise
 from models import assert_as_good_over_draws, assert_stock, gpt2, step, twins, with_lora
 from test_packing import batch, outcome
 from tolerances import assert_as_good_as
@@ -13,7 +13,7 @@ from transformers import GPT2ForSequenceClassification
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import dropout, launch, layer_norm, lora_linear, lora_mlp, low_rank
+from fastpeft.kernels import dropout, launch, layer_norm, lora_chain, low_rank
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -53,11 +53,10 @@ def test_it_agrees_with_float64_with_the_layer_and_the_residual(case, device):
     norm = norm_of(k, device)
 
     def fused(x, weight, bias, lora_a, lora_b):
-        h, residual, xa = layer_norm.layer_norm_shrink(
-            x, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps, lora_a, p, seed
-        )
-        layer = (weight, bias, lora_a, lora_b, 1.5, p, seed)
-        return lora_linear.lora_linear(h, *layer, xa=xa, residual=residual.contiguous())
+        before = lora_chain.Norm(norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps, True)
+        layer = weight, bias, lora_a, lora_b
+        y, residual = lora_chain.lora_chain(x, None, [link(layer, 1.5, p, seed, norm=before)])
+        return y + residual
 
     def formula(x, weight, bias, lora_a, lora_b):
         # Both norms have the numbers of x's dtype, as the model that holds them has.
@@ -76,12 +75,6 @@ def test_a_mean_far_above_the_deviation_costs_no_digits(device):
     assert_as_good_as(h, norm(x), norm.double()(x.double()), "h")
 
 
-def test_opcheck_passes(device):
-    x, a = torch.randn(2, 5, 24, device=device), torch.randn(3, 24, device=device)
-    given = (x, x[0, 0], x[0, 1], 1e-5, a, 0.5, torch.tensor([5], device=device))
-    torch.library.opcheck(torch.ops.fastpeft.layer_norm_shrink.default, given)
-
-
 def test_what_is_built_is_what_it_launches(device, monkeypatch):
     norm, x, a = norm_of(24, device), torch.randn(2, 5, 24, device=device), torch.randn(3, 24, device=device)
     built = []
@@ -92,12 +85,12 @@ def test_what_is_built_is_what_it_launches(device, monkeypatch):
         assert layer_norm.ready_to_shrink(x, norm.weight, norm.bias, a) == "too large"
     with launch.record() as launches:
         given = (norm.weight, norm.bias, norm.eps, a, 0.5, torch.tensor([1], device=device))
-        layer_norm.layer_norm_shrink(x, *given)
+        layer_norm.shrink(x, *given)
     assert [each.kernel for each in built] == [each.kernel for each in launches]
 
 
-class TestTheHandingOver:
-    """From `ops.layer_norm` to the layer."""
+class TestTheChain:
+    """Of a LayerNorm and the layer behind it."""
 
     @pytest.fixture(autouse=True)
     def shrinks(self, monkeypatch):
@@ -110,67 +103,69 @@ class TestTheHandingOver:
         x, *tensors = lora_arguments(9, 24, 16, 3, "fp32", device).values()
         return x, ops.Projection(*tensors, 1.0, p)
 
-    def run(self, h, layer, shrunk):
-        return ops.routed_lora_linear(h, layer, "triton", False, shrunk=shrunk)
-
-    def test_the_layer_takes_it(self, device, shrinks):
+    def test_the_layer_takes_what_the_norm_leaves(self, device, shrinks):
         x, layer = self.layer(device)
-        h, _, shrunk = ops.layer_norm(x, norm_of(24, device), "triton", layer)
-        y, route = self.run(h, layer, shrunk)
+        y, residual, (route,) = ops.lora_chain(x, None, [ops.Link(layer, norm_of(24, device))], "triton")
         assert (route.reason, shrinks) == (INCLUDED, [])
-        again, route = self.run(h, layer, None)
+        assert residual is x or torch.equal(residual, x)
+        again, route = ops.routed_lora_linear(norm_of(24, device)(x), layer, "triton", False)
         assert (route.reason, shrinks) == ("fused kernels", [1])
         assert not torch.equal(y, again)  # another mask
-
-    def test_another_layer_or_another_dropout_leaves_it(self, device, shrinks):
-        x, layer = self.layer(device)
-        h, _, shrunk = ops.layer_norm(x, norm_of(24, device), "triton", layer)
-        self.run(h, layer._replace(lora_a=layer.lora_a.clone()), shrunk)
-        self.run(h, layer._replace(dropout_p=0.5), shrunk)
-        assert shrinks == [1, 1]
-        self.run(h, layer, shrunk)
-        assert shrinks == [1, 1]
 
     def test_the_seeds_are_drawn_once(self, device, monkeypatch):
         drawn, real = [], torch.randint
         monkeypatch.setattr(torch, "randint", lambda *a, **k: (drawn.append(a[1]), real(*a, **k))[1])
         x, fc = self.layer(device)
         _, *tensors = lora_arguments(9, 16, 24, 3, "fp32", device).values()
-        h, x, shrunk = ops.layer_norm(x, norm_of(24, device), "triton", fc)
-        proj = ops.Projection(*tensors, 1.0, P)
-        _, route = ops.lora_mlp(h, fc, proj, "triton", residual=ops.Residual(x, P), shrunk=shrunk)
-        assert (route.reason, drawn) == ("fused kernels, LayerNorm and GELU included", [(3, 2)])
+        links = [
+            ops.Link(fc, norm_of(24, device), activates=True),
+            ops.Link(ops.Projection(*tensors, 1.0, P), residual_p=P),
+        ]
+        found = ops.lora_chain(x, None, links, "triton")
+        reasons = {route.reason for route in found.routes}
+        assert (reasons, drawn) == ({"fused kernels, LayerNorm and GELU included"}, [(3, 2)])
 
-    def test_a_gradient_that_nobody_asked_for_is_not_computed(self, device):
+    @pytest.mark.parametrize("trains", [False, True])
+    def test_a_gradient_that_nobody_asked_for_is_not_computed(self, trains, device, monkeypatch):
+        seen, real = [], layer_norm.backward
+        monkeypatch.setattr(layer_norm, "backward", lambda *given: (seen.append(given), real(*given))[1])
         x, layer = self.layer(device)
         layer.lora_a.requires_grad_()
-        h, _, shrunk = ops.layer_norm(x, norm_of(24, device), "triton", layer)
-        assert not h.requires_grad
-        y, _ = self.run(h, layer, shrunk)
+        x.requires_grad_(trains)
+        y, residual, _ = ops.lora_chain(x, None, [ops.Link(layer, norm_of(24, device))], "triton")
         assert y.requires_grad
+        assert residual.requires_grad == trains
+        y.sum().backward()
+        assert len(seen) == trains
 
     @pytest.mark.parametrize(
         "step_aside",
-        ["no dropout", "wide factor", "rank", "compiling", "inference mode", "autocast", "another width"],
-    )
+        ["no dropout", "wide factor", "rank", "compiling", "inference mode", "autocast", "another width",
+         "a norm that trains"],
+    )  # fmt: skip
     def test_where_it_steps_aside(self, step_aside, device, monkeypatch):
         x, layer = self.layer(device, 0.0 if step_aside == "no dropout" else P)
         norm = norm_of(24, device)
         if step_aside == "wide factor":
             layer = layer._replace(lora_a=layer.lora_a.double())
         elif step_aside == "rank":
-            layer = layer._replace(lora_a=layer.lora_a.repeat(22, 1))
+            layer = layer._replace(lora_a=layer.lora_a.repeat(22, 1), lora_b=layer.lora_b.repeat(1, 22))
         elif step_aside == "compiling":
             monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         elif step_aside == "another width":
             layer = layer._replace(lora_a=layer.lora_a[:, :8])
+        elif step_aside == "a norm that trains":
+            norm.bias.requires_grad_()
+        seen, real = [], layer_norm.shrink
+        monkeypatch.setattr(layer_norm, "shrink", lambda *given: (seen.append(given), real(*given))[1])
         with (
             torch.inference_mode(step_aside == "inference mode"),
             torch.autocast(device, torch.bfloat16, enabled=step_aside == "autocast"),
         ):
-            h, _, shrunk = ops.layer_norm(x, norm, "triton", layer)
-        assert shrunk is None
-        torch.testing.assert_close(h, norm(x))
+            found = ops.lora_chain(x, None, [ops.Link(layer, norm)], "triton")
+        served = step_aside in ("no dropout", "rank", "inference mode")  # by the layer's own pass, or none
+        assert (found is not None) == served
+        assert seen == []
 
 
 class Masked(nn.Dropout):
@@ -191,15 +186,19 @@ def seeds(x, count):
     return torch.arange(11, 11 + count)[:, None].expand(count, 2).contiguous()
 
 
-def masked_twins(model, mlp_at_once=True):
+def second_half_at_once(name):
+    """The seed of a layer's mask where everything behind the attention is one chain."""
+    return {"mlp.c_fc": 12, "mlp.c_proj": 13}.get(name, 11)
+
+
+def masked_twins(model, seeds_of=second_half_at_once):
     """Like `models.twins`, the stock ones with the masks that the kernels draw from `seeds`."""
     model, stock, truth = twins(model)
     assert_stock(stock)
     for each in (stock, truth):
         for name, module in each.named_modules():
             for adapter in module.lora_dropout if hasattr(module, "lora_dropout") else ():
-                seed = 12 if name.endswith("mlp.c_proj") and mlp_at_once else 11
-                module.lora_dropout[adapter] = Masked(seed)
+                module.lora_dropout[adapter] = Masked(seeds_of(".".join(name.split(".")[-2:])))
     return model, stock, truth
 
 
@@ -252,8 +251,8 @@ class TestTheModel:
 
     def check(self, model, prepare=lambda model: None, **options):
         """The patched model against its masked twins; returns it."""
-        mlp_at_once = options.pop("mlp_at_once", True)
-        model, stock, truth = masked_twins(model, mlp_at_once)
+        seeds_of = options.pop("seeds_of", second_half_at_once)
+        model, stock, truth = masked_twins(model, seeds_of)
         for each in (model, stock, truth):
             prepare(each)
         patched(model, **options)
@@ -302,8 +301,9 @@ class TestTheModel:
         assert self.counts(launches) == (0, 8)
 
     def test_layer_by_layer_the_first_of_the_mlp_takes_it_too(self, launches, monkeypatch):
-        monkeypatch.setattr(lora_mlp, "ready", lambda *a: "linear_kernel can't be built here: too large")
-        model = self.check(one_block(), mlp_at_once=False)
+        reason = "linear_kernel can't be built here: too large"
+        monkeypatch.setattr(lora_chain, "ready", lambda x, residual, links: reason if links[1:] else None)
+        model = self.check(one_block(), seeds_of=lambda name: 11)
         assert self.counts(launches) == (2, 2)
         assert {m._fastpeft.last.reason for m in layers(model, ".mlp.c_fc")} == {INCLUDED}
 
@@ -312,7 +312,7 @@ class TestTheModel:
         def prepare(model):
             layers(model, "h.0.ln_2")[0].get_parameter(part).requires_grad_()
 
-        self.check(one_block(), prepare)
+        self.check(one_block(), prepare, seeds_of=lambda name: 12 if name == "mlp.c_proj" else 11)
         assert self.counts(launches)[0] == 1
 
     def test_two_adapters_go_by_themselves(self, launches):
@@ -341,13 +341,13 @@ class TestTheModel:
             step(patched(one_block(), strict=True))
 
     @pytest.mark.parametrize("head", [None, GPT2ForSequenceClassification])
-    def test_packed_tokens_too_but_for_a_pooled_last_block(self, head, launches, monkeypatch):
+    def test_packed_tokens_too(self, head, launches, monkeypatch):
         options = {} if head is None else {"head": head}
         model, other, _ = twins(with_lora(gpt2(**options), lora_dropout=P))
         padded = batch([7, 3, 5], "right")
         patched(model), patched(other)
         mine = outcome(model, padded)
-        assert self.counts(launches)[0] == (4 if head is None else 2)
+        assert self.counts(launches)[0] == 4
         monkeypatch.setattr(ops, "_shrinks", lambda *a: False)
         expected = outcome(other, padded)
         for name, value in mine.items():

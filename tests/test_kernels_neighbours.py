@@ -12,7 +12,9 @@ from kernel_checks import (
     describe,
     draws_of,
     linear_cases,
+    link,
     lora_arguments,
+    mlp,
     pairwise,
     sizes_over,
 )
@@ -22,7 +24,7 @@ from test_packing import batch, outcome
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import dropout, launch, layer_norm, lora_linear, lora_mlp, tiling
+from fastpeft.kernels import dropout, launch, layer_norm, lora_chain, lora_linear, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -70,8 +72,8 @@ def check_mlp(draws, p, residual_p=0.0):
 
     def fused(**given):
         fc, proj = layers(given)
-        added = given["residual"], residual_p, seeds[2]
-        return lora_mlp.lora_mlp(given["x"], fc, 1.5, p, seeds[0], proj, 0.5, p, seeds[1], *added)
+        drops = (1.5, p, seeds[0]), (0.5, p, seeds[1]), (residual_p, seeds[2])
+        return mlp(given["x"], fc, proj, given["residual"], *drops)
 
     compare(fused, formula, draws, tuple(n for n in draws[0] if "lora" in n))
 
@@ -103,6 +105,54 @@ def test_the_mlp_of_gpt2_agrees_with_float64(dtypes, p, device):
     check_mlp(draws_of(mlp_arguments, 17, 768, 3072, 16, dtypes, device), p, 0.1)
 
 
+def behind_attention(m, k, hidden, dtypes, device, *, draw=0):
+    """Arguments of a block from its attention's result on: c_proj, a LayerNorm, the MLP, and the residual."""
+    first = lora_arguments(m, k, k, 3, dtypes, device, draw=draw + 2000)
+    given = mlp_arguments(m, k, hidden, 3, dtypes, device, draw=draw)
+    return {**given, "x": first["x"], **{f"first_{name}": first[name] for name in LAYER}}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16"])
+def test_all_that_follows_an_attention_agrees_with_float64(dtypes, p, device):
+    m, k, hidden = 17, 40, 72
+    weight, bias = (torch.linspace(low, 2.0, k, device=device) for low in (0.5, -1.0))
+    seeds = [torch.tensor([n], device=device) if p > 0 else None for n in range(5)]
+    widths = k, k, k, hidden, k
+    keeps = [
+        seed if seed is None else dropout.keep_mask(seed, m, n, p)
+        for seed, n in zip(seeds, widths, strict=True)
+    ]
+
+    def layers(given):
+        return ([given[f"{layer}_{name}"] for name in LAYER] for layer in ("first", "fc", "proj"))
+
+    def fused(x, residual, **given):
+        first, fc, proj = layers(given)
+        norm = lora_chain.Norm(weight.to(x.dtype), bias.to(x.dtype), 1e-5, p > 0)
+        links = [
+            link(first, 1.5, p, seeds[0], adds=True, added=(p, seeds[1])),
+            link(fc, 0.5, p, seeds[2], norm=norm, stores="yh"),
+            link(proj, 2.0, p, seeds[3], adds=True, added=(p, seeds[4])),
+        ]
+        y, carried = lora_chain.lora_chain(x, residual, links)
+        assert carried is None
+        return y
+
+    def formula(x, residual, **given):
+        first, fc, proj = layers(given)
+        y = reference.lora_linear(x, *first, 1.5, p, keeps[0])
+        residual = residual + (y if p == 0.0 else reference.dropout(y, keeps[1], p))
+        w, b = (t.to(DTYPES[dtypes][0]).to(x.dtype) for t in (weight, bias))
+        h = torch.nn.functional.layer_norm(residual, (k,), w, b, 1e-5)
+        h = reference.gelu_new(reference.lora_linear(h, *fc, 0.5, p, keeps[2]))
+        y = reference.lora_linear(h, *proj, 2.0, p, keeps[3])
+        return residual + (y if p == 0.0 else reference.dropout(y, keeps[4], p))
+
+    draws = [behind_attention(m, k, hidden, dtypes, device, draw=i) for i in range(4)]
+    compare(fused, formula, draws, tuple(n for n in draws[0] if "lora" in n))
+
+
 @pytest.mark.parametrize(("m", "k", "hidden"), [(0, 24, 16), (5, 24, 0)])
 def test_an_empty_dimension_gives_bias_and_zero_gradients(m, k, hidden, device):
     draws = draws_of(mlp_arguments, m, k, hidden, 3, "fp32", device)[
@@ -125,7 +175,7 @@ def test_no_neighbour_has_a_pass_of_its_own_and_backward_keeps_the_pre_activatio
     saved = []
     keeping = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
     with launch.record() as launches, keeping:
-        lora_mlp.lora_mlp(x, fc, 1.0, 0.0, None, proj, 1.0, 0.0, None, residual).sum().backward()
+        mlp(x, fc, proj, residual).sum().backward()
     with launch.record() as alone:
         lora_linear.lora_linear(lora_linear.lora_linear(x, *fc, 1.0), *proj, 1.0).sum().backward()
     assert "gradient_kernel" in [each.kernel.__name__ for each in launches]  # backward is recorded too
@@ -146,7 +196,7 @@ def test_without_a_gradient_to_it_the_pre_activation_is_not_stored(
     fc, proj, residual = tensors[:4], tensors[4:8], tensors[8]
 
     def run():
-        return lora_mlp.lora_mlp(x, fc, 1.5, 0.0, None, proj, 0.5, 0.0, None, residual)
+        return mlp(x, fc, proj, residual, (1.5, 0.0, None), (0.5, 0.0, None))
 
     def wide_outputs():
         with launch.record() as launches:
@@ -180,32 +230,16 @@ def test_what_is_built_for_the_mlp_is_what_it_launches(grad, device, monkeypatch
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_failures", {})
     monkeypatch.setattr(launch, "_why_not_built", lambda each: built.append(each))
-    assert lora_mlp.ready(x, fc, 0.0, proj, 0.0, residual) is None
+    links = [link(fc, stores="yh" if grad else "h"), link(proj, adds=True)]
+    assert lora_chain.ready(x, residual, links) is None
     assert launch._failures.keys()
     with launch.record() as launches:
-        lora_mlp.lora_mlp(x, fc, 1.0, 0.0, None, proj, 1.0, 0.0, None, residual)
+        mlp(x, fc, proj, residual)
 
     def outputs(each):
         return [each.kernel, each.args.get("y_ptr") is None, each.args.get("h_ptr") is None]
 
     assert all(outputs(each) in map(outputs, built) for each in launches)
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch 2.14, of its own check
-def test_opcheck_passes_with_each_neighbour(device):
-    x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", device).values()
-    pre, residual = x.clone().requires_grad_(), torch.zeros(9, 16, device=device).requires_grad_()
-    h, seed = reference.gelu_new(x), torch.tensor([5], device=device)
-    operator = torch.ops.fastpeft.lora_linear.default
-    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.0, None, "h", None, 0.0, None, None, None))
-    a.requires_grad_()
-    torch.library.opcheck(
-        operator, (x, weight, bias, a, b, 2.0, 0.0, None, "yh", None, 0.0, None, None, None)
-    )
-    added = (residual, 0.5, seed)
-    torch.library.opcheck(operator, (h, weight, bias, a, b, 2.0, 0.0, None, "y", *added, None, pre))
-    xa = x @ a.detach().T
-    torch.library.opcheck(operator, (x, weight, bias, a, b, 2.0, 0.5, seed, "y", *added, xa, None))
 
 
 def test_the_dropout_of_a_gradient_is_the_masks(device):
@@ -237,6 +271,11 @@ def test_a_layer_norm_beside_its_residual_agrees_with_float64(m, k, dtype, devic
         return torch.nn.functional.layer_norm(x, (k,), weight, bias, 1e-5), x
 
     compare(outcome_of(fused), outcome_of(formula), [{"x": 3 * x + 1} for x in draws], ())
+
+
+def unless_alone(x, residual, links):
+    """Of `lora_chain.ready`: that only single layers can be built."""
+    return "linear_kernel can't be built here: too large" if len(links) > 1 else None
 
 
 def patched(model, **options):
@@ -393,7 +432,7 @@ class TestWhatGoesLayerByLayer:
         assert mlp.c_proj._fastpeft.last.path == "torch"
 
     def test_kernels_that_cant_be_built(self, monkeypatch):
-        monkeypatch.setattr(lora_mlp, "ready", lambda *a: "linear_kernel can't be built here: too large")
+        monkeypatch.setattr(lora_chain, "ready", unless_alone)
         mlp = self.run(with_lora(gpt2()))
         assert mlp.c_fc._fastpeft.last == fastpeft.ops.Route("triton", "fused kernels")
         strict = patched(with_lora(gpt2()), strict=True)

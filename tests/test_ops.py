@@ -327,12 +327,14 @@ def test_fast_dropout_keeps_the_right_share_and_follows_the_seed():
         assert torch.equal(masks.draw(x, p, exact=False), mask)
 
 
+@pytest.mark.parametrize("draws", [1, 2**9])  # at once, and in parts of which few are dropped
 @pytest.mark.parametrize("dropout_p", [1e-5, 0.003, 0.05, 0.3, 0.9, 1 - 2**-15])
-def test_fast_dropout_drops_every_element_alike_and_none_with_another(dropout_p):
+def test_fast_dropout_drops_every_element_alike_and_none_with_another(dropout_p, draws):
     """Gaps of independent drops are geometric, and so are those between every second one, negative binomial."""
-    size = min(2**25, int(2**19 / dropout_p))
+    part = torch.empty(min(2**25, int(2**19 / dropout_p)) // draws, dtype=torch.uint8)
     torch.manual_seed(3)
-    positions = masks.draw(torch.empty(size, dtype=torch.uint8), dropout_p, exact=False).long()
+    parts = (masks.draw(part, dropout_p, exact=False).long() + i * len(part) for i in range(draws))
+    positions = torch.cat(list(parts))
     for order in (1, 2):
         gaps = positions[order:] - positions[:-order]
         k = torch.arange(order, 1 + int(gaps.max()), dtype=torch.float64)

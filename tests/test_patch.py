@@ -431,9 +431,9 @@ def test_a_wrong_width_names_the_layer_and_both_shapes():
     "a kernel that can't be built", "the PyTorch path, named in the report; under strict an error"
 )
 def test_a_kernel_that_cannot_be_built(monkeypatch):
-    from fastpeft.kernels import adapter, lora_linear, lora_mlp
+    from fastpeft.kernels import adapter, lora_chain
 
-    for kernels in (lora_linear, lora_mlp, adapter):
+    for kernels in (lora_chain, adapter):
         monkeypatch.setattr(kernels, "ready", lambda *arguments: "out of shared memory")
     model = with_adapters(with_lora(gpt2(n_layer=1)), "post_mlp")
     expected = step(copy.deepcopy(model))

@@ -233,6 +233,84 @@ def test_through_the_kernels_too(change, scope):
         assert_same(model, stock, 1e-4)
 
 
+def block_of(model):
+    return next(m for path, m in model.named_modules() if path.endswith("h.0"))
+
+
+def of_block(change):
+    """What `change` does to the first block, as a change of the model."""
+    return lambda model: change(block_of(model))
+
+
+def replace_norm(block, **options):
+    norm = block.ln_2
+    block.ln_2 = nn.LayerNorm(48, **options).requires_grad_(False)
+    with torch.no_grad():
+        block.ln_2.weight.copy_(norm.weight * 2)
+
+
+BLOCK_CHANGES = {
+    name: of_block(change)
+    for name, change in {
+        "norm's weight replaced": lambda b: setattr(b.ln_1, "weight", nn.Parameter(b.ln_1.weight * 2, False)),
+        "norm's weight edited": lambda b: b.ln_2.weight.data.mul_(2),
+        "norm's weight trains": lambda b: b.ln_2.weight.requires_grad_(),
+        "norm's bias trains": lambda b: b.ln_1.bias.requires_grad_(),
+        "norm's eps": lambda b: setattr(b.ln_2, "eps", 0.5),
+        "norm replaced": replace_norm,
+        "norm without a bias": lambda b: replace_norm(b, bias=False),
+        "another layer disabled": lambda b: b.attn.c_proj.enable_adapters(False),
+        "another layer merged": lambda b: b.mlp.c_proj.merge(),
+        "another layer's scaling": lambda b: b.attn.c_attn.scaling.update(default=0.3),
+        "another layer's weight trains": lambda b: b.attn.c_proj.base_layer.weight.requires_grad_(),
+        "another layer's factor frozen": lambda b: b.attn.c_attn.lora_B["default"].weight.requires_grad_(
+            False
+        ),
+        "another layer loses its LoRA": lambda b: setattr(b.attn, "c_proj", b.attn.c_proj.base_layer),
+        "residual's dropout": lambda b: setattr(b.attn.resid_dropout, "p", 1.0),
+        "another activation": lambda b: setattr(b.mlp, "act", nn.ReLU()),
+        "hook on a norm": lambda b: b.ln_2.register_forward_hook(lambda module, args, out: 2 * out),
+        "hook on the MLP": lambda b: b.mlp.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    }.items()
+}
+
+
+@interpreted
+@pytest.mark.parametrize("change", BLOCK_CHANGES)
+def test_whatever_a_blocks_chains_are_made_of_counts_too(change):
+    model, stock = pair(torch.float32, backend="triton")
+    assert_same(model, stock, 1e-4)
+    layers = [layer_of(model), block_of(model).attn.c_attn, block_of(model).mlp.c_proj]
+    assert all("included" in layer._fastpeft.last.reason for layer in (layers[0], layers[2]))
+    for each in (model, stock):
+        BLOCK_CHANGES[change](each)
+    for _ in range(2):
+        assert_same(model, stock, 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+def test_a_change_between_forward_and_a_checkpoints_second_forward_is_stocks(backend):
+    """Nobody has walked the trunk there: the second forward runs in backward."""
+    model, stock = pair(torch.float32, backend=backend)
+    found = []
+    for each in (model, stock):
+        each.enable_input_require_grads()
+        name = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
+        getattr(each, name if hasattr(each, name) else "gradient_checkpointing_enable")(
+            {"use_reentrant": True}  # which compares nothing of what the two save
+        )
+        outcome(each)
+        outcome(each)
+        each.zero_grad()
+        loss = each(input_ids=torch.ones(2, 3, dtype=torch.long), labels=torch.tensor([0, 1])).loss
+        own_forward(each)
+        loss.backward()
+        found.append({name: p.grad for name, p in each.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
 def adapter_of(model):
     return model.transformer.h[0].mlp.adapter
 
@@ -342,11 +420,9 @@ def test_a_tf32_setting_and_another_number_of_rows_are_seen_and_few_things_are_k
     outcome(model)
     assert {args["INPUT_PRECISION"] for args in seen if "INPUT_PRECISION" in args} == {"tf32"}
     block = model.get_base_model().transformer.h[0]
-    memories = [
-        launch.launchers,
-        block._fastpeft.plan.answers,
-        *(plan.decided.answers for plan in (block.attn.c_attn._fastpeft.plan, block.mlp._fastpeft.plan)),
-    ]
+    first, second = (layer._fastpeft.plan for layer in (block.attn.c_attn, block.attn.c_proj))
+    others = [layer._fastpeft.plan for layer in (block.mlp.c_fc, block.mlp.c_proj)]
+    memories = [launch.launchers, first.before([]).answers, second.before(others).answers]
     kept = list(map(len, memories))
     assert all(kept)
     for length in range(3, 14):
@@ -368,6 +444,17 @@ def test_copies_and_pickles_have_no_plan_of_their_model(tmp_path):
         assert_same(each, stock)
         for one in (stock,):
             layer_of(one).lora_A["default"].weight.data.div_(2)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+def test_a_rank_that_no_longer_fits_is_an_error_that_names_the_layer(backend):
+    model, _ = pair(torch.float32, backend=backend)
+    outcome(model)
+    layer_of(model).lora_A["default"].weight = nn.Parameter(torch.ones(7, 48))
+    with pytest.raises(
+        ValueError, match=r"h\.0\.mlp\.c_fc: lora_b has shape \(192, 4\), expected \(192, 7\)"
+    ):
+        outcome(model)
 
 
 def test_a_model_that_is_gone_is_not_kept():

@@ -1,0 +1,169 @@
+"""A frozen linear layer with its LoRA update, forward and backward.
+
+    forward    xa = (keep ⊙ x) Aᵀ          y = x W + b + s xa Bᵀ
+    backward   dxa = dy B                  dx = dy Wᵀ + keep ⊙ (s dxa A)
+               dA = s dxaᵀ (keep ⊙ x)      dB = s dyᵀ xa
+
+with keep the dropout mask and s the scaling times dropout's 1 / (1 - p). A GELU beside the layer needs no pass of
+its own: `h = gelu(y)` is stored with y, or instead of it where no backward follows, and where x is `gelu(pre)`, dx is
+multiplied by gelu'(pre) before it is stored.
+Nor does a dropout with its residual: y becomes `residual + dropout(y)`, and dy is dropped before all of the above.
+Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). The kernels of `low_rank` do it
+all: y and dx are one GEMM with a rank-r term each, dA and dB one pass over x and dy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import low_rank
+from .blocks import input_precision
+from .dropout import Dropout, keep_scale
+from .memo import Memo
+from .rows import as_rows, rows_in, sample_rows
+
+
+class Call(NamedTuple):
+    """What a call of a layer computes, beside the tensors that gradients go to."""
+
+    scaling: float
+    dropout: Dropout | None = None  # of x, before lora_a
+    stores: str = "y"  # of y and gelu(y), as `low_rank.Epilogue` has it
+    residual_dropout: Dropout | None = None  # of y, before a residual
+
+
+class Layer:
+    """The kernels of a layer, forward and backward, prepared at their first calls for operands of one kind.
+
+    It is called with any that differ from those in values, or in the number of rows within one of `tiling.steps`.
+    """
+
+    def __init__(self) -> None:
+        self._updated: low_rank.Updated | None = None
+        self._backwards = Memo(64)  # a few: by what is needed, and the strides of dy
+
+    def forward(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        call: Call,
+        residual: Tensor | None = None,
+        xa: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """y (M, N), xa (M, R) and gelu(y), all in x's dtype; y or gelu(y) is None where it isn't stored.
+
+        Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`; an xa that is given isn't
+        computed again. A contiguous x may have more leading dimensions, which y and gelu(y) then have too.
+        """
+        scaling, dropout, stores, residual_dropout = call
+        n = weight.shape[1]
+        if n == 0 or rows_in(x) == 0:
+            y, h = (x.new_empty(*x.shape[:-1], n) if name in stores else None for name in "yh")
+            return y, x.new_zeros(rows_in(x), len(lora_a)) if xa is None else xa, h
+        epilogue = low_rank.Epilogue(stores, None, residual)
+        if self._updated is None:
+            self._updated = low_rank.Updated(
+                sample_rows(x), weight, bias, lora_a, lora_b.T,
+                inner=dropout is not None, outer=residual_dropout is not None, epilogue=epilogue,
+            )  # fmt: skip
+        return self._updated(
+            x, weight, bias, lora_a, lora_b, _scaled(scaling, dropout), dropout, residual_dropout,
+            u=xa, epilogue=epilogue,
+        )  # fmt: skip
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        xa: Tensor,
+        scaling: float,
+        dropout: Dropout | None,
+        need_x: bool,
+        need_a: bool,
+        need_b: bool,
+        activated: bool = False,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
+
+        Where `activated`, x and dx are the pre-activation, contiguous, and the gradient to it. With more leading
+        dimensions dy is contiguous.
+        """
+        if dy.numel() == 0:
+            empty = (x, need_x), (lora_a, need_a), (lora_b, need_b)
+            dx, d_lora_a, d_lora_b = (torch.zeros_like(t) if need else None for t, need in empty)
+            return dx, d_lora_a, d_lora_b
+        scaling = _scaled(scaling, dropout)
+        d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
+        d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
+        epilogue = low_rank.Epilogue("y", x, None) if activated else low_rank.PLAIN
+
+        def prepare() -> tuple[Any, ...]:
+            rows, drops = sample_rows(dy), dropout is not None
+            updated = shrink = gradients = None
+            if need_a or need_b:
+                dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
+                tall = rows, sample_rows(x), len(lora_a)
+                gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated)
+            count = 0 if gradients is None else gradients.tickets
+            if need_x:
+                given = rows, weight.T, None, lora_b.T, lora_a
+                updated = low_rank.Updated(*given, outer=drops, tickets=count, epilogue=epilogue)
+            elif need_a:
+                shrink = low_rank.Shrink(rows, lora_b, tickets=count)
+            return updated, shrink, gradients, count
+
+        key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)
+        updated, shrink, gradients, count = self._backwards.once(key, prepare)
+        tickets = dy.new_empty(count, dtype=torch.int32) if count else None
+        dx, dxa = None, xa
+        if updated is not None:
+            given = dy, weight, None, lora_b, lora_a, scaling, None, dropout
+            dx, dxa, _ = updated(*given, tickets=tickets, epilogue=epilogue)
+        elif shrink is not None:
+            dxa = shrink(dy, lora_b, None, tickets)
+        elif tickets is not None:
+            tickets.zero_()
+        if gradients is not None:
+            gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout)
+        return dx, d_lora_a, d_lora_b
+
+
+def _scaled(scaling: float, dropout: Dropout | None) -> float:
+    return scaling if dropout is None else scaling * keep_scale(dropout.p)
+
+
+def gradients(
+    backward: Callable[..., Sequence[Tensor | None]],
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    xa: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    needed: Sequence[bool],
+    activated: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """Those of x, weight, bias, lora_a and lora_b, each None unless needed; `backward` is like `Layer.backward`."""
+    need_x, need_weight, need_bias, need_a, need_b = needed
+    dx = d_weight = d_bias = d_lora_a = d_lora_b = None
+    if need_x or need_a or need_b:
+        given = dy, x, weight, lora_a, lora_b, xa, scaling, dropout
+        dx, d_lora_a, d_lora_b = backward(*given, need_x, need_a, need_b, activated)
+    if need_weight:
+        kept = torch.nn.functional.gelu(x, approximate="tanh") if activated else x
+        d_weight = as_rows(kept).T @ as_rows(dy)
+    if need_bias:
+        d_bias = as_rows(dy).sum(0)
+    return dx, d_weight, d_bias, d_lora_a, d_lora_b
