@@ -8,7 +8,7 @@ import checkout  # noqa: F401
 import torch
 from torch import Tensor
 
-from fastpeft.compare.base_model import gpt2_tokenizer
+from fastpeft.compare import base_model
 from fastpeft.compare.data import load_rotten_tomatoes
 from fastpeft.compare.errors import BadInput
 
@@ -22,7 +22,7 @@ def batches(count: int, size: int, vocabulary: int, longest: int, device: str) -
     Raises:
         BadInput: the packages with the sentences and the tokenizer aren't installed.
     """
-    tokenizer = gpt2_tokenizer()
+    tokenizer = base_model.tokenizer(base_model.GPT2_TOKENS)
     part = load_rotten_tomatoes().train
     order = random.Random(1).sample(range(len(part.texts)), len(part.texts))
     found = []

@@ -69,9 +69,11 @@ def test_adapters_of_some_layers_are_in_those_alone_and_are_read_as_they_are(tmp
     fastpeft.add_adapters(model, upper)
     fastpeft.add_adapters(model, fastpeft.AdapterConfig(("post_mlp",), bottleneck=4, layers=[0]))
     fastpeft.add_adapters(model, fastpeft.AdapterConfig(("post_block",), bottleneck=2, layers=(0, 1, 2)))
-    hosts = {n.removesuffix(".adapter") for n, m in model.transformer.named_modules() if isinstance(m, Adapter)}
+    hosts = {
+        n.removesuffix(".adapter") for n, m in model.transformer.named_modules() if isinstance(m, Adapter)
+    }
     assert hosts == {"h.0", "h.1", "h.2", "h.1.attn", "h.2.attn", "h.0.mlp", "h.1.mlp", "h.2.mlp"}
-    randomise(model)
+    randomise(model, "adapter")
     fastpeft.save_adapters(model, tmp_path)
     fresh = fastpeft.load_adapters(gpt2(n_layer=3), tmp_path)
     fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "adapter" not in k}, strict=False)
