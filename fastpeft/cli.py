@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fastpeft.backends import BACKENDS
-from fastpeft.compare import preflight
+from fastpeft.compare import joining, preflight
 from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, QUICK, Arguments
 from fastpeft.compare.data import KINDS, ROTTEN_TOMATOES
 from fastpeft.compare.errors import BadInput
@@ -112,7 +112,11 @@ def compare(
         typer.Option(help="Layers of LoRA and adapters, like 6-11, likewise.", show_default=False),
     ] = None,
     quick: Annotated[
-        bool, typer.Option("--quick", help=f"A minute's look: at most {QUICK} steps a run.")
+        bool,
+        typer.Option(
+            "--quick",
+            help=f"A minute's look: at most {QUICK['max_steps']} steps a run and {QUICK['seeds']} seeds.",
+        ),
     ] = False,
     backend: Annotated[
         str, typer.Option(help=f"What runs the fused paths: {', '.join(BACKENDS)}.")
@@ -128,9 +132,9 @@ def compare(
         methods=_methods(methods),
         model=model,
         data=data,
-        seeds=seeds,
+        seeds=min(seeds, QUICK["seeds"]) if quick else seeds,
         epochs=epochs,
-        max_steps=min(max_steps or QUICK, QUICK) if quick else max_steps,
+        max_steps=min(max_steps or QUICK["max_steps"], QUICK["max_steps"]) if quick else max_steps,
         batch_size=batch_size,
         accumulate=accumulate,
         max_length=max_length,
@@ -144,9 +148,8 @@ def compare(
     # Imported here: `--help`, a mistyped option and a missing file needn't wait for torch and all that needs it.
     from fastpeft.compare.machine import processes
     from fastpeft.compare.progress import Reporter
-    from fastpeft.compare.runner import REPORT_FILE, finished_runs
     from fastpeft.compare.runner import compare as run
-    from fastpeft.compare.table import table
+    from fastpeft.compare.runner import finished_runs
 
     _quieten()
     leads = processes().is_main_process
@@ -166,9 +169,30 @@ def compare(
             )
         raise typer.Exit(130) from None
     if leads:
-        console = Console(highlight=False)
-        console.print(table(results))
-        console.print(f"Report: {out / REPORT_FILE}", soft_wrap=True)
+        _show(results, out)
+
+
+def _show(results: dict[str, Any], out: Path) -> None:
+    from fastpeft.compare.runner import REPORT_FILE
+    from fastpeft.compare.table import table
+
+    console = Console(highlight=False)
+    console.print(table(results))
+    console.print(f"Report: {out / REPORT_FILE}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="The --out folders of finished comparisons.")],
+    out: Annotated[Path, typer.Option(help="Folder of the joined report.")] = Path("fastpeft-report-joined"),
+) -> None:
+    """Join comparisons that were judged by the same texts into one report, with what differs between them."""
+    preflight.check_folder(out, preflight.RESULTS_FILE)
+    results = joining.join(folders)
+    from fastpeft.compare.runner import write
+
+    write(results, out)
+    _show(results, out)
 
 
 @app.command()

@@ -36,6 +36,8 @@ def _run(method: str, seed: int, scores: list[float], quality: float) -> dict:
     return {
         "method": method.replace("_", "-"),
         "seed": seed,
+        "trains": "something",
+        "load": "model = ...",
         "quality": quality,
         "scores": scores,
         "trainable_parameters": SIZES.get(method, 1000),

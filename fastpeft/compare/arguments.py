@@ -19,8 +19,8 @@ DEFAULT_METHODS = {
     CLASSIFY: ("head", "lora-qkv", "lora", "adapter-mlp", "prefix", "full"),
     LM: ("prompt", "prefix", "lora-qkv", "lora", "adapter-mlp"),
 }
-#: Steps of a run with `--quick`.
-QUICK = 40
+#: With `--quick`: steps of a run, and seeds, at most.
+QUICK = {"max_steps": 20, "seeds": 2}
 _NUMBERS = (
     "seeds", "epochs", "max_steps", "batch_size", "accumulate", "max_length", "lr", "rank", "bottleneck"
 )  # fmt: skip

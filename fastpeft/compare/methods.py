@@ -106,11 +106,6 @@ class Method:
     place: Place
     options: dict[str, Any]  # `layers` is (first, last), or None for all
 
-    @property
-    def folder(self) -> str:
-        """The name, fit for a file."""
-        return self.name.replace(":", "_").replace(",", "_")
-
     def layers(self, config: Any) -> list[int]:
         """Indices of the layers that it is put on, of a GPT-2 of this config.
 
@@ -167,6 +162,11 @@ def parse(text: str, task: str, defaults: dict[str, Any]) -> Method:
                 f"--methods {text}: {option} must be {_WANTED[option]}, got {value if equals else 'nothing'!r}"
             ) from None
     return Method(text, place, options)
+
+
+def run_name(method: Method, seed: int) -> str:
+    """The folder of a run: its method's name, fit for a file, and its seed."""
+    return f"{method.name.replace(':', '_').replace(',', '_')}-seed{seed}"
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -8,9 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastpeft.compare import plots
-from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.card import base_lines
-from fastpeft.compare.placement import loading
 from fastpeft.compare.summary import Spread, Summary, speed_shown
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
 from fastpeft.compare.timing import SCOPES
@@ -41,9 +39,6 @@ def render(results: dict[str, Any]) -> str:
         }
         for plot in plots.PLOTS
     ]
-    arguments = results["arguments"]
-    chosen = Arguments(**arguments | {"methods": tuple(arguments["methods"])}).chosen
-    methods = {method.name: method for method in chosen}
     return environment.get_template("report.html.j2").render(
         results=results,
         task=task,
@@ -53,18 +48,14 @@ def render(results: dict[str, Any]) -> str:
         good_for=good_for(results),
         before=before(results),
         figures=figures,
-        methods=methods,
         speed_shown=speed_shown,
         scopes=SCOPES,
         classifies=results["task"] == CLASSIFY,
         base_sentence=base_sentence(results["model"]),
-        command=command(arguments),
+        command=command(results),
         quality=lambda summary: quality(summary, task),
         gap=lambda value: task.gap(value),
         base_lines=base_lines(results, results["task"]),
-        loading=lambda name: loading(
-            methods[name], results["task"], f"runs/{methods[name].folder}-seed0/weights"
-        ),
         memory_kind="what tensors take on the GPU"
         if results["machine"]["device"] == "cuda"
         else "the resident memory of the whole process, libraries and base model included",
@@ -91,10 +82,12 @@ def base_sentence(model: dict[str, Any]) -> str:
     )
 
 
-def command(arguments: dict[str, Any]) -> str:
-    """The command that asks for these arguments, those left at None aside."""
+def command(results: dict[str, Any]) -> str:
+    """The command that asks for these results, options left at None aside."""
+    if results["joined"]:
+        return " ".join(["fastpeft report", *results["joined"]["folders"]])
     words = ["fastpeft compare"]
-    for name, value in arguments.items():
+    for name, value in results["arguments"].items():
         if value is not None:
             shown = (
                 ",".join(value)

@@ -12,6 +12,7 @@ from fastpeft.compare.arguments import IMDB_SMALL, Arguments
 from fastpeft.compare.errors import BadInput
 
 PLAN_FILE = "plan.json"
+RESULTS_FILE = "results.json"
 
 
 def check(arguments: Arguments) -> None:
@@ -21,7 +22,7 @@ def check(arguments: Arguments) -> None:
         BadInput: an output folder that can't be written or holds something else, no such data, a model folder that
             isn't there or holds no GPT-2.
     """
-    _check_folder(arguments.out)
+    check_folder(arguments.out, PLAN_FILE)
     data.check(arguments.data, arguments.task)
     if arguments.model != IMDB_SMALL and (folder := local_folder(arguments.model)):
         config(folder, arguments.model)
@@ -67,13 +68,18 @@ def part(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _check_folder(out: Path) -> None:
+def check_folder(out: Path, ours: str) -> None:
+    """Refuse a folder that can't be written, or that holds something but no file of this name; leaves no trace.
+
+    Raises:
+        BadInput: with the reason.
+    """
     existing = next(path for path in (out, *out.absolute().parents) if path.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise BadInput(f"--out {out}: can't be written: {error.strerror}") from None
-    ours = {PLAN_FILE, part(out / PLAN_FILE).name}
-    if out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}:
+    known = {ours, part(out / ours).name}
+    if out.exists() and any(out.iterdir()) and not known & {path.name for path in out.iterdir()}:
         raise BadInput(f"--out {out}: the folder holds something else: name an empty or new one")

@@ -15,13 +15,23 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from fastpeft import ops
-from fastpeft.compare import base_model, card, checkpoint, data, duration, machine, page, plots, preflight
+from fastpeft.compare import (
+    base_model,
+    card,
+    checkpoint,
+    data,
+    duration,
+    machine,
+    page,
+    plots,
+    preflight,
+)
 from fastpeft.compare.arguments import IMDB_SMALL, Arguments
 from fastpeft.compare.encoding import Encoded, encode
 from fastpeft.compare.errors import BadInput
-from fastpeft.compare.methods import Method
+from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import why_not
-from fastpeft.compare.preflight import PLAN_FILE, part
+from fastpeft.compare.preflight import PLAN_FILE, RESULTS_FILE, part
 from fastpeft.compare.progress import Reporter
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
 from fastpeft.compare.train import judged_untrained, train_run
@@ -33,7 +43,6 @@ RECORD_FORMAT = 3
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
 BEFORE_FILE = "before.json"
-RESULTS_FILE = "results.json"
 REPORT_FILE = "report.html"
 
 
@@ -78,13 +87,19 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         (out / RUNS_FOLDER).mkdir(exist_ok=True)
     before = _before(arguments, base, encoded, state)
     records = _train_all(arguments, plan, base, encoded, reporter, state)
-    results = plan | {"task": arguments.task, "before": before, "runs": records}
+    results = plan | {"task": arguments.task, "before": before, "runs": records, "joined": None}
     if state.is_main_process:
-        _write(out / RESULTS_FILE, results)
-        plots.write(results, out)
-        _replace(out / REPORT_FILE, page.render(results))
+        write(results, out)
     state.wait_for_everyone()
     return results
+
+
+def write(results: dict[str, Any], out: Path) -> None:
+    """Results as JSON, page and plots."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RESULTS_FILE, results)
+    plots.write(results, out)
+    _replace(out / REPORT_FILE, page.render(results))
 
 
 def _train_all(
@@ -110,7 +125,7 @@ def _train_all(
             continue
         reporter.step("all runs", index, len(runs))
         show = partial(reporter.step, f"{method.name}, seed {seed}")
-        folder = arguments.out / RUNS_FOLDER / _run_name(method, seed)
+        folder = arguments.out / RUNS_FOLDER / run_name(method, seed)
         unfinished = folder.with_name(f".{folder.name}")
         if state.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -215,13 +230,9 @@ def _shown(value: Any) -> str:
     return str(value)[:60]
 
 
-def _run_name(method: Method, seed: int) -> str:
-    return f"{method.folder}-seed{seed}"
-
-
 def _record(out: Path, method: Method, seed: int) -> dict[str, Any] | None:
     """The record of a finished run; None where it hasn't finished."""
-    path = out / RUNS_FOLDER / _run_name(method, seed) / RECORD_FILE
+    path = out / RUNS_FOLDER / run_name(method, seed) / RECORD_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 

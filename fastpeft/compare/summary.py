@@ -23,6 +23,8 @@ class Summary(NamedTuple):
 
     method: str
     seeds: int
+    trains: str
+    load: str  # Python that puts the first run's weights on the base model
     quality: Spread
     interval: tuple[float, float]  # of the quality, over held-out texts
     scores: Floats  # (seeds, texts)
@@ -61,6 +63,8 @@ def _summary(method: str, runs: list[dict[str, Any]], weights: Floats) -> Summar
     return Summary(
         method=method,
         seeds=len(runs),
+        trains=first["trains"],
+        load=first["load"],
         quality=_spread([run["quality"] for run in runs]),
         interval=interval(scores, weights),
         scores=scores,

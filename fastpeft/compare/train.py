@@ -32,11 +32,11 @@ from fastpeft.compare.encoding import Encoded, Examples, collator
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.judging import SCORE, Judge
 from fastpeft.compare.memory import PeakMemory
-from fastpeft.compare.methods import Method
-from fastpeft.compare.placement import apply, save, trainable
+from fastpeft.compare.methods import Method, run_name
+from fastpeft.compare.placement import apply, loading, save, trainable
 from fastpeft.compare.tasks import CLASSIFY
 
-EVALUATIONS = 3  # spread evenly over a run, the last at its end
+EVALUATIONS = 2  # half-way through a run and at its end
 LOSS_POINTS = 20
 WARM_UP = 0.1
 
@@ -91,6 +91,8 @@ def train_run(
     return {
         "method": method.name,
         "seed": seed,
+        "trains": method.place.trains,
+        "load": loading(method, arguments.task, f"runs/{run_name(method, seed)}/weights"),
         "quality": evaluations[-1]["eval_quality"],
         "scores": judge.scores,
         "trainable_parameters": trained,
