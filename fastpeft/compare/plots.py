@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,8 +85,14 @@ def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the plot, in as many columns as the longest name lets fit; the figure grows by its further rows."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.4, handletextpad=0.5)
+    longest = max(map(len, labels))
+    columns = 3 if longest <= 16 else 2 if longest <= 26 else 1
+    figure.set_figheight(figure.get_figheight() + 0.26 * max(0, math.ceil(len(labels) / columns) - 2))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.5
+    )
 
 
 def _draw_quality(results: dict[str, Any]) -> Figure:
@@ -129,9 +137,8 @@ def _draw_against(results: dict[str, Any], places: list[float]) -> tuple[Figure,
 
 
 def _quality_axis(axes: Axes, task: Task) -> None:
-    better = "higher" if task.direction > 0 else "lower"
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.tick(value)))
-    axes.set_ylabel(f"{task.measure}, held out ({better} is better)")
+    axes.set_ylabel(f"{task.measure}, {'higher' if task.direction > 0 else 'lower'} is better")
 
 
 def _apart(values: list[int]) -> list[float]:
@@ -204,10 +211,12 @@ def _draw_step_time(results: dict[str, Any]) -> Figure:
                     fontsize=10,
                 )
     axes.set_xlim(0, longest * 1e3 * 1.42)
-    axes.set_yticks(rows, [summary.method for summary in summaries])
+    # Each option of a method on a line of its own, or the names would push the bars aside.
+    names = [re.sub("([:,])", r"\1\n", summary.method) for summary in summaries]
+    axes.set_yticks(rows, names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("milliseconds a training step (shorter is better)")
+    axes.set_xlabel("milliseconds a training step")
     _legend(figure, axes)
     return figure
 

@@ -83,7 +83,10 @@ def _summary(method: str, runs: list[dict[str, Any]], weights: Floats) -> Summar
 
 
 def _spread(values: list[float]) -> Spread:
-    return Spread(sum(values) / len(values), min(values), max(values))
+    low, high = min(values), max(values)
+    return Spread(
+        min(max(sum(values) / len(values), low), high), low, high
+    )  # of like values a sum may be rounded
 
 
 def speed_shown(summary: Summary, scope: str) -> bool:
