@@ -158,6 +158,10 @@ def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logi
         kept, again = load_file(file), load_file(weights / file.name)
         assert kept.keys() == again.keys()
         assert all(torch.equal(kept[key], again[key]) for key in kept)
+    # Judged by itself, each held-out text is right or wrong as the run has it, in the order of the texts.
+    part = runner.data.load(asked.data, CLASSIFY).eval
+    alone = [model(**base.tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in part.texts]
+    assert record["scores"] == [float(a == b) for a, b in zip(alone, part.labels, strict=True)]
     assert record["trainable_parameters"] == sum(p.numel() for p in trainable(trained["model"]))
 
 
@@ -419,7 +423,7 @@ def test_records_of_another_format_are_refused(finished, tmp_path):
     before = json.loads(plan.read_text(encoding="utf-8"))
     del before["record"]
     plan.write_text(json.dumps(before), encoding="utf-8")
-    with pytest.raises(BadInput, match=r"record format \(was None, now 2\); name another folder"):
+    with pytest.raises(BadInput, match=r"record format \(was None, now 3\); name another folder"):
         compare(dataclasses.replace(asked, out=tmp_path / "old"))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
     PrinterCallback,
     Trainer,
@@ -155,6 +156,17 @@ def _due(step: int, steps: int, times: int) -> bool:
     return step * times // steps > (step - 1) * times // steps
 
 
+class _InOrder(Trainer):
+    """Judges the eval part in its own order, in which scores are kept; Trainer's own would be at random."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer's, without a sampler."""
+        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, pin = self.args.eval_batch_size, self.args.dataloader_pin_memory
+        loader: Any = DataLoader(given, batch_size=size, collate_fn=self.data_collator, pin_memory=pin)
+        return self.accelerator.prepare(loader)
+
+
 def _trainer(
     model: nn.Module,
     base: Base,
@@ -192,7 +204,7 @@ def _trainer(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(
+    trainer = _InOrder(
         model=model,
         args=settings,
         train_dataset=encoded.train,
