@@ -49,10 +49,10 @@ def test_quoted_commas_line_breaks_and_a_byte_order_mark_are_read(tmp_path):
 
 def test_the_split_is_seeded_stratified_and_keeps_every_row_once(tmp_path):
     labels = ["a"] * 100 + ["b"] * 60 + ["c"] * 2
-    train, evaluation = data.split(labels)
+    train, evaluation = data.split(labels, 162)
     assert sorted(train + evaluation) == list(range(162))
     assert Counter(labels[i] for i in evaluation) == {"a": 15, "b": 9, "c": 1}
-    assert (train, evaluation) == data.split(labels)
+    assert (train, evaluation) == data.split(labels, 162)
 
 
 def test_whole_number_labels_are_ordered_by_value(tmp_path):
@@ -166,6 +166,11 @@ def test_documents_of_a_language_model_are_rows_or_what_blank_lines_part(tmp_pat
         assert len(read.eval.texts) == 3
         assert read.label_names == ()
     assert sorted(row.number for row in tables.read(plain, ("text",)))[:3] == [1, 4, 7]
+
+
+def test_of_very_many_documents_some_hundreds_judge_and_the_rest_train(tmp_path):
+    many = _load(_table(tmp_path, *(f"document {i}" for i in range(4000)), header="text"), LM)
+    assert (len(many.train.texts), len(many.eval.texts)) == (3600, 400)
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,13 @@ def test_a_summary_has_mean_lowest_and_highest_over_the_seeds():
     assert summary.speed_up["auto"].mean == pytest.approx(4.0)
 
 
+def test_the_mean_of_like_values_lies_within_them():
+    """(0.05 + 0.05 + 0.05) / 3 is above 0.05 as floats have it, and a bar can't end below its start."""
+    [summary] = summarise(_results(lora=0.7))
+    assert sum([0.05] * 3) / 3 > 0.05
+    assert summary.step_seconds["auto"] == Spread(0.05, 0.05, 0.05)
+
+
 def test_the_verdict_names_the_smallest_method_as_good_as_the_best_and_what_it_costs():
     said = verdict(_results(head=0.60, lora=0.80, full=0.815))
     assert re.match(

@@ -17,7 +17,7 @@ from fastpeft.compare.tasks import CLASSIFY, LM, TASKS
 IMDB_SMALL = "imdb-small"
 DEFAULT_METHODS = {
     CLASSIFY: ("head", "lora-qkv", "lora", "adapter-mlp", "prefix", "full"),
-    LM: ("prompt", "prefix", "lora-qkv", "lora", "adapter-mlp"),
+    LM: ("prefix", "lora-qkv", "lora", "adapter-mlp"),
 }
 #: With `--quick`: steps of a run, and seeds, at most.
 QUICK = {"max_steps": 20, "seeds": 2}

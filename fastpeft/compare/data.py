@@ -23,6 +23,8 @@ SPLIT_SEED = 0
 ROTTEN_TOMATOES = "rotten-tomatoes"
 KINDS = {CLASSIFY: tables.TABLES, LM: (tables.PLAIN, *tables.TABLES)}
 FEWEST_DOCUMENTS = 10
+#: Documents held out at most: each token of one takes a product with all tokens there are, at every judging.
+MOST_DOCUMENTS = 400
 _ROWS_SHOWN = 10
 
 
@@ -133,7 +135,8 @@ def _checked(name: str, what: str, rows: list[Row], task: str) -> Data:
             f"{what}: {len(kept)} {'document is' if len(kept) == 1 else 'documents are'} too few to hold some out "
             f"and judge by them: give at least {FEWEST_DOCUMENTS} (in a plain text file blank lines part them)"
         )
-    train, evaluation = split([row.label.strip() for row in kept])
+    most = MOST_DOCUMENTS if task == LM else len(kept)
+    train, evaluation = split([row.label.strip() for row in kept], most)
     labels = sorted({row.label.strip() for row in kept}, key=_label_order)
     if task == CLASSIFY and len(labels) < 2:
         raise BadInput(f"{what}: one class only ({labels[0]!r}): a comparison needs at least two")
@@ -156,8 +159,8 @@ def _checked(name: str, what: str, rows: list[Row], task: str) -> Data:
     )
 
 
-def split(labels: list[str]) -> tuple[list[int], list[int]]:
-    """Indices that train and indices that judge: `EVAL_SHARE` of each label's rows (at least one), seeded."""
+def split(labels: list[str], most: int) -> tuple[list[int], list[int]]:
+    """Indices that train and that judge: `EVAL_SHARE` of each label's rows, at least one and at most `most`, seeded."""
     generator = random.Random(SPLIT_SEED)
     by_label: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
@@ -165,7 +168,8 @@ def split(labels: list[str]) -> tuple[list[int], list[int]]:
     judged: set[int] = set()
     for label in sorted(by_label):
         indices = by_label[label]
-        judged.update(generator.sample(indices, max(1, round(EVAL_SHARE * len(indices)))))
+        count = min(most, max(1, round(EVAL_SHARE * len(indices))))
+        judged.update(generator.sample(indices, count))
     return [i for i in range(len(labels)) if i not in judged], sorted(judged)
 
 
