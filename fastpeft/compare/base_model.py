@@ -1,7 +1,7 @@
 """The default base model: a small GPT-2 trained once on IMDB, and kept in the user's cache folder.
 
 No published GPT-2 installs without a network, so this one is honest about what it is: random weights, taught
-for two minutes to tell positive from negative reviews and to predict their words. Fine-tuning starts from there.
+for a few minutes to tell positive from negative reviews and to predict their words. Fine-tuning starts from there.
 """
 
 from __future__ import annotations

@@ -167,8 +167,8 @@ def _base(
 ) -> checkpoint.Base:
     if arguments.model == IMDB_SMALL and not base_model.location().exists():
         reporter.say(
-            "The base model is a small GPT-2 that is trained here, once, on IMDB reviews (about two minutes "
-            "on two cores): no published one can be had without a network. --model takes any other GPT-2."
+            "The base model is a small GPT-2 that is trained here, once, on IMDB reviews (a few minutes on two "
+            "cores): no published one can be had without a network. --model takes any other GPT-2."
         )
     with state.main_process_first():
         base = checkpoint.load(
