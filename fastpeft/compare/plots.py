@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from fastpeft.compare.summary import Summary, listed, speed_shown, summarise
 from fastpeft.compare.tasks import TASKS, Task
@@ -37,7 +37,7 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 12,
     "svg.hashsalt": "fastpeft",  # the same results give the same file
 }
-#: Of the quality axis, as a share of its middle: differences too small to mean anything shouldn't fill the plot.
+#: Of the quality axis, 10 points or a tenth of a bit: differences too small to mean anything shouldn't fill the plot.
 _LEAST_SPAN = 0.1
 _WIDTH = 6.6  # inches: a phone shows the page's images at about half size, still legible
 
@@ -98,7 +98,10 @@ def _legend(figure: Figure, axes: Axes) -> None:
 def _draw_quality(results: dict[str, Any]) -> Figure:
     figure, axes = _draw_against(results, _apart([s.trainable_parameters for s in summarise(results)]))
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("trainable parameters (log scale)")
     return figure
 
@@ -129,7 +132,7 @@ def _draw_against(results: dict[str, Any], places: list[float]) -> tuple[Figure,
         )
     axes.margins(x=0.12, y=0.12)
     low, high = axes.get_ylim()
-    short = max(0.0, _LEAST_SPAN * (low + high) / 2 - (high - low))
+    short = max(0.0, _LEAST_SPAN - (high - low))
     axes.set_ylim(low - short / 2, high + short / 2)
     _quality_axis(axes, task)
     _legend(figure, axes)
