@@ -48,7 +48,7 @@ RECIPE: dict[str, Any] = {
     "warm_up": 0.1,
     "first_judged_token": 4,
     "predicted_share": 1 / 16,
-    "prediction_weight": 0.1,
+    "prediction_weight": 0.03,
     "seed": 0,
 }
 
