@@ -9,7 +9,8 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=loadgrou
 .PHONY: demo test test-full test-peers test-versions test-oldest test-newest test-gpu fuzz bench bench-gpu lint clean
 
 demo: $(INSTALLED)
-	$(BIN)/fastpeft compare --out demo-report
+	$(BIN)/fastpeft compare --max-steps 50 --out demo-report/classify
+	$(BIN)/fastpeft compare --task lm --max-steps 25 --seeds 2 --out demo-report/lm
 
 test: $(INSTALLED)
 	$(PYTEST)

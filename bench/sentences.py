@@ -8,8 +8,8 @@ import checkout  # noqa: F401
 import torch
 from torch import Tensor
 
+from fastpeft.compare import base_model
 from fastpeft.compare.arguments import ROTTEN_TOMATOES
-from fastpeft.compare.base_model import gpt2_tokenizer
 from fastpeft.compare.data import load_rotten_tomatoes
 from fastpeft.compare.errors import BadInput
 
@@ -37,7 +37,7 @@ def batches(
     Raises:
         BadInput: the packages with the sentences and the tokenizer aren't installed.
     """
-    tokenizer = gpt2_tokenizer()
+    tokenizer = base_model.tokenizer(base_model.GPT2_TOKENS)
     part = load_rotten_tomatoes().train
     order = random.Random(1).sample(range(len(part.texts)), len(part.texts))
     found = []

@@ -1,10 +1,16 @@
 """Fused-kernel runtime for parameter-efficient fine-tuning of GPT-2."""
 
-from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters
-from fastpeft.lm_head import lm_head_loss
-from fastpeft.ops import adapter, lora_linear
-from fastpeft.patch import patch, unpatch
-from fastpeft.report import report
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters
+    from fastpeft.lm_head import lm_head_loss
+    from fastpeft.ops import adapter, lora_linear
+    from fastpeft.patching import patch, unpatch
+    from fastpeft.reporting import report
 
 __version__ = "0.1.0"
 __all__ = [
@@ -19,3 +25,17 @@ __all__ = [
     "save_adapters",
     "unpatch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, all of them at the first asked for: the command line's `--help` needs no torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for module in "adapters", "lm_head", "ops", "patching", "reporting":
+        found = vars(import_module(f"{__name__}.{module}"))
+        globals().update({public: found[public] for public in __all__ if public in found})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +23,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from fastpeft import reference
 
 SLOTS = ("post_embed", "post_attn", "post_mlp", "post_block", "pre_head")
+#: Of the slots in blocks: the host's name below its block.
+_BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", "post_block": ""}
 CONFIG_FILE = "fastpeft_adapters.json"
 WEIGHTS_FILE = "fastpeft_adapters.safetensors"
 FORMAT = 1
@@ -39,15 +41,18 @@ class AdapterConfig:
         bottleneck: width of the bottleneck, at least 1.
         activation: `relu`, `gelu`, `gelu_tanh` or `silu`.
         scale: factor of the adapter's update before its residual.
+        layers: indices of the blocks that get them, for slots in blocks; None for all.
 
     Raises:
-        ValueError: an unknown or repeated slot, no slot, an unknown activation, a bottleneck below 1.
+        ValueError: an unknown or repeated slot, no slot, an unknown activation, a bottleneck below 1, layers that
+            aren't indices in rising order, or layers of a slot that is in none.
     """
 
     slots: tuple[str, ...] = ("post_attn",)
     bottleneck: int = 64
     activation: str = "relu"
     scale: float = 1.0
+    layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         slots = (self.slots,) if isinstance(self.slots, str) else tuple(self.slots)
@@ -61,6 +66,13 @@ class AdapterConfig:
             )
         if not isinstance(self.bottleneck, int) or self.bottleneck < 1:
             raise ValueError(f"bottleneck must be a whole number of at least 1, got {self.bottleneck!r}")
+        if self.layers is not None:
+            layers = tuple(self.layers)
+            object.__setattr__(self, "layers", layers)
+            if not layers or layers[0] < 0 or list(layers) != sorted(set(layers)):
+                raise ValueError(f"layers must be indices of blocks in rising order, got {layers}")
+            if outside := [slot for slot in slots if slot not in _BELOW]:
+                raise ValueError(f"layers are for slots in blocks; {', '.join(outside)} is in none")
 
 
 class Adapter(nn.Module):
@@ -125,15 +137,16 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         The model.
 
     Raises:
-        ValueError: no GPT-2 inside the model, or a slot that is taken; nothing is changed then.
+        ValueError: no GPT-2 inside the model, a layer that it hasn't, or a slot that is taken; nothing is changed
+            then.
     """
     transformer = _transformer(model)
-    hosts = [(name, host) for slot in config.slots for name, host in _hosts(transformer, slot)]
+    hosts = [host for slot in config.slots for host in _hosts(transformer, slot, config.layers)]
     for name, host in hosts:
         if hasattr(host, "adapter"):
             raise ValueError(f"{name} already has an adapter: a slot takes one")
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}
-    adapters = {id(p) for _, adapter in _adapters(transformer) for p in adapter.parameters()}
+    adapters = {id(p) for *_, adapter in _adapters(transformer) for p in adapter.parameters()}
     for parameter in transformer.parameters():
         if id(parameter) not in trained_by_peft | adapters:
             parameter.requires_grad_(False)
@@ -269,40 +282,50 @@ def _transformer(model: nn.Module) -> GPT2Model:
     return found[0]
 
 
-def _hosts(transformer: GPT2Model, slot: str) -> list[tuple[str, nn.Module]]:
-    """Names (below the GPT2Model) and modules whose output a slot adapts."""
+def _hosts(
+    transformer: GPT2Model, slot: str, layers: tuple[int, ...] | None = None
+) -> list[tuple[str, nn.Module]]:
+    """Names (below the GPT2Model) and modules whose output a slot adapts, in these layers or in all."""
     if slot == "post_embed":
         return [("drop", transformer.drop)]
     if slot == "pre_head":
         return [("ln_f", transformer.ln_f)]
-    below = {"post_attn": ".attn", "post_mlp": ".mlp", "post_block": ""}[slot]
+    below, blocks = _BELOW[slot], cast(nn.ModuleList, transformer.h)
+    if layers and layers[-1] >= len(blocks):
+        raise ValueError(f"no layer {layers[-1]}: the model has layers 0 to {len(blocks) - 1}")
     return [
-        (f"h.{i}{below}", block.get_submodule(below.lstrip(".")))
-        for i, block in enumerate(cast(nn.ModuleList, transformer.h))
+        (f"h.{i}{below}", blocks[i].get_submodule(below.lstrip(".")))
+        for i in (range(len(blocks)) if layers is None else layers)
     ]
 
 
-def _adapters(transformer: GPT2Model) -> list[tuple[str, Adapter]]:
-    """Slot and module of every adapter that `add_adapters` put in."""
+def _adapters(transformer: GPT2Model) -> list[tuple[str, int, Adapter]]:
+    """Slot, place in the slot (of a block: its index) and module of every adapter that `add_adapters` put in."""
     return [
-        (slot, adapter)
+        (slot, index, adapter)
         for slot in SLOTS
-        for _, host in _hosts(transformer, slot)
+        for index, (_, host) in enumerate(_hosts(transformer, slot))
         if isinstance(adapter := getattr(host, "adapter", None), Adapter)
     ]
 
 
 def _configs(transformer: GPT2Model) -> list[AdapterConfig]:
-    """One config a slot, as the adapters in it are."""
-    by_slot = {
-        slot: AdapterConfig((slot,), a.down.out_features, activation_name(a.act) or "", a.scale)
-        for slot, a in _adapters(transformer)
-    }
-    return list(by_slot.values())
+    """The adapters of each slot as they are: one config for all blocks that have them alike."""
+    layers: dict[tuple[str, int, str, float], list[int]] = {}
+    for slot, index, a in _adapters(transformer):
+        alike = slot, a.down.out_features, activation_name(a.act) or "", a.scale
+        layers.setdefault(alike, []).append(index)
+    everywhere = {slot: list(range(len(_hosts(transformer, slot)))) for slot in SLOTS}
+    return [
+        AdapterConfig(
+            (slot,), bottleneck, activation, scale, None if found == everywhere[slot] else tuple(found)
+        )
+        for (slot, bottleneck, activation, scale), found in layers.items()
+    ]
 
 
-def _by_slot(configs: list[AdapterConfig]) -> dict[str, tuple[int, str, float]]:
-    return {slot: (c.bottleneck, c.activation, c.scale) for c in configs for slot in c.slots}
+def _by_slot(configs: list[AdapterConfig]) -> set[AdapterConfig]:
+    return {replace(config, slots=(slot,)) for config in configs for slot in config.slots}
 
 
 def _adapter_shapes(model: nn.Module, configs: list[AdapterConfig]) -> dict[str, torch.Size]:
@@ -315,7 +338,7 @@ def _adapter_shapes(model: nn.Module, configs: list[AdapterConfig]) -> dict[str,
         f"{prefix}{name}.adapter.{part}": torch.Size(shape)
         for config in configs
         for slot in config.slots
-        for name, _ in _hosts(transformer, slot)
+        for name, _ in _hosts(transformer, slot, config.layers)
         for part, shape in (
             ("down.weight", (config.bottleneck, width)),
             ("down.bias", (config.bottleneck,)),

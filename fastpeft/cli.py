@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, ROTTEN_TOMATOES, Arguments
+from fastpeft.backends import BACKENDS
+from fastpeft.compare import joining, preflight
+from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, QUICK, Arguments
+from fastpeft.compare.data import KINDS, ROTTEN_TOMATOES
 from fastpeft.compare.errors import BadInput
-from fastpeft.compare.methods import METHODS
-from fastpeft.ops import BACKENDS
+from fastpeft.compare.methods import PLACES, names
+from fastpeft.compare.tasks import CLASSIFY, LM
 
 app = typer.Typer(
     help="Fused-kernel runtime for parameter-efficient fine-tuning of GPT-2.",
@@ -22,7 +25,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_METHODS_HELP = f"Methods to compare, joined by commas: {', '.join(METHODS)}."
+_METHODS_HELP = (
+    f"Methods to compare, joined by commas: {', '.join(PLACES)}; with options after a colon, as in "
+    "lora:r=4,dropout=0.1,adapter-mlp:bottleneck=16,layers=6-11. Without it, "
+    + "; ".join(f"{','.join(methods)} for {task}" for task, methods in DEFAULT_METHODS.items())
+    + "."
+)
 _MODEL_HELP = (
     f"A GPT-2: a folder, a name on the Hugging Face Hub, or {IMDB_SMALL}, a small one that is trained on "
     "IMDB reviews at first use and kept in your cache folder."
@@ -46,16 +54,30 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(2)
 
 
+def _methods(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return ()
+    if not (found := names(text)):
+        raise BadInput(f"--methods names none: choose from {', '.join(PLACES)}")
+    return found
+
+
 @app.command()
 def compare(
     out: Annotated[
         Path, typer.Option(help="Folder of the results; an interrupted comparison goes on in it.")
     ] = Arguments.out,
-    methods: Annotated[str, typer.Option(help=_METHODS_HELP)] = ",".join(DEFAULT_METHODS),
+    task: Annotated[
+        str, typer.Option(help=f"{CLASSIFY}: tell the labels of texts; {LM}: predict their tokens.")
+    ] = CLASSIFY,
+    methods: Annotated[str | None, typer.Option(help=_METHODS_HELP, show_default=False)] = None,
     model: Annotated[str, typer.Option(help=_MODEL_HELP)] = IMDB_SMALL,
     data: Annotated[
         str,
-        typer.Option(help=f"{ROTTEN_TOMATOES}, or a .csv, .tsv or .jsonl file with columns text and label."),
+        typer.Option(
+            help=f"{ROTTEN_TOMATOES}, or a file ({', '.join(KINDS[LM])}) with columns text and label; --task {LM} "
+            "reads text alone, and of a .txt file each piece between blank lines."
+        ),
     ] = ROTTEN_TOMATOES,
     seeds: Annotated[
         int, typer.Option(help="Runs of each method, from seeds 0, 1, 2, ...")
@@ -66,44 +88,68 @@ def compare(
         typer.Option(help="Stop a run after so many steps, whatever --epochs says.", show_default=False),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Texts a step, on each device.")] = Arguments.batch_size,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches a step: less memory at the same texts a step.")
+    ] = Arguments.accumulate,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a text, where the model takes more.", show_default=False),
+    ] = None,
     lr: Annotated[
         float | None,
         typer.Option(
             help="Peak learning rate of all methods, instead of each one's own.", show_default=False
         ),
     ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of LoRA.")] = Arguments.rank,
+    rank: Annotated[
+        int, typer.Option(help="Rank of LoRA, where a method's r says no other.")
+    ] = Arguments.rank,
     bottleneck: Annotated[
-        int, typer.Option(help="Width of the adapters' bottleneck.")
+        int, typer.Option(help="Width of the adapters' bottleneck, likewise.")
     ] = Arguments.bottleneck,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers of LoRA and adapters, like 6-11, likewise.", show_default=False),
+    ] = None,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help=f"A minute's look: at most {QUICK['max_steps']} steps a run and {QUICK['seeds']} seeds.",
+        ),
+    ] = False,
     backend: Annotated[
         str, typer.Option(help=f"What runs the fused paths: {', '.join(BACKENDS)}.")
     ] = Arguments.backend,
 ) -> None:
-    """Train fine-tuning methods side by side on one split of labelled text.
+    """Train fine-tuning methods side by side on one split of your texts, and say which is worth its parameters.
 
     Shows a table, and writes results.json, report.html, plots and the trained weights to --out.
     """
     arguments = Arguments(
         out=out,
-        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        task=task,
+        methods=_methods(methods),
         model=model,
         data=data,
-        seeds=seeds,
+        seeds=min(seeds, QUICK["seeds"]) if quick else seeds,
         epochs=epochs,
-        max_steps=max_steps,
+        max_steps=min(max_steps or QUICK["max_steps"], QUICK["max_steps"]) if quick else max_steps,
         batch_size=batch_size,
+        accumulate=accumulate,
+        max_length=max_length,
         lr=lr,
         rank=rank,
         bottleneck=bottleneck,
+        layers=layers,
         backend=backend,
     )
-    # Imported here: `--help` and a mistyped option needn't wait for the Trainer and the plots.
+    preflight.check(arguments)
+    # Imported here: `--help`, a mistyped option and a missing file needn't wait for torch and all that needs it.
     from fastpeft.compare.machine import processes
     from fastpeft.compare.progress import Reporter
-    from fastpeft.compare.runner import REPORT_FILE, finished_runs
     from fastpeft.compare.runner import compare as run
-    from fastpeft.compare.table import table
+    from fastpeft.compare.runner import finished_runs
 
     _quieten()
     leads = processes().is_main_process
@@ -123,18 +169,43 @@ def compare(
             )
         raise typer.Exit(130) from None
     if leads:
-        console = Console(highlight=False)
-        console.print(table(results))
-        console.print(f"Report: {out / REPORT_FILE}", soft_wrap=True)
+        _show(results, out)
+
+
+def _show(results: dict[str, Any], out: Path) -> None:
+    from fastpeft.compare.runner import REPORT_FILE
+    from fastpeft.compare.table import table
+
+    console = Console(highlight=False)
+    console.print(table(results))
+    console.print(f"Report: {out / REPORT_FILE}", soft_wrap=True)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="The --out folders of finished comparisons.")],
+    out: Annotated[Path, typer.Option(help="Folder of the joined report.")] = Path("fastpeft-report-joined"),
+) -> None:
+    """Join comparisons that were judged by the same texts into one report, with what differs between them."""
+    preflight.check_folder(out, preflight.RESULTS_FILE)
+    results = joining.join(folders)
+    from fastpeft.compare.runner import write
+
+    write(results, out)
+    _show(results, out)
 
 
 @app.command()
 def inspect(model: Annotated[str, typer.Option(help=_MODEL_HELP)] = IMDB_SMALL) -> None:
     """Show versions, devices, and what fastpeft would fuse in a model with LoRA and adapters on it."""
-    from fastpeft.compare.inspection import inspection
+    console = Console(stderr=True)
+    with console.status("Importing torch, transformers and peft") as status:
+        from fastpeft.compare.inspection import inspection
 
-    _quieten()
-    print(inspection(model))
+        status.update(f"Loading {model} and looking at each of its modules")
+        _quieten()
+        shown = inspection(model)
+    print(shown)
 
 
 if __name__ == "__main__":

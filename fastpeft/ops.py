@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpeft import autograd, reference
+from fastpeft.backends import BACKENDS
 from fastpeft.kernels.memo import Memo
 from fastpeft.kernels.rows import as_rows, as_taken, rows_in
 
-BACKENDS = ("auto", "triton", "torch")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

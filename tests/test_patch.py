@@ -193,7 +193,7 @@ def test_patching_fails_as_a_whole(monkeypatch):
     def broken(module):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(sys.modules["fastpeft.patch"], "why_not_adapter", broken)
+    monkeypatch.setattr(sys.modules["fastpeft.patching"], "why_not_adapter", broken)
     with pytest.raises(RuntimeError, match="no"):
         fastpeft.patch(model)
     assert classes(model) == before

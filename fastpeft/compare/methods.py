@@ -1,195 +1,213 @@
-"""The methods compared: how each is put on a GPT-2, what it trains, and how its weights are kept.
+"""The methods compared, as data: what each trains, the options it takes, and how many parameters that is.
 
-Every method trains the classification head as well; a method is what it trains besides.
+A method is a place in a GPT-2 and options: `lora`, `lora-qkv:r=16,dropout=0.1`, `adapter-mlp:bottleneck=8,layers=6-11`.
+Whatever the place, a classifier's head trains as well; a language model's is its token embedding, frozen with the base.
+`placement.py` puts them on a model; nothing here needs torch, so that a mistyped method is answered at once.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import peft
-import torch
-import transformers
-from peft import LoraConfig, PeftConfig, PrefixTuningConfig, TaskType, get_peft_model
-from safetensors.torch import save_file
-from torch import nn
-
-from fastpeft.adapters import AdapterConfig, add_adapters, save_adapters
-
-if TYPE_CHECKING:
-    from fastpeft.compare.arguments import Arguments
+from fastpeft.compare.errors import BadInput
+from fastpeft.compare.tasks import CLASSIFY, LM
 
 #: peft's usual prefix; it takes this many of the model's positions.
 PREFIX_TOKENS = 20
 LORA_DROPOUT = 0.05
-HEAD_FILE = "head.safetensors"
 
 HEAD_TERM = "{classes}·{width}"
-LORA_TERM = "{layers}·{rank}·(8·{width} + 2·{inner})"
 ADAPTER_TERM = "(2·{width}·{bottleneck} + {width} + {bottleneck})"
 PREFIX_TERM = "{layers}·2·{tokens}·{width}"
 BASE_TERM = (
     "({vocabulary} + {positions} + 2)·{width}"
     " + {layers}·(4·{width}·{width} + 2·{width}·{inner} + 9·{width} + {inner})"
 )
+_LORA_OPTIONS = ("r", "dropout", "layers")
+_ADAPTER_OPTIONS = ("bottleneck", "layers")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a method's name stands for."""
+
+    kind: str  # head, lora, adapter, prefix, prompt or full: how placement.py puts it there
+    where: tuple[str, ...]  # LoRA's projections, adapters' slots
+    trains: str  # what, in a few words
+    term: str  # the formula of its parameters, without a head's; fields are the keys of `sizes`
+    learning_rate: (
+        float  # a peak; head's, lora's, adapters' and prefix's were tried, on another split of the classifier
+    )
+    options: tuple[str, ...] = ()
+    senseless: tuple[str, str] | None = None  # a task that it makes no sense for, and why
+
+
+def _lora(where: tuple[str, ...], trains: str, rows: str) -> Place:
+    return Place("lora", where, trains, f"{{layers}}·{{r}}·{rows}", 1e-3, _LORA_OPTIONS)
+
+
+def _adapter(where: tuple[str, ...], trains: str, term: str, options: tuple[str, ...]) -> Place:
+    return Place("adapter", where, trains, term, 1e-3, options)
+
+
+#: A LoRA of a layer K → N has r·(K + N) parameters (Hu et al., 2021); an adapter 2·width·bottleneck and its two
+#: biases (Houlsby et al., 2019); a prefix a key and a value a token and layer (Li & Liang, 2021); a prompt an
+#: embedding a token (Lester et al., 2021).
+PLACES: dict[str, Place] = {
+    "head": Place(
+        "head", (), "nothing else", "", 5e-3,
+        senseless=(LM, "a language model's head is its token embedding, frozen with the base"),
+    ),
+    "lora": _lora(
+        ("c_attn", "c_proj", "c_fc"),
+        "LoRA on every projection (c_attn, attn.c_proj, c_fc, mlp.c_proj)",
+        "(8·{width} + 2·{inner})",
+    ),
+    "lora-qkv": _lora(("c_attn",), "LoRA on queries, keys and values (c_attn)", "4·{width}"),
+    "lora-proj": _lora(("attn.c_proj",), "LoRA on the attention's output projection (attn.c_proj)", "2·{width}"),
+    "lora-mlp": _lora(("c_fc", "mlp.c_proj"), "LoRA on the MLP (c_fc, mlp.c_proj)", "(2·{width} + 2·{inner})"),
+    "adapter-attn": _adapter(
+        ("post_attn",), "bottleneck adapters after each attention", f"{{layers}}·{ADAPTER_TERM}", _ADAPTER_OPTIONS
+    ),
+    "adapter-mlp": _adapter(
+        ("post_mlp",), "bottleneck adapters after each MLP", f"{{layers}}·{ADAPTER_TERM}", _ADAPTER_OPTIONS
+    ),
+    "adapter-houlsby": _adapter(
+        ("post_attn", "post_mlp"),
+        "bottleneck adapters after each attention and each MLP",
+        f"{{layers}}·2·{ADAPTER_TERM}",
+        _ADAPTER_OPTIONS,
+    ),
+    "adapter-block": _adapter(
+        ("post_block",), "bottleneck adapters after each block", f"{{layers}}·{ADAPTER_TERM}", _ADAPTER_OPTIONS
+    ),
+    "adapter-embed": _adapter(
+        ("post_embed",), "a bottleneck adapter after the embeddings", ADAPTER_TERM, ("bottleneck",)
+    ),
+    "adapter-head": _adapter(
+        ("pre_head",), "a bottleneck adapter before the head", ADAPTER_TERM, ("bottleneck",)
+    ),
+    "prefix": Place("prefix", (), "a prefix of keys and values in every layer", PREFIX_TERM, 5e-3, ("tokens",)),
+    "prompt": Place(
+        "prompt", (), "embeddings before the text", "{tokens}·{width}", 3e-2, ("tokens",),
+        senseless=(
+            CLASSIFY,
+            "GPT-2 given embeddings instead of tokens judges at the last position, padding in most rows",
+        ),
+    ),
+    "full": Place("full", (), "every weight of the model", BASE_TERM, 3e-4),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way of fine-tuning a GPT-2 classifier."""
+    """A place and the value of every option that it takes."""
 
-    trains: str  # what, beside the head, in a few words
-    term: str  # the formula of its parameters, without the head's; fields are the keys of `sizes`
-    learning_rate: float  # a peak that suits it, tried on another split than the reported one
-    apply: Callable[[Any, Arguments], Any]  # takes a GPT-2, returns it with the method on it
-    save: Callable[[Any, Path], None]
-    load: str  # Python that puts the saved weights on `model`
+    name: str  # as it was asked for
+    place: Place
+    options: dict[str, Any]  # `layers` is (first, last), or None for all
 
-    def formula(self, config: Any, arguments: Arguments) -> str:
-        """Trainable parameters as `symbols = numbers`, for a GPT-2 classifier of this config."""
-        formula = f"{self.term} + {HEAD_TERM}" if self.term else HEAD_TERM
-        sizes = _sizes(config, arguments)
+    def layers(self, config: Any) -> list[int]:
+        """Indices of the layers that it is put on, of a GPT-2 of this config.
+
+        Raises:
+            BadInput: the model hasn't all of them.
+        """
+        first, last = self.options.get("layers") or (0, config.n_layer - 1)
+        if last >= config.n_layer:
+            raise BadInput(
+                f"--methods {self.name}: no layer {last}: the model has layers 0 to {config.n_layer - 1}"
+            )
+        return list(range(first, last + 1))
+
+    def formula(self, config: Any, task: str) -> str:
+        """Trainable parameters as `symbols = numbers`, for a GPT-2 of this config with the task's head."""
+        terms = [self.place.term, HEAD_TERM if task == CLASSIFY else ""]
+        formula = " + ".join(term for term in terms if term)
+        sizes = {
+            "width": config.n_embd,
+            "inner": config.n_inner or 4 * config.n_embd,
+            "vocabulary": config.vocab_size,
+            "positions": config.n_positions,
+            "classes": config.num_labels,
+            **self.options,
+            "layers": len(self.layers(config)),
+        }
         return f"{formula.format(**{name: name for name in sizes})} = {formula.format(**sizes)}"
 
 
-def _sizes(config: Any, arguments: Arguments) -> dict[str, int]:
-    return {
-        "layers": config.n_layer,
-        "width": config.n_embd,
-        "inner": config.n_inner or 4 * config.n_embd,
-        "vocabulary": config.vocab_size,
-        "positions": config.n_positions,
-        "classes": config.num_labels,
-        "rank": arguments.rank,
-        "bottleneck": arguments.bottleneck,
-        "tokens": PREFIX_TOKENS,
-    }
+def parse(text: str, task: str, defaults: dict[str, Any]) -> Method:
+    """The method that `NAME:option=value,...` stands for; options not named are as in `defaults`.
 
-
-def _head(model: Any, arguments: Arguments) -> Any:
-    model.transformer.requires_grad_(False)
-    return model
-
-
-def _full(model: Any, arguments: Arguments) -> Any:
-    return model
-
-
-def _lora(model: Any, arguments: Arguments) -> Any:
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=arguments.rank,
-        lora_alpha=2 * arguments.rank,
-        lora_dropout=LORA_DROPOUT,
-        target_modules=["c_attn", "c_proj", "c_fc"],
-        fan_in_fan_out=True,
-    )
-    return _wrapped(model, config)
-
-
-def _prefix(model: Any, arguments: Arguments) -> Any:
-    return _with_prefix(model)
-
-
-def _with_prefix(model: Any) -> Any:
-    config = PrefixTuningConfig(task_type=TaskType.SEQ_CLS, num_virtual_tokens=PREFIX_TOKENS)
-    return _wrapped(model, config)
-
-
-def why_not(name: str) -> str | None:
-    """Why the peft and transformers that are installed can't train this method together; None where they can."""
-    if name != "prefix":
-        return None
-    # peft looks for an argument of GPT-2's forward by a name that transformers 5.24 changed: a small one tells.
-    sizes: dict[str, Any] = {
-        "n_layer": 1,
-        "n_embd": 4,
-        "n_head": 1,
-        "n_positions": 2 * PREFIX_TOKENS,
-        "vocab_size": 2,
-    }
-    config = transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    token = torch.ones(1, 1, dtype=torch.long)
-    with torch.random.fork_rng(devices=()), torch.no_grad():
-        model = _with_prefix(transformers.GPT2ForSequenceClassification(config))
+    Raises:
+        BadInput: an unknown name, one that makes no sense for the task, an unknown option, a value it can't have.
+    """
+    name, colon, given = text.partition(":")
+    place = PLACES.get(name)
+    if place is None:
+        raise BadInput(f"unknown method {name!r}: choose from {', '.join(PLACES)}")
+    if place.senseless and place.senseless[0] == task:
+        raise BadInput(
+            f"--methods: {name} makes no sense with --task {task}, leave it out: {place.senseless[1]}"
+        )
+    options = {option: defaults[option] for option in place.options}
+    for pair in given.split(",") if colon else ():
+        option, equals, value = pair.partition("=")
+        if option not in options:
+            takes = f"takes {', '.join(options)}" if options else "takes no options"
+            raise BadInput(f"--methods {text}: no option {option!r}: {name} {takes}")
         try:
-            model(input_ids=token, attention_mask=token)
-        except ValueError as error:
-            return f"peft {peft.__version__} on transformers {transformers.__version__}: {error}"
-    return None
+            options[option] = _READ[option](value)
+        except ValueError:
+            raise BadInput(
+                f"--methods {text}: {option} must be {_WANTED[option]}, got {value if equals else 'nothing'!r}"
+            ) from None
+    return Method(text, place, options)
 
 
-def _wrapped(model: Any, config: PeftConfig) -> Any:
-    with warnings.catch_warnings():
-        # peft asks transformers for an attribute that transformers has renamed.
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)
-        return get_peft_model(model, config)
+def run_name(method: Method, seed: int) -> str:
+    """The folder of a run: its method's name, fit for a file, and its seed."""
+    return f"{method.name.replace(':', '_').replace(',', '_')}-seed{seed}"
 
 
-def _adapter(model: Any, arguments: Arguments, slot: str) -> Any:
-    return add_adapters(model, AdapterConfig((slot,), arguments.bottleneck))
+def names(text: str) -> tuple[str, ...]:
+    """The methods in `a,b:x=1,y=2,c`: after a comma a method begins, or an option of the one before."""
+    found: list[str] = []
+    for piece in filter(None, (piece.strip() for piece in text.split(","))):
+        if "=" in piece and ":" not in piece and found:
+            found[-1] += f"{',' if ':' in found[-1] else ':'}{piece}"
+        else:
+            found.append(piece)
+    return tuple(found)
 
 
-def _save_head(model: Any, folder: Path) -> None:
-    folder.mkdir(parents=True)
-    save_file(
-        {name: p.detach().contiguous() for name, p in model.score.named_parameters()}, folder / HEAD_FILE
-    )
+def layers(text: str) -> tuple[int, int]:
+    """First and last layer of `6-11`, or of `6`; ValueError where it is neither."""
+    first, dash, last = text.partition("-")
+    ends = int(first), int(last if dash else first)
+    if not 0 <= ends[0] <= ends[1]:
+        raise ValueError(text)
+    return ends
 
 
-def _save_pretrained(model: Any, folder: Path) -> None:
-    model.save_pretrained(folder)
+def _count(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
-_LOAD_PEFT = 'model = peft.PeftModel.from_pretrained(model, "{folder}")'
-_LOAD_ADAPTERS = 'fastpeft.load_adapters(model, "{folder}")'
-_LOAD_HEAD = f'model.score.load_state_dict(safetensors.torch.load_file("{{folder}}/{HEAD_FILE}"))'
-_LOAD_FULL = 'model = transformers.GPT2ForSequenceClassification.from_pretrained("{folder}")'
+def _probability(text: str) -> float:
+    if not 0 <= float(text) < 1:
+        raise ValueError(text)
+    return float(text)
 
 
-def _bottleneck(slot: str, where: str, every_layer: bool) -> Method:
-    return Method(
-        trains=f"bottleneck adapters {where}",
-        term=f"{{layers}}·{ADAPTER_TERM}" if every_layer else ADAPTER_TERM,
-        learning_rate=1e-3,
-        apply=partial(_adapter, slot=slot),
-        save=save_adapters,
-        load=_LOAD_ADAPTERS,
-    )
-
-
-METHODS: dict[str, Method] = {
-    "head": Method("nothing else", "", 5e-3, _head, _save_head, _LOAD_HEAD),
-    "lora": Method(
-        "LoRA on every projection (c_attn, attn.c_proj, c_fc, mlp.c_proj)",
-        LORA_TERM,
-        1e-3,
-        _lora,
-        _save_pretrained,
-        _LOAD_PEFT,
-    ),
-    "adapter-attn": _bottleneck("post_attn", "after each attention", every_layer=True),
-    "adapter-mlp": _bottleneck("post_mlp", "after each MLP", every_layer=True),
-    "adapter-block": _bottleneck("post_block", "after each block", every_layer=True),
-    "adapter-embed": _bottleneck("post_embed", "after the embeddings", every_layer=False),
-    "adapter-head": _bottleneck("pre_head", "before the head", every_layer=False),
-    "prefix": Method(
-        f"a prefix of {PREFIX_TOKENS} keys and values in every layer",
-        PREFIX_TERM,
-        5e-3,
-        _prefix,
-        _save_pretrained,
-        _LOAD_PEFT,
-    ),
-    "full": Method("every weight of the model", BASE_TERM, 3e-4, _full, _save_pretrained, _LOAD_FULL),
+_READ: dict[str, Any] = {
+    "r": _count, "bottleneck": _count, "tokens": _count, "dropout": _probability, "layers": layers
+}  # fmt: skip
+_WANTED = {
+    **dict.fromkeys(("r", "bottleneck", "tokens"), "a whole number of at least 1"),
+    "dropout": "a number from 0 up to, not including, 1",
+    "layers": "a layer or a range of layers, like 6-11",
 }
-
-
-def trainable(model: Any) -> list[nn.Parameter]:
-    """The parameters that train."""
-    return [p for p in model.parameters() if p.requires_grad]

@@ -8,13 +8,15 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastpeft.compare import plots
-from fastpeft.compare.methods import METHODS
-from fastpeft.compare.summary import Spread, ranking, speed_shown, standard_error, summarise
+from fastpeft.compare.card import base_lines
+from fastpeft.compare.summary import Spread, Summary, speed_shown
+from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
 from fastpeft.compare.timing import SCOPES
+from fastpeft.compare.verdict import good_for, standings, verdict
 
 
 def render(results: dict[str, Any]) -> str:
-    """The page as HTML: table, conclusions, plots, and how it was measured."""
+    """The page as HTML: verdict, trade-off table, plots, and how it was measured."""
     environment = Environment(
         loader=PackageLoader("fastpeft.compare", "."),
         autoescape=True,
@@ -23,12 +25,12 @@ def render(results: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "range": percent_range,
         "milliseconds": milliseconds,
         "gigabytes": gigabytes,
         "seconds": lambda spread: f"{spread.mean:.0f} s",
     }
-    summaries = summarise(results["runs"])
+    task = TASKS[results["task"]]
+    found = standings(results)
     figures = [
         {
             "source": "data:image/svg+xml;base64," + base64.b64encode(plots.svg(plot, results)).decode(),
@@ -39,20 +41,32 @@ def render(results: dict[str, Any]) -> str:
     ]
     return environment.get_template("report.html.j2").render(
         results=results,
-        summaries=summaries,
-        ranking=ranking(summaries, results["data"]["eval_rows"]),
+        task=task,
+        summaries=[standing.summary for standing in found],
+        standings=found,
+        verdict=verdict(results),
+        good_for=good_for(results),
+        before=before(results),
         figures=figures,
-        methods=METHODS,
         speed_shown=speed_shown,
         scopes=SCOPES,
+        classifies=results["task"] == CLASSIFY,
         base_sentence=base_sentence(results["model"]),
-        command=command(results["arguments"]),
-        folder=lambda method: f"runs/{method}-seed0/weights",
-        standard_error=f"{100 * standard_error(summaries, results['data']['eval_rows']):.1f}",
+        command=command(results),
+        quality=lambda summary: quality(summary, task),
+        gap=lambda value: task.gap(value),
+        base_lines=base_lines(results, results["task"]),
         memory_kind="what tensors take on the GPU"
         if results["machine"]["device"] == "cuda"
         else "the resident memory of the whole process, libraries and base model included",
     )
+
+
+def before(results: dict[str, Any]) -> str | None:
+    """The quality of the base model before it is fine-tuned; None where its head is fresh."""
+    if results["before"] is None:
+        return None
+    return TASKS[results["task"]].show(sum(results["before"]) / sum(results["data"]["weights"]))
 
 
 def base_sentence(model: dict[str, Any]) -> str:
@@ -64,14 +78,16 @@ def base_sentence(model: dict[str, Any]) -> str:
     return (
         f"The base model is a small GPT-2 ({size}), not a published checkpoint: trained here from random "
         f"weights on {made['train_reviews']:,} IMDB reviews, where it judges {made['held_out_accuracy']:.1%} "
-        f"of {made['held_out']:,} held-out reviews right. Every run starts from it with a fresh head."
+        f"of {made['held_out']:,} held-out reviews right. Every run starts from it."
     )
 
 
-def command(arguments: dict[str, Any]) -> str:
-    """The command that asks for these arguments, those left at None aside."""
+def command(results: dict[str, Any]) -> str:
+    """The command that asks for these results, options left at None aside."""
+    if results["joined"]:
+        return " ".join(["fastpeft report", *results["joined"]["folders"]])
     words = ["fastpeft compare"]
-    for name, value in arguments.items():
+    for name, value in results["arguments"].items():
         if value is not None:
             shown = (
                 ",".join(value)
@@ -84,15 +100,13 @@ def command(arguments: dict[str, Any]) -> str:
     return " ".join(words)
 
 
-def percent(spread: Spread) -> str:
-    """`71.2% (70.1–72.3)`; the range only where there is one."""
-    mean = f"{spread.mean:.1%}"
-    return mean if spread.low == spread.high else f"{mean} ({percent_range(spread)})"
-
-
-def percent_range(spread: Spread) -> str:
-    """`70.1–72.3`."""
-    return f"{spread.low * 100:.1f}–{spread.high * 100:.1f}"
+def quality(summary: Summary, task: Task) -> tuple[str, str]:
+    """Mean, and the interval over held-out texts: `71.2%`, `70.1–72.3`."""
+    scale = 100 if task.name == CLASSIFY else 1
+    digits = 1 if task.name == CLASSIFY else 3
+    low, high = (f"{scale * end:.{digits}f}" for end in summary.interval)
+    mean = f"{scale * summary.quality.mean:.{digits}f}" + ("%" if task.name == CLASSIFY else "")
+    return mean, f"{low}–{high}"
 
 
 def milliseconds(spread: Spread) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,10 +13,10 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from fastpeft.compare.methods import METHODS
-from fastpeft.compare.summary import listed, speed_shown, summarise
+from fastpeft.compare.summary import Summary, listed, speed_shown, summarise
+from fastpeft.compare.tasks import TASKS, Task
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; each with a marker of its own.
 _COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#8C6D31", "#E69F00", "#777777")
@@ -35,8 +37,9 @@ _STYLE: dict[Any, Any] = {
     "legend.fontsize": 12,
     "svg.hashsalt": "fastpeft",  # the same results give the same file
 }
-_LEAST_SPAN = 0.1  # of the accuracy axis
-_WIDTH = 6.6  # inches: on a phone the page shows it at about half size, still legible
+#: Of the quality axis, 10 points or a tenth of a bit: differences too small to mean anything shouldn't fill the plot.
+_LEAST_SPAN = 0.1
+_WIDTH = 6.6  # inches: a phone shows the page's images at about half size, still legible
 
 
 class Plot(NamedTuple):
@@ -70,9 +73,10 @@ def _rendered(plot: Plot, results: dict[str, Any], kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _look(method: str) -> tuple[str, str]:
-    index = list(METHODS).index(method)
-    return _COLOURS[index], _MARKERS[index]
+def _look(index: int) -> tuple[str, str]:
+    """Colour and marker of the method of this index; no two of the first 72 share both."""
+    turn, place = divmod(index, len(_COLOURS))
+    return _COLOURS[place], _MARKERS[(place + turn) % len(_MARKERS)]
 
 
 def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
@@ -81,40 +85,63 @@ def _figure(height: float, panels: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
+    """Below the plot, in as many columns as the longest name lets fit; the figure grows by its further rows."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, columnspacing=1.4, handletextpad=0.5)
+    longest = max(map(len, labels))
+    columns = 3 if longest <= 16 else 2 if longest <= 26 else 1
+    figure.set_figheight(figure.get_figheight() + 0.26 * max(0, math.ceil(len(labels) / columns) - 2))
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=columns, columnspacing=1.4, handletextpad=0.5
+    )
 
 
-def _draw_accuracy(results: dict[str, Any]) -> Figure:
-    summaries = summarise(results["runs"])
-    figure, [axes] = _figure(5.0)
-    for summary, x in zip(summaries, _apart([s.trainable_parameters for s in summaries]), strict=True):
-        colour, marker = _look(summary.method)
-        accuracy = summary.accuracy
-        seeds = [run["accuracy"] for run in results["runs"] if run["method"] == summary.method]
-        axes.vlines(x, accuracy.low, accuracy.high, color=colour, linewidth=2)
+def _draw_quality(results: dict[str, Any]) -> Figure:
+    figure, axes = _draw_against(results, _apart([s.trainable_parameters for s in summarise(results)]))
+    axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("trainable parameters (log scale)")
+    return figure
+
+
+def _draw_time(results: dict[str, Any]) -> Figure:
+    figure, axes = _draw_against(results, [1e3 * s.step_seconds["auto"].mean for s in summarise(results)])
+    axes.set_xlabel("milliseconds a training step, patched")
+    return figure
+
+
+def _draw_against(results: dict[str, Any], places: list[float]) -> tuple[Figure, Axes]:
+    """The quality of each method at its place: the mean, its interval over texts, and a tick a seed."""
+    task = TASKS[results["task"]]
+    figure, [axes] = _figure(5.4)
+    for index, (summary, x) in enumerate(zip(summarise(results), places, strict=True)):
+        colour, marker = _look(index)
+        axes.vlines(x, *summary.interval, color=colour, linewidth=2, alpha=0.6)
+        seeds = [run["quality"] for run in results["runs"] if run["method"] == summary.method]
         axes.plot([x] * len(seeds), seeds, "_", color=colour, markersize=10, markeredgewidth=2)
         axes.plot(
             x,
-            accuracy.mean,
+            summary.quality.mean,
             marker,
             color=colour,
             markersize=9,
             markeredgecolor="white",
             label=summary.method,
         )
-    axes.set_xscale("log")
     axes.margins(x=0.12, y=0.12)
     low, high = axes.get_ylim()
-    # Differences too small to mean anything shouldn't fill the plot.
     short = max(0.0, _LEAST_SPAN - (high - low))
     axes.set_ylim(low - short / 2, high + short / 2)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    axes.set_xlabel("trainable parameters (log scale)")
-    axes.set_ylabel("accuracy on the eval part")
+    _quality_axis(axes, task)
     _legend(figure, axes)
-    return figure
+    return figure, axes
+
+
+def _quality_axis(axes: Axes, task: Task) -> None:
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: task.tick(value)))
+    axes.set_ylabel(f"{task.measure}, {'higher' if task.direction > 0 else 'lower'} is better")
 
 
 def _apart(values: list[int]) -> list[float]:
@@ -133,19 +160,19 @@ def _apart(values: list[int]) -> list[float]:
 
 
 def _draw_curves(results: dict[str, Any]) -> Figure:
-    figure, [upper, lower] = _figure(7.4, panels=2)
-    for axes, key in (upper, "eval_accuracy"), (lower, "loss"):
-        for summary in summarise(results["runs"]):
+    figure, [upper, lower] = _figure(8.0, panels=2)
+    for axes, key in (upper, "eval_quality"), (lower, "loss"):
+        for index, summary in enumerate(summarise(results)):
             runs = [run for run in results["runs"] if run["method"] == summary.method]
             points = [[(p["step"], p[key]) for p in run["curve"] if key in p] for run in runs]
             steps = [step for step, _ in points[0]]
             values = np.array([[value for _, value in run] for run in points], dtype=float)
-            colour, marker = _look(summary.method)
+            colour, marker = _look(index)
             axes.plot(
                 steps,
                 values.mean(axis=0),
                 color=colour,
-                marker=marker if key == "eval_accuracy" else None,
+                marker=marker if key == "eval_quality" else None,
                 markersize=7,
                 markeredgecolor="white",
                 linewidth=1.8,
@@ -154,8 +181,7 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
             axes.fill_between(
                 steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0
             )
-    upper.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g}%"))
-    upper.set_ylabel("accuracy on the eval part")
+    _quality_axis(upper, TASKS[results["task"]])
     lower.set_ylabel("training loss (nats)")
     lower.set_xlabel("training step")
     lower.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -164,7 +190,7 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
 
 
 def _draw_step_time(results: dict[str, Any]) -> Figure:
-    summaries = summarise(results["runs"])
+    summaries = summarise(results)
     figure, [axes] = _figure(1.9 + 1.05 * len(summaries))
     rows = np.arange(len(summaries))
     longest = max(seconds.high for s in summaries for seconds in s.step_seconds.values())
@@ -188,10 +214,12 @@ def _draw_step_time(results: dict[str, Any]) -> Figure:
                     fontsize=10,
                 )
     axes.set_xlim(0, longest * 1e3 * 1.42)
-    axes.set_yticks(rows, [summary.method for summary in summaries])
+    # Each option of a method on a line of its own, or the names would push the bars aside.
+    names = [re.sub("([:,])", r"\1\n", summary.method) for summary in summaries]
+    axes.set_yticks(rows, names)
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel("milliseconds a training step (shorter is better)")
+    axes.set_xlabel("milliseconds a training step")
     _legend(figure, axes)
     return figure
 
@@ -203,34 +231,53 @@ def _short(value: float) -> str:
     return f"{value:g}"
 
 
-def _describe_accuracy(results: dict[str, Any]) -> str:
-    points = [
-        f"{s.method} {s.accuracy.mean:.1%} with {s.trainable_parameters:,}"
-        for s in summarise(results["runs"])
-    ]
-    return f"Eval accuracy against trainable parameters: {listed(points)}."
+def _describe_quality(results: dict[str, Any]) -> str:
+    return _describe_against(results, "trainable parameters", lambda s: f"{s.trainable_parameters:,}")
+
+
+def _describe_time(results: dict[str, Any]) -> str:
+    return _describe_against(
+        results, "time a training step", lambda s: f"{1e3 * s.step_seconds['auto'].mean:.1f} ms"
+    )
+
+
+def _describe_against(results: dict[str, Any], what: str, value: Callable[[Summary], str]) -> str:
+    task = TASKS[results["task"]]
+    points = [f"{s.method} {task.show(s.quality.mean)} with {value(s)}" for s in summarise(results)]
+    return f"Held-out {task.measure} against {what}: {listed(points)}."
 
 
 def _describe_curves(results: dict[str, Any]) -> str:
-    names = listed([s.method for s in summarise(results["runs"])])
-    return f"Eval accuracy and training loss by training step, for {names}; the numbers are in results.json."
+    names = listed([s.method for s in summarise(results)])
+    measure = TASKS[results["task"]].measure
+    return f"Held-out {measure} and training loss by training step, for {names}; the numbers are in results.json."
 
 
 def _describe_step_time(results: dict[str, Any]) -> str:
     bars = [
         f"{s.method} " + ", ".join(f"{t.mean * 1e3:.1f} ms {side}" for side, t in s.step_seconds.items())
-        for s in summarise(results["runs"])
+        for s in summarise(results)
     ]
     return f"Time a training step, stock and patched by scope: {'; '.join(bars)}."
 
 
+_MARKS = (
+    "The marker is the mean over seeds, ticks are the seeds, and the bar is the 95 % interval that the held-out "
+    "texts leave it (bootstrap)."
+)
 PLOTS = (
     Plot(
-        "accuracy",
-        "Accuracy against trainable parameters. The marker is the mean, the bar reaches from the lowest to "
-        "the highest seed. Methods with about as many parameters are set a little apart.",
-        _describe_accuracy,
-        _draw_accuracy,
+        "quality",
+        f"Quality against trainable parameters. {_MARKS} Methods with about as many parameters are set a little "
+        "apart. Two bars may overlap where a paired test tells the methods apart: the table says which.",
+        _describe_quality,
+        _draw_quality,
+    ),
+    Plot(
+        "quality_time",
+        f"Quality against the time of one training step, patched as by default. {_MARKS}",
+        _describe_time,
+        _draw_time,
     ),
     Plot(
         "step_time",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,19 +15,34 @@ from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
 from fastpeft import ops
-from fastpeft.compare import base_model, checkpoint, data, machine, page, plots
-from fastpeft.compare.arguments import IMDB_SMALL, ROTTEN_TOMATOES, Arguments
+from fastpeft.compare import (
+    base_model,
+    card,
+    checkpoint,
+    data,
+    duration,
+    machine,
+    page,
+    plots,
+    preflight,
+)
+from fastpeft.compare.arguments import IMDB_SMALL, Arguments
+from fastpeft.compare.encoding import Encoded, encode
 from fastpeft.compare.errors import BadInput
-from fastpeft.compare.methods import why_not
+from fastpeft.compare.methods import Method, run_name
+from fastpeft.compare.placement import why_not
+from fastpeft.compare.preflight import PLAN_FILE, RESULTS_FILE, part
 from fastpeft.compare.progress import Reporter
-from fastpeft.compare.train import Encoded, encode, train_run
+from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
+from fastpeft.compare.train import judged_untrained, train_run
 
-PLAN_FILE = "plan.json"
+FEWEST_TOKENS = 2  # of a text
 RUNS_FOLDER = "runs"
 #: Of a run's record: it goes up when a key comes, goes or changes its meaning.
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 RECORD_FILE = "record.json"
-RESULTS_FILE = "results.json"
+CARD_FILE = "README.md"
+BEFORE_FILE = "before.json"
 REPORT_FILE = "report.html"
 
 
@@ -46,16 +60,12 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
     reporter = reporter or Reporter(Console(quiet=True))
     state = machine.processes()
     out = arguments.out
+    preflight.check(arguments)
     _check_backend(arguments.backend, state.device)
-    for name in arguments.methods:
-        if reason := why_not(name):
-            raise BadInput(f"--methods: {name} can't be trained here, leave it out: {reason}")
-    _check_folder(out)
-    corpus = (
-        data.load_rotten_tomatoes()
-        if arguments.data == ROTTEN_TOMATOES
-        else data.load_file(Path(arguments.data).expanduser())
-    )
+    for method in arguments.chosen:
+        if reason := why_not(method, arguments.task):
+            raise BadInput(f"--methods: {method.name} can't be trained here, leave it out: {reason}")
+    corpus = data.load(arguments.data, arguments.task)
     plan: dict[str, Any] = {
         "arguments": arguments.recorded(),
         "data": corpus.summary(),
@@ -64,42 +74,58 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         "record": {"format": RECORD_FORMAT},
     }
     _refuse_another(plan, out)
-    checkpoint.check(arguments.model)
+    _check_fit(arguments, checkpoint.shape(arguments.model))
     base = _base(arguments, corpus, reporter, state)
     plan["model"] = base.description
     _refuse_another(plan, out)
-    encoded = encode(corpus, base)
-    plan["data"]["cut_rows"] = encoded.cut
+    encoded = encode(corpus, base, arguments)
+    plan["data"] |= {"cut_rows": encoded.cut, "weights": encoded.weights}
 
     if state.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         _write(out / PLAN_FILE, plan)
         (out / RUNS_FOLDER).mkdir(exist_ok=True)
-    records = _train_all(arguments, base, encoded, reporter, state)
-    results = plan | {"runs": records}
+    before = _before(arguments, base, encoded, state)
+    records = _train_all(arguments, plan, base, encoded, reporter, state)
+    results = plan | {"task": arguments.task, "before": before, "runs": records, "joined": None}
     if state.is_main_process:
-        _write(out / RESULTS_FILE, results)
-        plots.write(results, out)
-        _replace(out / REPORT_FILE, page.render(results))
+        write(results, out)
     state.wait_for_everyone()
     return results
 
 
+def write(results: dict[str, Any], out: Path) -> None:
+    """Results as JSON, page and plots."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RESULTS_FILE, results)
+    plots.write(results, out)
+    _replace(out / REPORT_FILE, page.render(results))
+
+
 def _train_all(
-    arguments: Arguments, base: checkpoint.Base, encoded: Encoded, reporter: Reporter, state: PartialState
+    arguments: Arguments,
+    plan: dict[str, Any],
+    base: checkpoint.Base,
+    encoded: Encoded,
+    reporter: Reporter,
+    state: PartialState,
 ) -> list[dict[str, Any]]:
     """The records of all runs, those that have none yet trained first."""
-    runs = [(method, seed) for method in arguments.methods for seed in range(arguments.seeds)]
+    runs = [(method, seed) for method in arguments.chosen for seed in range(arguments.seeds)]
     [records] = broadcast_object_list([[_record(arguments.out, *run) for run in runs]])
     kept = len(runs) - records.count(None)
     if kept:
         reporter.say(f"{kept} of {len(runs)} runs are in {arguments.out} already and kept")
+    if missing := records.count(None):
+        takes = duration.estimate(missing, base, encoded, arguments, state.device)
+        reporter.say(f"{missing} {'run' if missing == 1 else 'runs'} to train: {takes}")
+    clock = duration.Clock(missing)
     for index, (method, seed) in enumerate(runs):
         if records[index] is not None:
             continue
         reporter.step("all runs", index, len(runs))
-        show = partial(reporter.step, f"{method}, seed {seed}")
-        folder = arguments.out / RUNS_FOLDER / _run_name(method, seed)
+        show = partial(reporter.step, f"{method.name}, seed {seed}")
+        folder = arguments.out / RUNS_FOLDER / run_name(method, seed)
         unfinished = folder.with_name(f".{folder.name}")
         if state.is_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -107,10 +133,28 @@ def _train_all(
         state.wait_for_everyone()
         records[index] = train_run(method, seed, base, encoded, arguments, unfinished, show)
         if state.is_main_process:
+            _replace(unfinished / CARD_FILE, card.card(plan, method, records[index]))
             _write(unfinished / RECORD_FILE, records[index])
             unfinished.rename(folder)  # the run counts from here on, weights and record together
-        reporter.say(_line(records[index], index + 1, len(runs)))
+        reporter.say(_line(records[index], index + 1, len(runs), TASKS[arguments.task]) + clock.left())
     return records
+
+
+def _before(
+    arguments: Arguments, base: checkpoint.Base, encoded: Encoded, state: PartialState
+) -> list[float] | None:
+    """The scores of the base model, judged once; None where its head is fresh and says nothing."""
+    if arguments.task == CLASSIFY:
+        return None
+    path = arguments.out / BEFORE_FILE
+    [known] = broadcast_object_list([path.exists()])
+    if known:
+        found: list[float] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    scores = judged_untrained(base, encoded, arguments, arguments.out / ".before")
+    if state.is_main_process:
+        _replace(path, json.dumps(scores) + "\n")
+    return scores
 
 
 def finished_runs(out: Path) -> int:
@@ -123,12 +167,13 @@ def _base(
 ) -> checkpoint.Base:
     if arguments.model == IMDB_SMALL and not base_model.location().exists():
         reporter.say(
-            "The base model is a small GPT-2 that is trained here, once, on IMDB reviews (about two minutes "
-            "on two cores): no published one can be had without a network. --model takes any other GPT-2."
+            "The base model is a small GPT-2 that is trained here, once, on IMDB reviews (a few minutes on two "
+            "cores): no published one can be had without a network. --model takes any other GPT-2."
         )
     with state.main_process_first():
         base = checkpoint.load(
             arguments.model,
+            arguments.task,
             corpus.label_names,
             state.device,
             partial(reporter.step, "pre-training the base model"),
@@ -144,17 +189,14 @@ def _check_backend(backend: str, device: torch.device) -> None:
         raise BadInput(f"--backend {backend}: {error}") from None
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that can't be written or that holds something else; leaves no trace."""
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
-    try:
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise BadInput(f"--out {out}: can't be written: {error.strerror}") from None
-    ours = {PLAN_FILE, _part(out / PLAN_FILE).name}
-    if out.exists() and any(out.iterdir()) and not ours & {path.name for path in out.iterdir()}:
-        raise BadInput(f"--out {out}: the folder holds something else: name an empty or new one")
+def _check_fit(arguments: Arguments, shape: checkpoint.Shape) -> None:
+    for method in arguments.chosen:
+        method.layers(shape)
+    if shape.n_positions - arguments.reserved < FEWEST_TOKENS:
+        raise BadInput(
+            f"--methods: {arguments.reserved} tokens before each text leave it fewer than {FEWEST_TOKENS}: the model "
+            f"has {shape.n_positions} positions"
+        )
 
 
 def _refuse_another(plan: dict[str, Any], out: Path) -> None:
@@ -169,11 +211,11 @@ def _refuse_another(plan: dict[str, Any], out: Path) -> None:
             f"--out {out}: {PLAN_FILE} is damaged: name another folder, or remove this one"
         ) from None
     differing = []
-    for part, now in plan.items():
-        was = before.get(part, {})
+    for topic, now in plan.items():
+        was = before.get(topic, {})
         for key in now:
             if was.get(key) != now[key]:
-                option = f"--{key.replace('_', '-')}" if part == "arguments" else f"{part} {key}"
+                option = f"--{key.replace('_', '-')}" if topic == "arguments" else f"{topic} {key}"
                 differing.append(f"{option} (was {_shown(was.get(key))}, now {_shown(now[key])})")
     if differing:
         raise BadInput(
@@ -188,20 +230,17 @@ def _shown(value: Any) -> str:
     return str(value)[:60]
 
 
-def _run_name(method: str, seed: int) -> str:
-    return f"{method}-seed{seed}"
-
-
-def _record(out: Path, method: str, seed: int) -> dict[str, Any] | None:
+def _record(out: Path, method: Method, seed: int) -> dict[str, Any] | None:
     """The record of a finished run; None where it hasn't finished."""
-    path = out / RUNS_FOLDER / _run_name(method, seed) / RECORD_FILE
+    path = out / RUNS_FOLDER / run_name(method, seed) / RECORD_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def _line(record: dict[str, Any], number: int, total: int) -> str:
+def _line(record: dict[str, Any], number: int, total: int, task: Task) -> str:
+    quality = f"{task.measure} {record['quality']:.3f}"
     return (
         f"[{number:>{len(str(total))}}/{total}] {record['method']} seed {record['seed']}: "
-        f"accuracy {record['accuracy']:.3f}, trained in {record['train_seconds']:.0f} s"
+        f"{quality}, trained in {record['train_seconds']:.0f} s"
     )
 
 
@@ -211,9 +250,5 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 
 def _replace(path: Path, text: str) -> None:
     """The file is the old one or the new one, never a part."""
-    _part(path).write_text(text, encoding="utf-8")
-    os.replace(_part(path), path)
-
-
-def _part(path: Path) -> Path:
-    return path.with_name(f".{path.name}.part")
+    part(path).write_text(text, encoding="utf-8")
+    os.replace(part(path), path)

@@ -1,10 +1,12 @@
-"""Runs of one method put together, and what may be concluded from their spread."""
+"""Runs of one method put together."""
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from fastpeft.compare.paired import Floats, interval
 from fastpeft.compare.timing import SCOPES, SIDES
 
 
@@ -15,17 +17,17 @@ class Spread(NamedTuple):
     low: float
     high: float
 
-    def stands_above(self, other: Spread, gap: float) -> bool:
-        """Whether this range lies above the other, and its mean by more than `gap`."""
-        return self.low > other.high and self.mean - other.mean > gap
-
 
 class Summary(NamedTuple):
     """One method over its seeds."""
 
     method: str
     seeds: int
-    accuracy: Spread
+    trains: str
+    load: str  # Python that puts the first run's weights on the base model
+    quality: Spread
+    interval: tuple[float, float]  # of the quality, over held-out texts
+    scores: Floats  # (seeds, texts)
     trainable_parameters: int
     trainable_share: float
     formula: str
@@ -39,16 +41,18 @@ class Summary(NamedTuple):
     sites: list[dict[str, Any]]
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[Summary]:
+def summarise(results: dict[str, Any]) -> list[Summary]:
     """A summary for each method, in the order of the runs."""
     by_method: dict[str, list[dict[str, Any]]] = {}
-    for run in runs:
+    for run in results["runs"]:
         by_method.setdefault(run["method"], []).append(run)
-    return [_summary(method, group) for method, group in by_method.items()]
+    weights = np.array(results["data"]["weights"], float)
+    return [_summary(method, group, weights) for method, group in by_method.items()]
 
 
-def _summary(method: str, runs: list[dict[str, Any]]) -> Summary:
+def _summary(method: str, runs: list[dict[str, Any]], weights: Floats) -> Summary:
     first = runs[0]
+    scores = np.array([run["scores"] for run in runs], float)
     peaks = [run["peak_memory_bytes"] for run in runs]
     seconds = {side: [run[f"step_seconds_{side}"] for run in runs] for side in SIDES}
     ratios = {
@@ -59,7 +63,11 @@ def _summary(method: str, runs: list[dict[str, Any]]) -> Summary:
     return Summary(
         method=method,
         seeds=len(runs),
-        accuracy=_spread([run["accuracy"] for run in runs]),
+        trains=first["trains"],
+        load=first["load"],
+        quality=_spread([run["quality"] for run in runs]),
+        interval=interval(scores, weights),
+        scores=scores,
         trainable_parameters=first["trainable_parameters"],
         trainable_share=first["trainable_share"],
         formula=first["formula"],
@@ -75,47 +83,10 @@ def _summary(method: str, runs: list[dict[str, Any]]) -> Summary:
 
 
 def _spread(values: list[float]) -> Spread:
-    return Spread(sum(values) / len(values), min(values), max(values))
-
-
-def ranking(summaries: list[Summary], eval_rows: int) -> list[str]:
-    """Sentences on what the accuracies allow to say: who stands above whom, and where no ranking follows.
-
-    A pair is ranked where its spreads over the seeds don't overlap and its means are further apart than two
-    standard errors of their difference, `2·√(2·p·(1 - p) / eval_rows)` (binomial; p the mean accuracy).
-    """
-    seeds = summaries[0].seeds
-    if len(summaries) < 2:
-        return ["One method alone: there is nothing to rank."]
-    if seeds < 2:
-        return ["One seed shows no spread: no ranking follows."]
-    gap = 2 * math.sqrt(2) * standard_error(summaries, eval_rows)
-    ordered = sorted(summaries, key=lambda s: s.accuracy.mean, reverse=True)
-    above = {
-        s.method: [o.method for o in ordered if s.accuracy.stands_above(o.accuracy, gap)] for s in ordered
-    }
-    told_apart = f"closer than the {100 * gap:.1f} points that {eval_rows:,} eval texts can tell apart"
-    if not any(above.values()):
-        return [
-            f"No ranking follows: over {seeds} seeds the spreads of any two methods overlap, or lie "
-            f"{told_apart}."
-        ]
-    ranked = "; ".join(f"{method} above {listed(below)}" for method, below in above.items() if below)
-    sentences = [f"Ranked, as spreads over {seeds} seeds don't overlap: {ranked}."]
-    if sum(map(len, above.values())) < math.comb(len(ordered), 2):
-        sentences.append(f"All other pairs overlap, or lie {told_apart}: no ranking follows between them.")
-    chance = math.comb(2 * seeds, seeds) / 2
-    sentences.append(
-        f"With {seeds} seeds, the spreads of two equally good methods lie apart by chance in 1 of {chance:g} "
-        "cases."
-    )
-    return sentences
-
-
-def standard_error(summaries: list[Summary], eval_rows: int) -> float:
-    """One standard error that the number of eval rows alone gives an accuracy (binomial, at the mean one)."""
-    mean = sum(s.accuracy.mean for s in summaries) / len(summaries)
-    return math.sqrt(mean * (1 - mean) / eval_rows)
+    low, high = min(values), max(values)
+    return Spread(
+        min(max(sum(values) / len(values), low), high), low, high
+    )  # of like values a sum may be rounded
 
 
 def speed_shown(summary: Summary, scope: str) -> bool:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import fastpeft
-from fastpeft.compare.methods import trainable
+from fastpeft.compare.placement import trainable
 
 #: Of the scopes of `patch`: layers one by one, and the default, which also leaves out the padding that nobody reads.
 SCOPES = ("layers", "auto")
 SIDES = ("stock", *SCOPES)
-ROUNDS = 3  # after one that warms up
+ROUNDS = 2  # after one that warms up
 BATCHES = 3
 
 

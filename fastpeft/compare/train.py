@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import (
-    DataCollatorWithPadding,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -29,46 +29,23 @@ import fastpeft
 from fastpeft.compare import timing
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.checkpoint import Base
-from fastpeft.compare.data import Data, Part
+from fastpeft.compare.encoding import Encoded, Examples, collator
+from fastpeft.compare.errors import BadInput
+from fastpeft.compare.judging import SCORE, Judge
 from fastpeft.compare.memory import PeakMemory
-from fastpeft.compare.methods import METHODS, PREFIX_TOKENS, trainable
+from fastpeft.compare.methods import Method, run_name
+from fastpeft.compare.placement import apply, loading, save, trainable
+from fastpeft.compare.tasks import CLASSIFY
 
-EVALUATIONS = 3  # spread evenly over a run, the last at its end
+EVALUATIONS = 2  # half-way through a run and at its end
 LOSS_POINTS = 20
 WARM_UP = 0.1
 
-POINT = ("loss", "eval_loss", "eval_accuracy")
-
-Examples = list[dict[str, Any]]
-
-
-class Encoded(NamedTuple):
-    """The two parts as token ids, and how many texts were cut to fit the model."""
-
-    train: Examples
-    eval: Examples
-    cut: int
-
-
-def encode(data: Data, base: Base) -> Encoded:
-    """Tokens of every text, cut at the model's positions less a prefix's, the same for every method."""
-    longest = base.model.config.n_positions - PREFIX_TOKENS
-    train, cut_train = _encode(data.train, base, longest)
-    evaluation, cut_eval = _encode(data.eval, base, longest)
-    # By length, so that a batch pads little; the order in which rows are judged changes nothing.
-    evaluation.sort(key=lambda example: len(example["input_ids"]))
-    return Encoded(train, evaluation, cut_train + cut_eval)
-
-
-def _encode(part: Part, base: Base, longest: int) -> tuple[Examples, int]:
-    ids = base.tokenizer(part.texts, verbose=False)["input_ids"]
-    cut = sum(len(text) > longest for text in ids)
-    rows = zip(ids, part.labels, strict=True)
-    return [{"input_ids": text[:longest], "labels": label} for text, label in rows], cut
+POINT = ("loss", "eval_loss", "eval_quality")
 
 
 def train_run(
-    name: str,
+    method: Method,
     seed: int,
     base: Base,
     encoded: Encoded,
@@ -76,41 +53,52 @@ def train_run(
     folder: Path,
     notify: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, Any]:
-    """Train method `name` from `seed`, save its weights to `folder / "weights"`, return the run's record."""
-    method = METHODS[name]
+    """Train a method from `seed`, save its weights to `folder / "weights"`, return the run's record.
+
+    Raises:
+        BadInput: the device's memory, or the machine's, is too small.
+    """
     set_seed(seed)
     model: Any = copy.deepcopy(base.model)
-    model.score.weight.data.normal_(std=model.config.initializer_range)
+    if arguments.task == CLASSIFY:
+        model.score.weight.data.normal_(std=model.config.initializer_range)
     base_parameters = sum(p.numel() for p in model.parameters())
-    model = fastpeft.patch(method.apply(model, arguments), backend=arguments.backend)
+    model = fastpeft.patch(apply(method, model, arguments.task), backend=arguments.backend)
     trained = sum(p.numel() for p in trainable(model))
 
-    learning_rate = arguments.lr or method.learning_rate
-    trainer = _trainer(model, base, encoded, arguments, learning_rate, seed, folder / "trainer", notify)
+    learning_rate = arguments.lr or method.place.learning_rate
+    judge = Judge(encoded)
+    trainer = _trainer(
+        model, base, encoded, judge, arguments, learning_rate, seed, folder / "trainer", notify
+    )
     memory = PeakMemory(trainer.args.device)
-    outcome = trainer.train()
+    with enough_memory():
+        outcome = trainer.train()
     peak = memory.bytes()
-    evaluations = [entry for entry in trainer.state.log_history if "eval_accuracy" in entry]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_quality" in entry]
     if not timing.fused_calls(model):
-        raise RuntimeError(f"nothing fused was called while {name} trained:\n{fastpeft.report(model)}")
+        raise RuntimeError(f"nothing fused was called while {method.name} trained:\n{fastpeft.report(model)}")
     sites = _sites(model)
 
     # Accelerate may have put autocast into the model's forward; the timed steps bring their own.
     model = fastpeft.unpatch(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     if trainer.is_world_process_zero():
-        method.save(model, folder / "weights")
+        save(method, model, folder / "weights")
         shutil.rmtree(folder / "trainer", ignore_errors=True)
-    batches = _typical_batches(encoded.train, base, arguments, trainer.args.device)
+    batches = typical_batches(encoded.train, base, arguments, trainer.args.device)
     autocast: Callable[[], AbstractContextManager[Any]] = trainer.accelerator.autocast
     seconds = timing.step_seconds(model, batches, arguments.backend, autocast)
     trainer.accelerator.free_memory()
     return {
-        "method": name,
+        "method": method.name,
         "seed": seed,
-        "accuracy": evaluations[-1]["eval_accuracy"],
+        "trains": method.place.trains,
+        "load": loading(method, arguments.task, f"runs/{run_name(method, seed)}/weights"),
+        "quality": evaluations[-1]["eval_quality"],
+        "scores": judge.scores,
         "trainable_parameters": trained,
         "trainable_share": trained / base_parameters,
-        "formula": f"{method.formula(base.model.config, arguments)} = {trained:,}",
+        "formula": f"{method.formula(base.model.config, arguments.task)} = {trained:,}",
         "learning_rate": learning_rate,
         "steps": trainer.state.global_step,
         **{f"step_seconds_{side}": median for side, median in seconds.medians.items()},
@@ -121,6 +109,32 @@ def train_run(
         "curve": _curve(trainer.state.log_history),
         "sites": sites,
     }
+
+
+def judged_untrained(base: Base, encoded: Encoded, arguments: Arguments, folder: Path) -> list[float]:
+    """The scores of the base model as it is."""
+    judge = Judge(encoded)
+    model = copy.deepcopy(base.model)
+    with enough_memory():
+        _trainer(model, base, encoded, judge, arguments, 1.0, 0, folder, lambda *_: None).evaluate()
+    shutil.rmtree(folder, ignore_errors=True)
+    return judge.scores
+
+
+@contextlib.contextmanager
+def enough_memory() -> Iterator[None]:
+    """Memory that doesn't suffice, on a GPU or not, is the user's to mend."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(
+            error
+        ):
+            raise
+        raise BadInput(
+            "memory doesn't suffice: halve --batch-size (--accumulate 2 keeps what a step learns from), or lower "
+            "--max-length; the same --out needs a new name then"
+        ) from None
 
 
 class _Pace(TrainerCallback):
@@ -142,10 +156,22 @@ def _due(step: int, steps: int, times: int) -> bool:
     return step * times // steps > (step - 1) * times // steps
 
 
+class _InOrder(Trainer):
+    """Judges the eval part in its own order, in which scores are kept; Trainer's own would be at random."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer's, without a sampler."""
+        given: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        size, pin = self.args.eval_batch_size, self.args.dataloader_pin_memory
+        loader: Any = DataLoader(given, batch_size=size, collate_fn=self.data_collator, pin_memory=pin)
+        return self.accelerator.prepare(loader)
+
+
 def _trainer(
     model: nn.Module,
     base: Base,
     encoded: Encoded,
+    judge: Judge,
     arguments: Arguments,
     learning_rate: float,
     seed: int,
@@ -155,7 +181,9 @@ def _trainer(
     settings = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=arguments.batch_size,
-        per_device_eval_batch_size=4 * arguments.batch_size,
+        gradient_accumulation_steps=arguments.accumulate,
+        # A language model's logits are the vocabulary's size a token, and no gradient frees them sooner.
+        per_device_eval_batch_size=(4 if arguments.task == CLASSIFY else 1) * arguments.batch_size,
         num_train_epochs=arguments.epochs,
         max_steps=arguments.max_steps or -1,
         learning_rate=learning_rate,
@@ -176,26 +204,21 @@ def _trainer(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = Trainer(
+    trainer = _InOrder(
         model=model,
         args=settings,
         train_dataset=encoded.train,
         eval_dataset=encoded.eval,
-        data_collator=DataCollatorWithPadding(base.tokenizer),
-        compute_metrics=lambda judged: {"accuracy": float(np.mean(judged.predictions == judged.label_ids))},
-        preprocess_logits_for_metrics=_verdicts,
+        data_collator=collator(arguments.task, base),
+        compute_metrics=judge,
+        preprocess_logits_for_metrics=SCORE[arguments.task],
         callbacks=[_Pace(notify)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _verdicts(logits: Any, labels: Tensor) -> Tensor:
-    """Classes instead of logits, the first of what a model returns."""
-    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
-
-
-def _typical_batches(
+def typical_batches(
     examples: Examples, base: Base, arguments: Arguments, device: torch.device
 ) -> list[dict[str, Tensor]]:
     """Training batches of short, middling and long texts: at even quantiles of their length."""
@@ -204,7 +227,7 @@ def _typical_batches(
     starts = [
         math.floor((len(ordered) - size) * (i + 1) / (timing.BATCHES + 1)) for i in range(timing.BATCHES)
     ]
-    collate = DataCollatorWithPadding(base.tokenizer)
+    collate = collator(arguments.task, base)
     batches = [collate(ordered[start : start + size]) for start in starts]
     return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in batches]
 
@@ -219,7 +242,7 @@ def _sites(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _curve(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points of training by step: `loss` averaged since the point before, `eval_accuracy` and `eval_loss`."""
+    """Points of training by step: `loss` averaged since the point before, `eval_quality` and `eval_loss`."""
     points: dict[int, dict[str, Any]] = {}
     for entry in history:
         # JSON has no NaN: a loss that isn't a number becomes null.

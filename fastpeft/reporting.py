@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import nn
 
 from fastpeft import ops
-from fastpeft.patch import Candidate, candidates
+from fastpeft.patching import Candidate, candidates
 
 #: Of the kinds that torch always serves.
 _FIRST_REASON = {

@@ -1,0 +1,38 @@
+"""How trained weights are put on their base model again: for the page, and as a README beside each run's weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastpeft.compare.methods import Method
+from fastpeft.compare.placement import MODEL_CLASSES, loading
+from fastpeft.compare.tasks import CLASSIFY, TASKS
+
+
+def base_lines(plan: dict[str, Any], task: str) -> str:
+    """Python that makes `model`, the base of a comparison with this plan, with a head for its task."""
+    found = plan["model"]
+    base = "fastpeft.compare.base_model.location()" if found["pretrained_here"] else f'"{found["name"]}"'
+    head = ""
+    if task == CLASSIFY:
+        head = (
+            f", num_labels={len(plan['data']['labels'])}, pad_token_id={found['pad_token_id']}, "
+            "ignore_mismatched_sizes=True"
+        )
+    return f"base = {base}\nmodel = transformers.{MODEL_CLASSES[task].__name__}.from_pretrained(\n    base{head}\n)"
+
+
+def card(plan: dict[str, Any], method: Method, record: dict[str, Any]) -> str:
+    """A README for the weights of a run, in the folder above them."""
+    task = TASKS[plan["arguments"]["task"]]
+    modules = "fastpeft, fastpeft.compare.base_model, peft, safetensors.torch, transformers"
+    return (
+        f"# {method.name}, seed {record['seed']}\n\n"
+        f"Trained: {method.place.trains}; {record['trainable_parameters']:,} parameters, "
+        f"{record['steps']} steps on {plan['data']['name']}. "
+        f"On {plan['data']['eval_rows']:,} held-out {task.scored}: {task.show(record['quality'])}.\n\n"
+        "The weights go on the base model that they were trained on:\n\n"
+        f"```python\nimport {modules}\n\n{base_lines(plan, task.name)}\n"
+        f"{loading(method, task.name, 'weights')}\n```\n\n"
+        f"SHA-256 of the base weights: `{plan['model']['sha256']}`\n"
+    )

@@ -1,0 +1,87 @@
+"""Several comparisons of the same held-out texts, as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastpeft.compare.errors import BadInput
+from fastpeft.compare.preflight import RESULTS_FILE
+
+_PARTS = ("arguments", "model", "versions", "machine")
+
+
+def join(folders: list[Path]) -> dict[str, Any]:
+    """The results of all folders in one, with what differs between them; of seeds, those that all have.
+
+    A method that several have is told apart by its folder's name.
+
+    Raises:
+        BadInput: a folder without results, twice the same folder, or comparisons of different tasks or texts.
+    """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise BadInput("report takes each folder once")
+    found = [_read(folder) for folder in folders]
+    first = found[0]
+    for folder, results in zip(folders[1:], found[1:], strict=True):
+        for what, of in (
+            ("record format", lambda r: r["record"]["format"]),
+            ("task", lambda r: r["task"]),
+            ("data", lambda r: f"{r['data']['name']}, {r['data']['sha256'][:12]}"),
+            ("tokens of each text", lambda r: sum(r["data"]["weights"])),
+        ):
+            if of(results) != of(first):
+                raise BadInput(
+                    f"{folders[0]} and {folder} can't be joined: their {what} differ ({of(first)}, {of(results)})"
+                )
+    seeds = min(results["arguments"]["seeds"] for results in found)
+    named = [(folder, run) for folder, results in zip(folders, found, strict=True) for run in results["runs"]]
+    twice = {
+        run["method"] for a, run in named for b, other in named if a != b and run["method"] == other["method"]
+    }
+    runs = [
+        run
+        | {"load": run["load"].replace("runs/", f"{folder}/runs/")}
+        | ({"method": f"{run['method']} [{folder.name}]"} if run["method"] in twice else {})
+        for folder, run in named
+        if run["seed"] < seeds
+    ]
+    methods = list(dict.fromkeys(run["method"] for run in runs))
+    same_model = all(results["model"]["sha256"] == first["model"]["sha256"] for results in found)
+    return first | {
+        "arguments": first["arguments"] | {"methods": methods, "seeds": seeds},
+        "before": first["before"] if same_model else None,
+        "runs": runs,
+        "joined": {"folders": [str(folder) for folder in folders], "differs": _differing(found)},
+    }
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS_FILE
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file: name the --out folder of a finished comparison") from None
+    except (OSError, ValueError):
+        raise BadInput(f"{path}: can't be read as the results of a comparison") from None
+    if not isinstance(found, dict) or not {"task", "runs", "record", *_PARTS} <= found.keys():
+        raise BadInput(f"{path}: not the results of a comparison by this version of fastpeft")
+    return found
+
+
+def _differing(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each setting that isn't the same in all, its values in the order of the folders."""
+    rows = []
+    for part in _PARTS:
+        for key in found[0][part]:
+            values = [results[part].get(key) for results in found]
+            if any(value != values[0] for value in values):
+                rows.append(
+                    {"what": f"{part} {key.replace('_', ' ')}", "values": [_shown(v) for v in values]}
+                )
+    return rows
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)[:60]
