@@ -152,7 +152,7 @@ _PLANNING_FILES = tuple(
     for name in ("kernels/memo", "kernels/tiling", "kernels/tuning", "fastpeft/plan", "fastpeft/trunk")
 )
 _PLANNING_NAMES = (
-    "_check", "_confirm", "_kind_of", "_norm_kind", "_once", "_planned", "_settings", "_why_not", "choose", "chosen",
+    "_check", "confirm", "_kind_of", "_norm_kind", "_once", "_planned", "_settings", "_why_not", "choose", "chosen",
     "for_kernels", "holds", "planned", "projection", "read", "why_not",
 )  # fmt: skip
 

@@ -127,7 +127,7 @@ def on_an_h100() -> Iterator[None]:
     """Within it fastpeft takes the route and the tiles that it takes on an H100."""
     with (
         mock.patch.object(ops, "choose", return_value=ops.Route("triton", "counted")),
-        mock.patch.object(ops, "_confirm", new=lambda route, *_: route),
+        mock.patch.object(ops, "confirm", new=lambda route, *_: route),
         mock.patch.object(launch, "unsupported", return_value=None),
         mock.patch.object(layer_norm, "ready", return_value=None),
         mock.patch.object(layer_norm, "ready_to_shrink", return_value=None),

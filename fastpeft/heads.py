@@ -122,6 +122,8 @@ class _Deferring:
         """hidden (..., K) → its logits (..., V), deferred."""
         layer, site = self._head.lm_head, self._head._fastpeft
         reason = why_not_tensors(hidden, layer.weight)
+        if hidden.dtype == torch.float64:
+            reason = "stock rounds float64 logits to float32 before the loss"
         if reason:
             site.record(ops.Route("stock", reason))
             return layer(hidden)

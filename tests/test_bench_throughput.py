@@ -21,7 +21,7 @@ import variants  # noqa: E402
 from check import Wrong  # noqa: E402
 
 import fastpeft  # noqa: E402
-from fastpeft.compare.base_model import gpt2_tokenizer  # noqa: E402
+from fastpeft.compare import base_model  # noqa: E402
 from fastpeft.compare.data import load_rotten_tomatoes  # noqa: E402
 
 LORA = variants.Setting("tiny", "lora", "bf16", dropout=0.1, rank=4, head="lm", device="cpu")
@@ -86,7 +86,7 @@ def sentences_of(**changes):
 
 def test_sentences_come_in_random_order_padded_to_the_longest_of_their_batch():
     """Held against the corpus and the tokenizer themselves."""
-    tokenizer, part = gpt2_tokenizer(), load_rotten_tomatoes().train
+    tokenizer, part = base_model.tokenizer(base_model.GPT2_TOKENS), load_rotten_tomatoes().train
     known = {
         tuple(ids): label for ids, label in zip(tokenizer(part.texts)["input_ids"], part.labels, strict=True)
     }

@@ -219,7 +219,11 @@ def test_second_derivatives():
         sum(g.square().sum() for g in first).backward()
         return torch.stack([g.detach().norm() for g in first])
 
-    assert_the_same(use, *twins(with_lora(gpt2(attn_implementation="eager")).double()), batch())
+    assert_the_same(use, *twins(with_lora(gpt2(attn_implementation="eager"))), batch())
+
+
+def test_float64_is_rounded_as_stock_rounds_it():
+    assert_the_same(trained, *twins(with_lora(gpt2()).double()), batch(), "float64 logits to float32")
 
 
 def test_a_step_between_loss_and_logits():

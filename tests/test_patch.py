@@ -140,7 +140,7 @@ def test_the_report_reads_as_a_table():
     assert "no labels: the logits are what is asked for" in text[1]
     assert text[3].endswith(" 1")
     assert text[-1] == "4 sites: 1 stock, 3 torch"
-    model(input_ids=torch.ones(1, 9, dtype=torch.long), position_ids=torch.arange(9)[None])
+    model(input_ids=torch.ones(1, 9, dtype=torch.long), output_hidden_states=True)
     assert str(fastpeft.report(model)).endswith("4 sites: 2 stock, 2 torch")
 
 
