@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -57,7 +56,8 @@ class Logits(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        deferred = _DEFERRED[func](*args, **kwargs) if func in _DEFERRED else None
+        waits = func in _DEFERRED and all(type(a) is not Logits or a.plain is None for a in args)
+        deferred = _DEFERRED[func](*args, **kwargs) if waits else None
         return func(*tree_map(read, args), **tree_map(read, kwargs)) if deferred is None else deferred
 
     @classmethod
@@ -221,7 +221,8 @@ class _Output:
         return read(super().get(key, default))  # type: ignore[misc]
 
     def __reduce__(self: Any) -> Any:
-        return type(self).__mro__[2], tuple(getattr(self, field.name) for field in fields(self))
+        self.logits = self.logits  # a copy's are plain
+        return type(self).__mro__[2], *super().__reduce__()[1:]
 
 
 @functools.cache

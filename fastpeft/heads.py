@@ -109,6 +109,9 @@ HEADS = tuple(_HEADS)
 LANGUAGE_MODELS = (GPT2LMHeadModel, GPT2DoubleHeadsModel)
 
 
+_LINEAR = nn.Linear.forward
+
+
 class _Deferring:
     """A head as its own forward sees it where its logits are deferred."""
 
@@ -121,7 +124,7 @@ class _Deferring:
     def lm_head(self, hidden: Tensor) -> Tensor:
         """hidden (..., K) → its logits (..., V), deferred."""
         layer, site = self._head.lm_head, self._head._fastpeft
-        reason = why_not_tensors(hidden, layer.weight)
+        reason = why_not_tensors(hidden, *(t for t in (layer.weight, layer.bias) if t is not None))
         if hidden.dtype == torch.float64:
             reason = "stock rounds float64 logits to float32 before the loss"
         if reason:
@@ -134,11 +137,15 @@ class _Deferring:
 def _fused(stock: Any) -> type[nn.Module]:
     """The class of a head that tells its GPT-2 what it reads, and defers its logits where it has labels."""
     reads_of, parts = _HEADS[stock]
-    names = list(inspect.signature(stock.forward).parameters)[1:]
+    own = stock.forward
+    names = list(inspect.signature(own).parameters)[1:]
 
-    @functools.wraps(stock.forward)
+    @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return stock.forward(self, *args, **kwargs)
+        # Unpatched since, by whoever holds this method; or somebody replaced stock's own.
+        if "_fastpeft" not in vars(self) or stock.forward is not own:
             return stock.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         reads = _reads(self, given)
@@ -168,6 +175,8 @@ def why_not_head(head: Any) -> str | None:
     layer = head.lm_head
     if stock_class(type(layer)) is not nn.Linear or not is_plain(layer):
         return "lm_head is more than a linear layer"
+    if nn.Linear.forward is not _LINEAR:
+        return "the forward of Linear was replaced"
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         return "lm_head trains"
     return None

@@ -30,6 +30,8 @@ from fastpeft.trunk import Trunk
 #: Above this share of real tokens, and below 1, packing gains less than its gathers and scatters cost, unless a head
 #: pools. A full batch has nothing to gather.
 FULL = 0.9
+#: Where rows hold several sequences, attention's view may be so many times as large as the grid.
+_SPARSE = 4
 #: Up to this length the CPU's 16-bit attention takes longer than float32's, up to five times in backward.
 _SHORT = 256
 
@@ -294,6 +296,8 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
             sequence = begins.flatten().cumsum(0) - 1
             places = tokens - first[sequence]
             sequences, longest = len(first), int(places.max()) + 1
+            if sequences * longest > _SPARSE * ids.numel() or sequences * longest**2 > 2 * batch * length**2:
+                return "a long sequence among short ones: attention's view would be mostly padding"
             pooled = pooled if sequences == batch else None
     else:
         tokens = mask.flatten().nonzero()[:, 0]

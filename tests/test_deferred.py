@@ -157,10 +157,10 @@ def test_a_saved_output_is_stocks():
     stock, patched = twins()
     with torch.no_grad():
         expected, outputs = (model(**batch(), use_cache=False) for model in (stock, patched))
+    deferred_logits = dict(outputs.items())["logits"]
     for copied in (pickle.loads(pickle.dumps(outputs)), copy.deepcopy(outputs)):
         assert type(copied) is type(expected)
         torch.testing.assert_close(copied.logits, expected.logits, rtol=1e-4, atol=1e-5)
-    deferred_logits = dict(outputs.items())["logits"]
     assert type(deferred_logits) is Logits
     assert type(pickle.loads(pickle.dumps(deferred_logits))) is torch.Tensor
     assert type(copy.deepcopy(deferred_logits)) is torch.Tensor
@@ -220,6 +220,57 @@ def test_second_derivatives():
         return torch.stack([g.detach().norm() for g in first])
 
     assert_the_same(use, *twins(with_lora(gpt2(attn_implementation="eager"))), batch())
+
+
+def test_a_method_that_outlives_unpatch_is_stocks():
+    """accelerate keeps the bound forward of the model that it prepares."""
+    stock, patched = twins()
+    forward = patched.get_base_model().forward
+    fastpeft.unpatch(patched)
+    torch.testing.assert_close(forward(**batch()).loss, stock(**batch()).loss)
+
+
+def test_a_forward_replaced_for_the_whole_class_sees_stock(monkeypatch):
+    stock, patched = twins()
+    own = GPT2LMHeadModel.forward
+
+    def forward(self, *args, **kwargs):
+        outputs = own(self, *args, **kwargs)
+        self.last = outputs.loss.detach()
+        return {"loss": outputs.loss, "logits": outputs.logits}
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", forward)
+    results = [model.get_base_model()(**batch()) for model in (stock, patched)]
+    torch.testing.assert_close(*results)
+    assert patched.get_base_model().last == results[1]["loss"]
+
+
+def test_a_linear_layers_forward_replaced_for_all(monkeypatch):
+    own = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: own(self, x) * 2)
+    model = gpt2().requires_grad_(False)  # the head alone is a Linear
+    model.transformer.ln_f.requires_grad_(True)
+    assert_the_same(trained, *twins(model), batch(), "the forward of Linear was replaced")
+
+
+def test_what_was_read_and_edited_stays_so():
+    _, patched = twins()
+    with torch.no_grad():
+        outputs = patched(**batch())
+        outputs.logits.mul_(0)
+        logits = dict(outputs.items())["logits"]
+        loss = F.cross_entropy(logits.view(-1, VOCABULARY).float(), batch()["labels"].view(-1))
+    assert loss.item() == pytest.approx(torch.tensor(VOCABULARY).log().item())
+
+
+def test_a_copy_of_an_output_keeps_what_was_added():
+    _, patched = twins()
+    with torch.no_grad():
+        outputs = patched(**batch(), use_cache=False)
+    outputs["extra"] = torch.ones(2)
+    for copied in (copy.copy(outputs), copy.deepcopy(outputs), pickle.loads(pickle.dumps(outputs))):
+        assert torch.equal(copied["extra"], outputs["extra"])
+        assert type(copied.logits) is type(dict(copied.items())["logits"]) is torch.Tensor
 
 
 def test_float64_is_rounded_as_stock_rounds_it():

@@ -205,6 +205,16 @@ def test_positions_that_begin_again_are_other_sequences(rows, attention, scope):
     assert packing_row(patched)[2:] == ("torch", "packed: no padding between the embeddings and the head", 1)
 
 
+def test_one_long_sequence_among_short_ones_stays_stock():
+    """Attention's view, (sequences, longest), would be far larger than the grid."""
+    stock = gpt2().train()
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    inputs = flattened((20,) + (1,) * 30)
+    torch.testing.assert_close(patched(**inputs, use_cache=False).loss, stock(**inputs, use_cache=False).loss)
+    assert packing_row(patched).path == "stock"
+    assert "a long sequence among short ones" in packing_row(patched).reason
+
+
 def test_what_a_flattening_collator_gives_is_packed():
     rows = [{"input_ids": list(range(2, 2 + n))} for n in (4, 7, 2)]
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
