@@ -115,7 +115,7 @@ def compare(
         bool,
         typer.Option(
             "--quick",
-            help=f"A minute's look: at most {QUICK['max_steps']} steps a run and {QUICK['seeds']} seeds.",
+            help=f"A short look: at most {QUICK['max_steps']} steps a run and {QUICK['seeds']} seeds.",
         ),
     ] = False,
     backend: Annotated[

@@ -103,12 +103,9 @@ _HEADS: dict[type[nn.Module], tuple[Callable[[Any, dict[str, Any]], Reads | str 
     GPT2ForTokenClassification: (_token_classifier, ("dropout", "classifier")),
 }
 HEADS = tuple(_HEADS)
-
-
 #: The heads whose loss, the language model's, is computed without logits.
 LANGUAGE_MODELS = (GPT2LMHeadModel, GPT2DoubleHeadsModel)
-
-
+#: As it was when fastpeft was imported: who replaces it for all linear layers is seen.
 _LINEAR = nn.Linear.forward
 
 
@@ -142,10 +139,9 @@ def _fused(stock: Any) -> type[nn.Module]:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return stock.forward(self, *args, **kwargs)
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         # Unpatched since, by whoever holds this method; or somebody replaced stock's own.
-        if "_fastpeft" not in vars(self) or stock.forward is not own:
+        if traced or "_fastpeft" not in vars(self) or stock.forward is not own:
             return stock.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         reads = _reads(self, given)

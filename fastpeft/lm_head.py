@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft import ops
+from fastpeft import ops, reference
 from fastpeft.autograd import watched
 from fastpeft.gemm import mm
 
@@ -81,20 +81,15 @@ def routed_lm_head_loss(
     """`lm_head_loss`, with the route it took, which a head records."""
     _check(hidden, weight, labels, bias, reduction, num_items, label_smoothing)
     hidden, weight, bias = ops.as_autocast(hidden, weight, bias)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != hidden.dtype:
-            raise TypeError(f"{name} must have hidden's dtype {hidden.dtype}, got {tensor.dtype}")
+    ops.check_dtypes(hidden=hidden, weight=weight, bias=bias)
     route = ops.route_for(backend, False, hidden.device)
     targets = labels.reshape(-1)
     counts = targets != ignore_index
-    if (
-        torch.compiler.is_compiling() or ops.transformed()
-    ):  # what traces or transforms knows the plain formula
-        logits = F.linear(hidden, weight, bias).flatten(0, -2)
-        losses = F.cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), targets,
-            ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing,
-        )  # fmt: skip
+    if torch.compiler.is_compiling() or ops.transformed():
+        # What traces or transforms knows the plain formula.
+        losses = reference.lm_head_losses(
+            hidden.flatten(0, -2), weight, bias, targets, ignore_index, label_smoothing
+        )
     else:
         rows = counts.nonzero()[:, 0]
         states = hidden.reshape(-1, hidden.shape[-1])

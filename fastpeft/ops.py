@@ -704,9 +704,7 @@ def _drawn(x: Tensor, count: int) -> Sequence[Tensor]:
 def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
     """x and the layer as autocast would have them; TypeError where weight or bias still differ from x."""
     x, weight, bias, lora_a, lora_b = as_autocast(x, *projection[:4])
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {tensor.dtype}")
+    check_dtypes(x=x, weight=weight, bias=bias)
     scaling, dropout_p = float(projection.scaling), float(projection.dropout_p)
     return x, Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
 
@@ -790,6 +788,15 @@ def check_tensors(**named: Tensor | None) -> None:
             raise ValueError(
                 f"{name} is on {tensor.device} and {first} on {x.device}: move them to one device"
             )
+
+
+def check_dtypes(**named: Tensor | None) -> None:
+    """Raises where one of these tensors hasn't the dtype of the first."""
+    (first, x), *others = named.items()
+    assert x is not None
+    for name, tensor in others:
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise TypeError(f"{name} must have {first}'s dtype {x.dtype}, got {tensor.dtype}")
 
 
 def check_shapes(*named: tuple[str, Tensor | None, tuple[int, ...]], against: str) -> None:

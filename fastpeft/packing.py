@@ -234,9 +234,8 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
     if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
         return _NO_IDS
     placed = mask is None and arguments.get("position_ids") is not None
-    if (
-        placed and module.gradient_checkpointing and _caches(module, arguments)
-    ):  # off, before or after it counts
+    # Checkpointing turns the cache off, before or after it counts.
+    if placed and module.gradient_checkpointing and _caches(module, arguments):
         return "position_ids without an attention_mask, and a cache under checkpointing"
     if mask is not None and (
         type(mask) is not Tensor or mask.shape != ids.shape or mask.device != ids.device

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -66,6 +67,25 @@ def adapter(
     """
     hidden = ACTIVATIONS[activation](F.linear(x, down_weight, down_bias))
     return x + scale * F.linear(hidden, up_weight, up_bias)
+
+
+def lm_head_losses(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """A language model's loss of each row, cross-entropy of its logits in float32 at least; 0 where it is ignored.
+
+    Shapes: hidden (M, K), weight (V, K), bias (V,), labels (M,); returns (M,).
+    """
+    logits = F.linear(hidden, weight, bias)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(
+        logits, labels, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
+    )
 
 
 def gelu_new(x: Tensor) -> Tensor:
