@@ -6,6 +6,7 @@ it runs by itself, as in stock.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ class Packed(NamedTuple):
     pooled: Tensor | None  # (batch,) indices among the packed of the tokens that the head reads, if no other
     last: nn.Module | None  # the block after which only the pooled are read
     walked: list[Any]  # what the trunk was seen to be, while the call runs that saw it
+    spare: bool = False  # whether there may be more rows than tokens, whose slot is the one past the view
+    graph: Callable[[nn.Module, Tensor], Tensor] | None = None  # what does all blocks' work, called by each
 
     @property
     def whole(self) -> bool:
@@ -81,6 +84,8 @@ class FusedBlock(GPT2Block):
         """hidden_states (1, T, width), or the whole grid → the same shape, zeros where a head that pools won't look."""
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
+        if packed.graph is not None:
+            return packed.graph(self, hidden_states)
         attn, mlp, site = self.attn, self.mlp, self._fastpeft
         kept = args[0] if args else None  # the cache, which GPT2Model passes by position
         # Of the last block, keys and values of all tokens, and the rest of the pooled alone.

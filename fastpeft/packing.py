@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, ops
 from fastpeft.block import Packed, projected
+from fastpeft.graphs import Graphs, rounded
 from fastpeft.modules import why_not_here
 from fastpeft.swap import Site, stands_for
 from fastpeft.trunk import Trunk
@@ -70,8 +71,11 @@ class PackedAttention(GPT2Attention):
         batch, longest = packed.view
         lead, rows = len(qkv), qkv.flatten(0, 1)
         qkv = rows
-        if len(qkv) < batch * longest:  # else the packed rows are the view
-            qkv = qkv.new_zeros(batch * longest, qkv.shape[1]).index_copy_(0, packed.slots, qkv)
+        size = batch * longest
+        scattered = packed.spare or len(qkv) < size  # else the packed rows are the view
+        if scattered:
+            view = qkv.new_zeros(size + packed.spare, qkv.shape[1])
+            qkv = view.index_copy_(0, packed.slots, qkv)[:size]
         # Split before the heads are: the gradient is then joined without another copy.
         query, key, value = self._heads(qkv, packed.view)
         if kept is not None:
@@ -107,8 +111,9 @@ class PackedAttention(GPT2Attention):
                 query, key, value, mask, dropout_p=dropout, is_causal=causal, scale=self.scaling
             ).transpose(1, 2)
         output = output.to(qkv.dtype).reshape(-1, self.embed_dim)
-        if len(output) > len(packed.slots):
-            output = output.index_select(0, packed.slots)
+        if scattered and pooled is None:
+            slots = packed.slots.clamp(max=size - 1) if packed.spare else packed.slots
+            output = output.index_select(0, slots)
         return output.view(lead, -1, self.embed_dim)
 
     def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> list[Tensor]:
@@ -133,6 +138,7 @@ class PackingSite(Site):
     only_unmasked: bool = False  # the caller says that only tokens that the mask shows are read
     settings: Settings | None = None  # of the model, as they were when last asked about
     trunk: Trunk = field(default_factory=Trunk)
+    graphs: Graphs | None = None  # of its blocks, where they were asked for
 
 
 #: How each of GPT2Model's arguments may be, for its call to be packed; by any other name, only None.
@@ -174,6 +180,11 @@ class PackedModel(GPT2Model):
         if isinstance(packed, str):
             site.record(ops.Route("stock", packed))
             return super().forward(*args, **kwargs)
+        reason = "packed: no padding between the embeddings and the head"
+        if site.graphs is not None:
+            why_not = site.graphs.why_not(self, site.trunk.seen.trained, _caches(self, arguments))
+            reason += f"; no graph: {why_not}" if why_not else ", replayed as a graph"
+            packed = packed if why_not else _as_graph(self, packed, site.graphs)
         chosen: dict[str, Any] = {"packed": packed}
         if arguments.get("attention_mask") is None:  # stock will see one
             self.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
@@ -181,7 +192,7 @@ class PackedModel(GPT2Model):
         chosen["attention_mask"] = torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device)
         if not packed.whole:
             chosen |= _packed_rows(packed, arguments)
-        site.record(ops.Route("packed", "packed: no padding between the embeddings and the head"))
+        site.record(ops.Route("packed", reason))
         try:
             output = super().forward(**{**arguments, **chosen})
         finally:
@@ -269,8 +280,8 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         elif read.positions is not None and not only_unmasked:
             visible = ~(read.positions & ~mask).any()
         # The one wait for the device; of ids beneath the padding, stock makes errors too.
-        count, all_visible, in_range = torch.stack(
-            (mask.sum(), visible, _in_range(module, arguments))
+        count, longest, all_visible, in_range = torch.stack(
+            (mask.sum(), mask.sum(1).max(), visible, _in_range(module, arguments))
         ).tolist()
         if count == ids.numel():
             mask = None
@@ -299,10 +310,11 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
                 return "a long sequence among short ones: attention's view would be mostly padding"
             pooled = pooled if sequences == batch else None
     else:
-        tokens = mask.flatten().nonzero()[:, 0]
         order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
+        cells = torch.arange(ids.numel(), device=ids.device)
+        # Not `nonzero`, which would wait for the device again.
+        tokens = cells.new_empty(count + 1).scatter_(0, order.where(mask.flatten(), count), cells)[:count]
         places, sequence = (mask.cumsum(1) - 1).flatten()[tokens], tokens // length
-        longest = int(places.max()) + 1
     causal = None
     if module.config._attn_implementation == "eager":
         dtype = module.wpe.weight.dtype
@@ -310,8 +322,22 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         causal = causal.triu(1)[None, None]
     last = module.h[-1] if len(module.h) else None
     pooled = None if pooled is None or last is None else order[rows * length + pooled]
+    if site.graphs is not None and (sequences, longest) != (batch, length):
+        sequences = sequences if mask is not None else rounded(sequences)
+        longest = rounded(longest, steps=4)
     slots, view = sequence * longest + places, (sequences, longest)
     return Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen])
+
+
+def _as_graph(module: Any, packed: Packed, graphs: Graphs) -> Packed:
+    """A layout whose blocks are replayed: the first does the work of all."""
+    packed = packed._replace(spare=not packed.whole)
+    blocks, modules = module.h, module._fastpeft.trunk.seen.called
+
+    def graph(block: nn.Module, hidden: Tensor) -> Tensor:
+        return graphs.replayed(blocks, modules, hidden, packed) if block is blocks[0] else hidden
+
+    return packed._replace(graph=graph)
 
 
 def _caches(module: Any, arguments: dict[str, Any]) -> bool:

@@ -72,8 +72,6 @@ SAMPLE = {
         "pointer split residual",
         "pointer split gelu alone",
         "pointer dropout transposed gelu",
-        "pointer single transposed gelu",
-        "pointer single dropout residual",
         "descriptor split",
         "descriptor split transposed",
         "descriptor split gelu alone",

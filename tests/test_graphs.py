@@ -1,0 +1,479 @@
+"""Blocks replayed as graphs against a twin without: on a GPU captured, on the CPU run again on the same buffers."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from models import gpt2, with_adapters, with_lora
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    GPT2DoubleHeadsModel,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+)
+
+import fastpeft
+from fastpeft import graphs
+
+aten = torch.ops.aten
+LENGTHS = [[9, 4, 7], [5, 5, 2], [9, 9, 1], [3, 4, 6]]
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """Where models are; on the CPU a graph is replayed by running again what was captured, on the same buffers."""
+    if request.param == "cpu":
+        monkeypatch.setattr(graphs, "capture", lambda run, pool: (run(), run)[1])
+        monkeypatch.setattr(graphs, "why_not_device", lambda device: None)
+    return request.param
+
+
+def pair(model, device):
+    """The model with graphs, and a twin without."""
+    model = model.to(device).train()
+    twin = fastpeft.patch(copy.deepcopy(model), graphs=False)
+    return fastpeft.patch(model, graphs=True), twin
+
+
+def lora_pair(device, head=GPT2LMHeadModel, **config):
+    if head is GPT2ForTokenClassification:
+        config["task_type"] = None  # whose peft model wants nothing of a head
+    return pair(with_lora(gpt2(head, use_cache=False, classifier_dropout=0.0), **config), device)
+
+
+def batch(lengths, device, head=GPT2LMHeadModel, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    longest = max(lengths)
+    mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(2, 60, mask.shape, generator=generator) * mask
+    labels = ids.masked_fill(mask == 0, -100)
+    if head is GPT2ForSequenceClassification:
+        labels = ids[:, 0] % 2
+    if head is GPT2ForTokenClassification:
+        labels = (labels % 2).masked_fill(mask == 0, -100)
+    found = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def backward(model, inputs):
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach()
+
+
+def gradients(model):
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same_steps(model, twin, batches):
+    for inputs in batches:
+        model.zero_grad()
+        twin.zero_grad()
+        torch.testing.assert_close(backward(model, inputs), backward(twin, inputs))
+        assert_same_gradients(model, twin)
+
+
+def assert_same_gradients(model, twin):
+    found, expected = gradients(model), gradients(twin)
+    assert found.keys() == expected.keys() != set()
+    for name, grad in found.items():
+        torch.testing.assert_close(
+            grad, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def site_of(model):
+    return next(m._fastpeft for m in model.modules() if hasattr(getattr(m, "_fastpeft", None), "graphs"))
+
+
+def replays(model):
+    """Whether the last call was replayed."""
+    return site_of(model).last.reason.endswith("replayed as a graph")
+
+
+HEADS = [GPT2LMHeadModel, GPT2DoubleHeadsModel, GPT2ForSequenceClassification, GPT2ForTokenClassification]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_steps_on_many_lengths_equal_uncaptured_ones(head, device):
+    model, twin = lora_pair(device, head)
+    batches = [
+        batch(lengths, device, head, seed) for seed, lengths in enumerate([*LENGTHS, [6, 6, 6], [8, 8]])
+    ]
+    if head is GPT2DoubleHeadsModel:
+        batches = [{**each, "mc_token_ids": each["attention_mask"].sum(1) - 1} for each in batches]
+    for inputs in [*batches, *batches]:
+        assert_same_steps(model, twin, [inputs])
+        assert replays(model)
+    rows = fastpeft.report(model)
+    expected = {row.name: row.calls for row in fastpeft.report(twin) if row.kind == "lora"}
+    assert {row.name: row.calls for row in rows if row.kind == "lora"} == expected
+
+
+def test_sequences_that_share_rows(device):
+    model, twin = lora_pair(device)
+    for seed, rows in enumerate([[[5, 3], [2, 6]], [[4, 4], [7, 1]], [[8], [3, 5]]]):
+        ids = torch.randint(2, 60, (2, 8), generator=torch.Generator().manual_seed(seed))
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows])
+        inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
+        assert_same_steps(model, twin, [{n: t.to(device) for n, t in inputs.items()}])
+        assert replays(model)
+
+
+def test_adapters_and_trainable_embeddings(device):
+    model = with_adapters(gpt2(GPT2ForSequenceClassification, use_cache=False), "post_attn", "post_mlp")
+    model.transformer.wte.weight.requires_grad_()
+    model, twin = pair(model, device)
+    assert_same_steps(model, twin, [batch(l, device, GPT2ForSequenceClassification) for l in LENGTHS])
+    assert replays(model)
+
+
+def test_mixed_precision(device):
+    model, twin = lora_pair(device)
+    with torch.autocast(device, torch.bfloat16):
+        for lengths in LENGTHS:
+            for each in (model, twin):
+                each.zero_grad()
+                backward(each, batch(lengths, device))
+            assert replays(model)
+            for name, grad in gradients(twin).items():
+                torch.testing.assert_close(gradients(model)[name], grad, rtol=0.1, atol=2e-3)
+
+
+def test_gradients_accumulate_and_are_the_callers_own(device):
+    model, twin = lora_pair(device)
+    for seed in range(3):
+        for each in (model, twin):
+            backward(each, batch([7, 4, 7], device, seed=seed))
+    assert replays(model)
+    assert_same_gradients(model, twin)
+    kept = {n: g.clone() for n, g in gradients(model).items()}
+    model(**batch([7, 4, 7], device, seed=9)).loss.backward(inputs=[model.lm_head.weight.requires_grad_()])
+    assert all(torch.equal(kept[n], g) for n, g in gradients(model).items() if n in kept)
+
+
+def test_optimizer_steps_and_loaded_weights_are_seen(device):
+    model, twin = lora_pair(device)
+    optimizers = [
+        torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (model, twin)
+    ]
+    for lengths in LENGTHS:
+        assert_same_steps(model, twin, [batch(lengths, device)])
+        for optimizer in optimizers:
+            optimizer.step()
+    state = {n: p + 0.01 for n, p in twin.state_dict().items()}
+    model.load_state_dict(state)
+    twin.load_state_dict(state)
+    count = len(site_of(model).graphs)
+    assert_same_steps(model, twin, [batch(LENGTHS[0], device)])
+    assert replays(model)
+    assert len(site_of(model).graphs) == count
+
+
+def lora_layer(model):
+    return model.base_model.model.transformer.h[0].attn.c_attn
+
+
+def doubled(model):
+    norm = copy.deepcopy(model.base_model.model.transformer.h[0].ln_1)
+    norm.weight.data *= 2
+    return norm
+
+
+CHANGES = {
+    "scaling": lambda m: lora_layer(m).scaling.update(default=0.25),
+    "another epsilon": lambda m: setattr(m.base_model.model.transformer.h[1].ln_2, "eps", 0.1),
+    "evaluation": lambda m: m.eval(),
+    "adapters off": lambda m: m.base_model.disable_adapter_layers(),
+    "merged": lambda m: m.merge_adapter(),
+    "a factor of other memory": lambda m: setattr(
+        lora_layer(m).lora_A["default"].weight, "data", lora_layer(m).lora_A["default"].weight.data * 2
+    ),
+    "a frozen factor": lambda m: lora_layer(m).lora_A["default"].weight.requires_grad_(False),
+    "a bias that trains": lambda m: m.base_model.model.transformer.h[
+        0
+    ].mlp.c_fc.base_layer.bias.requires_grad_(),
+    "attention's scale": lambda m: setattr(m.base_model.model.transformer.h[0].attn, "scaling", 0.5),
+    "another module": lambda m: setattr(m.base_model.model.transformer.h[0], "ln_1", doubled(m)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_between_two_calls_is_seen(change, device):
+    model, twin = lora_pair(device)
+    inputs = [batch(LENGTHS[0], device)]
+    assert_same_steps(model, twin, inputs)
+    before = backward(model, inputs[0])
+    for each in (model, twin):
+        CHANGES[change](each)
+    if change in ("adapters off", "merged"):
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs[0]).loss, twin(**inputs[0]).loss)
+    else:
+        assert_same_steps(model, twin, inputs)
+    if change not in ("evaluation", "merged", "a frozen factor", "a bias that trains"):
+        assert not torch.allclose(before, model(**inputs[0]).loss, atol=1e-5)  # it does change something
+
+
+def test_a_forward_before_the_last_ones_backward_runs_by_itself(device):
+    model, twin = lora_pair(device)
+    one, other = batch([7, 4, 7], device, seed=1), batch([7, 4, 6], device, seed=2)
+    backward(model, one)
+    model.zero_grad()
+    losses = [model(**one).loss]
+    assert replays(model)
+    losses.append(model(**other).loss)
+    assert site_of(model).last.reason.endswith("the backward pass of an earlier call is still to come")
+    sum(losses).backward()
+    sum(twin(**each).loss for each in (one, other)).backward()
+    assert_same_gradients(model, twin)
+    loss = model(**one).loss
+    assert replays(model)
+    del loss  # nobody can ask for its backward pass any more
+    assert_same_steps(model, twin, [other])
+    assert replays(model)
+
+
+def test_the_graph_is_kept_as_long_as_backward_keeps_it(device, monkeypatch):
+    if device == "cpu":  # where what is run again frees what it saved, which a replay can't
+        monkeypatch.setattr(torch.autograd, "grad", partial(torch.autograd.grad, retain_graph=True))
+    model, twin = lora_pair(device)
+    inputs = batch([7, 4, 7], device)
+    for each in (model, twin):
+        loss = each(**inputs).loss
+        loss.backward(retain_graph=True)
+        each(**batch([7, 7, 3], device, seed=3)).loss.backward()
+        loss.backward()
+        with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+            loss.backward()
+    assert_same_gradients(model, twin)
+
+
+def test_a_weight_changed_before_backward_is_an_error_as_in_stock(device):
+    model, _ = lora_pair(device)
+    loss = model(**batch([7, 4, 7], device)).loss
+    with torch.no_grad():
+        lora_layer(model).lora_B["default"].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_second_derivative_is_an_error(device):
+    model, _ = lora_pair(device)
+    weight = lora_layer(model).lora_B["default"].weight
+    with pytest.raises(RuntimeError, match="graphs are differentiable once"):
+        torch.autograd.grad(model(**batch([7, 4, 7], device)).loss, weight, create_graph=True)
+
+
+def test_dropout_is_drawn_anew_and_repeats_with_the_seed(device):
+    model = with_lora(gpt2(use_cache=False, resid_pdrop=0.2, attn_pdrop=0.2), lora_dropout=0.3)
+    model, _ = pair(model, device)
+    inputs = batch([7, 4, 7], device)
+
+    def losses():
+        torch.manual_seed(5)
+        return torch.stack([backward(model, inputs) for _ in range(4)])
+
+    torch.manual_seed(5)
+    backward(model, inputs)  # captured: which draws nothing that a later call would
+    assert replays(model)
+    drawn = losses()
+    assert len(set(drawn.tolist())) == 4
+    assert torch.equal(drawn, losses())
+
+
+def test_evaluation_between_steps(device):
+    model, twin = lora_pair(device)
+    for lengths in [*LENGTHS, *LENGTHS]:
+        inputs = batch(lengths, device)
+        assert_same_steps(model, twin, [inputs])
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(model.eval()(**inputs).loss, twin.eval()(**inputs).loss)
+                assert replays(model)
+        model.train()
+        twin.train()
+
+
+def test_what_is_not_finite_stays_in_its_call(device):
+    model, twin = lora_pair(device, GPT2ForSequenceClassification)
+    long, short = (batch(l, device, GPT2ForSequenceClassification) for l in ([9, 9, 8], [2, 5, 3]))
+    assert_same_steps(model, twin, [short])
+    with torch.no_grad():
+        model.base_model.model.transformer.wpe.weight[8].fill_(float("nan"))
+    assert backward(model, long).isnan()
+    assert replays(model)
+    assert_same_steps(model, twin, [short])
+
+
+def test_no_more_graphs_are_kept_than_their_bound(device, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 3)
+    model, twin = lora_pair(device)
+    sizes = [(6,) * n for n in range(1, 6)]
+    assert_same_steps(model, twin, [batch(lengths, device) for lengths in [*sizes, *sizes]])
+    assert len(site_of(model).graphs) == 3
+
+
+def test_nothing_waits_within_what_is_captured(device, monkeypatch):
+    seen = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    real = graphs.capture
+
+    def watched(run, pool):
+        with Watched():
+            return real(run, pool)
+
+    monkeypatch.setattr(graphs, "capture", watched)
+    model, _ = pair(with_lora(gpt2(GPT2ForSequenceClassification, use_cache=False, attn_pdrop=0.1)), device)
+    backward(model, batch([9, 4, 7], device, GPT2ForSequenceClassification))
+    waits = {
+        aten._local_scalar_dense,
+        aten.nonzero,
+        aten.is_nonzero,
+        aten.equal,
+        aten.masked_select,
+        aten.unique_dim,
+    }
+    assert aten.cat in seen
+    assert not waits & set(seen)
+
+
+def test_the_one_wait_outside_is_for_the_number_of_tokens(device):
+    waits = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero):
+                waits.append(func)
+            return func(*args, **(kwargs or {}))
+
+    model, _ = lora_pair(device, GPT2ForSequenceClassification)
+    inputs = batch([9, 4, 7], device, GPT2ForSequenceClassification)
+    backward(model, inputs)
+    with Watched():
+        hidden = model.base_model.model.transformer
+        site_of(model)
+        hidden(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, reads=_pooled(inputs))
+    assert replays(model)
+    assert len(waits) <= 1
+
+
+def _pooled(inputs):
+    from fastpeft.packing import Reads
+
+    return Reads(pooled=inputs["attention_mask"].sum(1) - 1)
+
+
+def test_trainer_with_lengths_that_vary(device, tmp_path):
+    model, twin = lora_pair(device, GPT2ForSequenceClassification)
+    texts = [batch([n], "cpu", GPT2ForSequenceClassification, seed=n) for n in range(2, 20)]
+    data = [{"input_ids": t["input_ids"][0].tolist(), "labels": int(t["labels"])} for t in texts]
+
+    def collate(rows):
+        longest = max(len(r["input_ids"]) for r in rows)
+        ids = [r["input_ids"] + [0] * (longest - len(r["input_ids"])) for r in rows]
+        ids = torch.tensor(ids)
+        return {
+            "input_ids": ids,
+            "attention_mask": (ids != 0).long(),
+            "labels": torch.tensor([r["labels"] for r in rows]),
+        }
+
+    for each in (model, twin):
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=3, gradient_accumulation_steps=2, num_train_epochs=3,
+            learning_rate=1e-3, eval_strategy="epoch", save_strategy="no", report_to=[], disable_tqdm=True,
+            use_cpu=device == "cpu", remove_unused_columns=False,
+        )  # fmt: skip
+        Trainer(each, arguments, data_collator=collate, train_dataset=data, eval_dataset=data[:6]).train()
+    assert replays(model)
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+#: gradient_checkpointing_enable in older transformers
+CHECKPOINTING = next(
+    n
+    for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    if hasattr(GPT2LMHeadModel, n)
+)
+REASONS = {
+    "a cache is made": lambda m: setattr(m.config, "use_cache", True),
+    "gradient checkpointing": lambda m: getattr(m, CHECKPOINTING)({"use_reentrant": False}),
+    "eager attention": lambda m: m.set_attn_implementation("eager"),
+    "a hook on a parameter": lambda m: lora_layer(m).lora_B["default"].weight.register_hook(lambda g: g),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_what_cant_be_captured_runs_as_without_and_says_why(reason, device):
+    model, twin = lora_pair(device, GPT2ForSequenceClassification)
+    for each in (model, twin):
+        REASONS[reason](each)
+    assert_same_steps(model, twin, [batch(LENGTHS[0], device, GPT2ForSequenceClassification)])
+    assert f"no graph: {reason}" in site_of(model).last.reason
+    assert len(site_of(model).graphs) == 0
+
+
+def test_on_the_cpu_there_are_none():
+    model = fastpeft.patch(with_lora(gpt2(use_cache=False)), graphs=True)
+    model(**batch([7, 4, 7], "cpu"))
+    assert site_of(model).last.reason.endswith("no graph: no CUDA graphs on cpu")
+
+
+@pytest.mark.parametrize("options", [{"scope": "layers"}, {"exact": True}])
+def test_where_nothing_is_packed_they_are_an_error(options):
+    model = with_lora(gpt2())
+    with pytest.raises(ValueError, match="graphs=True runs packed calls"):
+        fastpeft.patch(model, graphs=True, **options)
+    assert not any(hasattr(m, "_fastpeft") for m in model.modules())
+
+
+def test_copies_and_pickles_begin_without_any(device):
+    import pickle
+
+    model, twin = lora_pair(device)
+    backward(model, batch(LENGTHS[0], device))
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert len(site_of(each).graphs) == 0
+        twin.zero_grad()
+        assert_same_steps(each, twin, [batch(LENGTHS[1], device)])
+        assert replays(each)
+
+
+@given(st.integers(1, 1 << 20), st.sampled_from([4, 8]))
+def test_sizes_are_few_and_little_is_wasted(size, steps):
+    found = graphs.rounded(size, steps)
+    assert found >= size
+    assert graphs.rounded(found, steps) == found
+    assert found - size < max(32, size / steps)
+    assert (
+        len({graphs.rounded(n, steps) for n in range(size, 2 * size, max(1, size // 100))}) <= 2 * steps + 1
+    )
+
+
+class Own(nn.Module):
+    def forward(self, x):
+        return x
+
+
+def test_a_trunk_that_isnt_plain_runs_stock(device):
+    model, twin = lora_pair(device)
+    for each in (model, twin):
+        each.base_model.model.transformer.drop = Own()
+    assert_same_steps(model, twin, [batch(LENGTHS[0], device)])
+    assert site_of(model).last.path == "stock"
