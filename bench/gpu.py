@@ -62,7 +62,7 @@ def steps(folder: Path) -> dict[str, Step]:
         "sentences": script(
             "sentences",
             "throughput",
-            sentences + "--inference --variants frozen peft fastpeft fastpeft_model",
+            sentences + "--inference --variants frozen peft fastpeft fastpeft_model fastpeft_graphs",
             ending=120,
         ),
         "throughput": script(

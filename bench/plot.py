@@ -23,7 +23,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-#: Okabe and Ito's palette and a brown, which colour-blind readers can tell apart; a variant keeps its colour.
+#: Okabe and Ito's palette, a brown and a wine red, for colour-blind readers; a variant keeps its colour.
 COLOURS = {
     "frozen": "#999999",
     "peft": "#E69F00",
@@ -35,6 +35,7 @@ COLOURS = {
     "compile": "#CC79A7",
     "fastpeft": "#009E73",
     "fastpeft_model": "#8C6D31",
+    "fastpeft_graphs": "#882255",
     "fastpeft_fp32": "#0072B2",
     "exact": "#F0E442",
 }
@@ -215,7 +216,8 @@ def main() -> None:
         draw[record["kind"]](record).savefig(figures[name])
         print(figures[name])
     if args.table:
-        tables.rewrite(args.table, list(tables.short(records)))
+        on_gpu = tables.load(args.results / "gpu")
+        tables.rewrite(args.table, [*tables.short(on_gpu), *tables.short(records)])
     if args.report:
         report.write(args.report, args.results, records, figures)
 

@@ -21,6 +21,7 @@ LABELS = {
     "eager": "eager module",
     "fastpeft": "fastpeft",
     "fastpeft_model": "fastpeft, packed",
+    "fastpeft_graphs": "fastpeft, graphs",
     "fastpeft_fp32": "fastpeft, fp32 factors",
     "exact": "fastpeft, exact",
     "stock_bf16": "transformers",

@@ -166,7 +166,7 @@ def point(
     found = {}
     for name, times in taken.items():
         with record.noted(failed, name):
-            expected = to_pack if name == "fastpeft_model" else 0
+            expected = to_pack if variants.packs(name) else 0
             if packed[name] != expected:
                 raise Wrong(f"{name} packed {packed[name]} of {len(batches)} batches, {expected} expected")
             row: dict[str, Any] = {"seconds": record.spread(times)}
@@ -176,7 +176,7 @@ def point(
                 row["speedup"] = {"over": baseline, **ratios(taken[baseline], times)}
             if "frozen" in taken:
                 row["over_frozen"] = ratios(times, taken["frozen"])
-            if name == "fastpeft_model" and "fastpeft" in taken:
+            if variants.packs(name) and "fastpeft" in taken:
                 row["over_layers"] = ratios(times, taken["fastpeft"])
             row["step_peak_bytes"] = step_peak_bytes(partial(steps[name], batches[0]), setting.device)
             if mode == "training" and name != "compile":  # what a compiled graph saves, hooks don't see

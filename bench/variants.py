@@ -21,7 +21,7 @@ import fastpeft
 
 HEADS = {"lm": GPT2LMHeadModel, "classifier": GPT2ForSequenceClassification}
 #: Variant and what it is measured against. `frozen` is the floor: nothing trains, but gradients flow through.
-#: `fastpeft_model` runs GPT-2 on packed tokens too (the default, scope="auto").
+#: `fastpeft_model` runs GPT-2 on packed tokens too (the default, scope="auto"), `fastpeft_graphs` as CUDA graphs.
 BASELINES = {
     "lora": {
         "frozen": "peft",
@@ -30,6 +30,7 @@ BASELINES = {
         "compile": "peft",
         "fastpeft": "peft",
         "fastpeft_model": "peft",
+        "fastpeft_graphs": "peft",
         "fastpeft_fp32": "peft_fp32",
         "exact": "peft",
     },
@@ -39,6 +40,7 @@ BASELINES = {
         "compile": "eager",
         "fastpeft": "eager",
         "fastpeft_model": "eager",
+        "fastpeft_graphs": "eager",
     },
 }
 
@@ -62,8 +64,14 @@ def variants_of(setting: Setting) -> dict[str, str]:
     return {
         variant: baseline
         for variant, baseline in BASELINES[setting.method].items()
-        if setting.dtype != "fp32" or not variant.endswith("_fp32")
+        if (setting.dtype != "fp32" or not variant.endswith("_fp32"))
+        and (setting.device == "cuda" or not variant.endswith("_graphs"))
     }
+
+
+def packs(name: str) -> bool:
+    """Whether a variant runs on packed tokens."""
+    return name in ("fastpeft_model", "fastpeft_graphs")
 
 
 def build(setting: Setting, names: list[str], failed: dict[str, str] | None = None) -> dict[str, nn.Module]:
@@ -92,8 +100,9 @@ def _variant(name: str, model: Any, setting: Setting) -> nn.Module:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     if name.startswith(("fastpeft", "exact")):
-        scope = "auto" if name == "fastpeft_model" else "layers"
-        fastpeft.patch(model, strict=True, exact=name == "exact", scope=scope)
+        scope = "auto" if packs(name) else "layers"
+        graphs = name == "fastpeft_graphs"
+        fastpeft.patch(model, strict=True, exact=name == "exact", scope=scope, graphs=graphs)
     return model.train()
 
 
@@ -208,8 +217,8 @@ def _assert_runs_its_own_code(name: str, model: nn.Module) -> None:
     rows = [row for row in fastpeft.report(model) if row.kind in ("lora", "adapter")]
     fused = [row for row in rows if row.path != "stock" and row.calls > 0]
     expected = len(rows) if name.startswith(("fastpeft", "exact")) else 0
-    packs = packed_calls(model) > 0
-    if len(fused) != expected or bool(rows) == (name == "frozen") or packs != (name == "fastpeft_model"):
+    packed = packed_calls(model) > 0
+    if len(fused) != expected or bool(rows) == (name == "frozen") or packed != packs(name):
         raise Wrong(f"{name} doesn't run the code it is named for:\n{fastpeft.report(model)}")
 
 

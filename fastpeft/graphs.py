@@ -67,15 +67,13 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._held)
 
-    def why_not(self, transformer: Any, trained: Sequence[Any], caches: bool) -> str | None:
-        """Why a packed call of this GPT-2, of whose parameters these train, isn't replayed; None where it is."""
+    def why_not(self, transformer: Any, caches: bool) -> str | None:
+        """Why a packed call of this GPT-2 isn't replayed; None where it is."""
         reason = why_not_device(transformer.wte.weight.device)
         if reason:
             return reason
         if getattr(transformer, "_is_replica", False):
             return "a replica of DataParallel, whose weights are others at each call"
-        if any(p._backward_hooks for p in trained):
-            return "a hook on a parameter"
         if transformer.config._attn_implementation == "eager":
             return "eager attention"
         if transformer.gradient_checkpointing and transformer.training:
@@ -178,13 +176,21 @@ class _Captured:
 
     def __init__(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any, pool: Any) -> None:
         grads = torch.is_grad_enabled()
-        parameters = [p for m in modules for p in m._parameters.values() if p is not None]
+        places = [
+            (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
+        ]
+        parameters = [held[name] for held, name in places]
         self.weights = [p for p in parameters if p.dim() > 1]
         self.trained = [p for p in parameters if grads and p.requires_grad]
+        # Others of the same memory: the hooks of the caller and of DDP know nothing of what is captured.
+        self._leaves = [torch.nn.Parameter(p.detach()) for p in self.trained]
+        self._places = [
+            place for place, p in zip(places, parameters, strict=True) if grads and p.requires_grad
+        ]
         rows = _rows(hidden, packed)
         self._hidden = hidden.detach().new_zeros(hidden.shape[0], rows, hidden.shape[2])
         self._hidden.requires_grad_(grads and hidden.requires_grad)
-        self.wanted = [t for t in (self._hidden, *self.trained) if t.requires_grad]
+        self.wanted = [t for t in (self._hidden, *self._leaves) if t.requires_grad]
         slots = packed.slots.new_empty(hidden.shape[0] * rows)
         pooled = None if packed.pooled is None else torch.empty_like(packed.pooled)
         self._packed, self._blocks = packed._replace(slots=slots, pooled=pooled, graph=None), blocks
@@ -198,10 +204,12 @@ class _Captured:
                 for _ in range(WARM_UP):
                     self._run_forward()
                     self._dy = torch.zeros_like(self._out)
-                    self._run_backward()
+                    if self.wanted:
+                        self._run_backward()
             counts = [site.calls for site in sites]
             self._forward = capture(self._run_forward, pool)
-            self._backward = capture(self._run_backward, pool)
+            if self.wanted:
+                self._backward = capture(self._run_backward, pool)
         self._out = self._out.detach()  # what backward saved stays the pool's
         #: What a run notes, for each replay to note it.
         self._notes = [
@@ -211,16 +219,21 @@ class _Captured:
             site.last, site.calls = last, calls
 
     def _run_forward(self) -> None:
-        with torch.set_grad_enabled(bool(self.wanted)):
-            x = self._hidden
-            for block in self._blocks:
-                x = block(x, packed=self._packed)
+        for (held, name), leaf in zip(self._places, self._leaves, strict=True):
+            held[name] = leaf
+        try:
+            with torch.set_grad_enabled(bool(self.wanted)):
+                x = self._hidden
+                for block in self._blocks:
+                    x = block(x, packed=self._packed)
+        finally:
+            for (held, name), parameter in zip(self._places, self.trained, strict=True):
+                held[name] = parameter
         self._out = x
 
     def _run_backward(self) -> None:
-        if not self.wanted:
-            return
-        found = torch.autograd.grad(self._out, self.wanted, self._dy, allow_unused=True)
+        # Kept, or the memory of what is read would be written to: a caller may ask for the same gradients again.
+        found = torch.autograd.grad(self._out, self.wanted, self._dy, retain_graph=True, allow_unused=True)
         self._d_hidden, *grads = found if self._hidden.requires_grad else (None, *found)
         self._reached = [g is not None for g in grads]
         self._grads = [g for g in grads if g is not None]

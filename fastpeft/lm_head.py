@@ -131,7 +131,8 @@ def _confirmed(
         route,
         backend,
         False,
-        launch.unsupported(hidden, 1, weight, bias),
+        launch.unsupported(hidden, 1, weight, bias)
+        or (launch.better_by_cublas(hidden) if backend == "auto" else None),
         lambda: kernels.ready(*operands),
         lambda: tuning.slower_than("lm_head", operands, (smoothing, ahead), through(True), through(False)),
     )

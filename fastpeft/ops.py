@@ -379,6 +379,8 @@ def _confirmed(
     tensors = [t for link in links for t in link.projection[:4]]
     rank = max(link.projection.lora_a.shape[0] for link in links)
     unsupported = launch.unsupported(rows, rank, *tensors, residual)
+    if backend == "auto":
+        unsupported = unsupported or launch.better_by_cublas(rows)
     alone = len(links) == 1 and links[0].norm is None
     if not alone and (unsupported or not _fit(rows, residual, links)):
         return Confirmed(Route("torch", "layer by layer"))  # where each says why

@@ -182,7 +182,7 @@ class PackedModel(GPT2Model):
             return super().forward(*args, **kwargs)
         reason = "packed: no padding between the embeddings and the head"
         if site.graphs is not None:
-            why_not = site.graphs.why_not(self, site.trunk.seen.trained, _caches(self, arguments))
+            why_not = site.graphs.why_not(self, _caches(self, arguments))
             reason += f"; no graph: {why_not}" if why_not else ", replayed as a graph"
             packed = packed if why_not else _as_graph(self, packed, site.graphs)
         chosen: dict[str, Any] = {"packed": packed}

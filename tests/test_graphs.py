@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -37,11 +36,11 @@ def device(request, monkeypatch):
     return request.param
 
 
-def pair(model, device):
+def pair(model, device, **options):
     """The model with graphs, and a twin without."""
     model = model.to(device).train()
-    twin = fastpeft.patch(copy.deepcopy(model), graphs=False)
-    return fastpeft.patch(model, graphs=True), twin
+    twin = fastpeft.patch(copy.deepcopy(model), graphs=False, **options)
+    return fastpeft.patch(model, graphs=True, **options), twin
 
 
 def lora_pair(device, head=GPT2LMHeadModel, **config):
@@ -117,6 +116,32 @@ def test_steps_on_many_lengths_equal_uncaptured_ones(head, device):
     rows = fastpeft.report(model)
     expected = {row.name: row.calls for row in fastpeft.report(twin) if row.kind == "lora"}
     assert {row.name: row.calls for row in rows if row.kind == "lora"} == expected
+
+
+@pytest.mark.gpu  # the interpreter would take 40 s, for what the other tests show of the CPU
+def test_through_the_kernels_with_new_masks_at_each_replay():
+    device = "cuda"
+    drops = {"resid_pdrop": 0.2, "attn_pdrop": 0.2}
+    model = with_lora(gpt2(n_layer=1, use_cache=False, **drops), lora_dropout=0.3)
+    model, twin = pair(model, device, backend="triton")
+    inputs = batch([6, 3], device)
+
+    def losses():
+        torch.manual_seed(5)
+        return [backward(model, inputs).item() for _ in range(3)]
+
+    backward(model, inputs)
+    assert replays(model)
+    assert {row.path for row in fastpeft.report(model) if row.kind in ("lora", "loss")} == {"triton"}
+    drawn = losses()
+    assert len(set(drawn)) == 3
+    assert drawn == losses()
+    for each in (model, twin):
+        for module in each.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+    assert_same_steps(model, twin, [inputs, batch([5, 2], device, seed=3)])
+    assert replays(model)
 
 
 def test_sequences_that_share_rows(device):
@@ -243,9 +268,7 @@ def test_a_forward_before_the_last_ones_backward_runs_by_itself(device):
     assert replays(model)
 
 
-def test_the_graph_is_kept_as_long_as_backward_keeps_it(device, monkeypatch):
-    if device == "cpu":  # where what is run again frees what it saved, which a replay can't
-        monkeypatch.setattr(torch.autograd, "grad", partial(torch.autograd.grad, retain_graph=True))
+def test_the_graph_is_kept_as_long_as_backward_keeps_it(device):
     model, twin = lora_pair(device)
     inputs = batch([7, 4, 7], device)
     for each in (model, twin):
@@ -256,6 +279,19 @@ def test_the_graph_is_kept_as_long_as_backward_keeps_it(device, monkeypatch):
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             loss.backward()
     assert_same_gradients(model, twin)
+
+
+def test_hooks_on_parameters_are_called_once_a_step(device):
+    model, twin = lora_pair(device)
+    seen = {}
+    for each in (model, twin):
+        weight = lora_layer(each).lora_B["default"].weight
+        weight.register_hook(
+            lambda g, each=each: (seen.setdefault(each is model, []).append(g.clone()), g * 2)[1]
+        )
+    assert_same_steps(model, twin, [batch(lengths, device) for lengths in LENGTHS])
+    assert replays(model)
+    assert len(seen[True]) == len(seen[False]) == len(LENGTHS)
 
 
 def test_a_weight_changed_before_backward_is_an_error_as_in_stock(device):
@@ -415,7 +451,6 @@ REASONS = {
     "a cache is made": lambda m: setattr(m.config, "use_cache", True),
     "gradient checkpointing": lambda m: getattr(m, CHECKPOINTING)({"use_reentrant": False}),
     "eager attention": lambda m: m.set_attn_implementation("eager"),
-    "a hook on a parameter": lambda m: lora_layer(m).lora_B["default"].weight.register_hook(lambda g: g),
 }
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -198,6 +199,17 @@ except ValueError as error:
     )
     assert "torch.Size([2, 5])" in done.stdout
     assert "TRITON_INTERPRET=1" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32", "served"),
+    [(torch.float32, False, False), (torch.float32, True, True), (torch.bfloat16, False, True)],
+)
+def test_float32_on_a_gpu_is_cublas_own_but_as_tf32(dtype, tf32, served, monkeypatch):
+    monkeypatch.setattr(launch, "tf32_allowed", lambda: tf32)
+    reason = launch.better_by_cublas(SimpleNamespace(is_cuda=True, dtype=dtype))
+    assert reason is None if served else reason.startswith("float32 without TF32")
+    assert launch.better_by_cublas(torch.ones(2, 2, dtype=dtype)) is None
 
 
 class TestTheChoiceOfATile:
