@@ -5,7 +5,7 @@ What is left of a step's time is the host's. Tensors are the CPU's, and fastpeft
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ import checkout  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastpeft import ops
+from fastpeft import graphs, ops
 from fastpeft.kernels import launch, tiling
 
 
@@ -24,6 +24,10 @@ class Launches:
 
     def __init__(self) -> None:
         self.launched = self.loaded = 0
+
+    def count(self, *arguments: Any) -> None:
+        """Note a launch."""
+        self.launched += 1
 
 
 class NoDriver:
@@ -35,11 +39,7 @@ class NoDriver:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What launches a compiled kernel: nothing does."""
-
-        def run(*arguments: Any) -> None:
-            self.launches.launched += 1
-
-        return run
+        return self.launches.count
 
     def _load(self, *kernel: Any) -> tuple[int, ...]:
         self.launches.loaded += 1
@@ -73,7 +73,14 @@ def nowhere(architecture: tiling.Architecture) -> Iterator[Launches]:
         before = driver._active
         driver.set_active(NoDriver(architecture, launches))
         stack.callback(setattr, driver, "_active", before)
+
+        def capture(run: Callable[[], None], pool: Any, stream: Any) -> Callable[[], None]:
+            run()
+            return launches.count
+
         for where, name, value in (
+            (graphs, "why_not_device", lambda device: None),
+            (graphs, "capture", capture),
             (launch, "unsupported_device", lambda device: None),
             (launch, "_capability", lambda device: divmod(architecture.name, 10)),
             (tiling, "architecture", lambda device: architecture),

@@ -8,7 +8,8 @@ Triton's kernels are compiled for an H100 and launched on nothing (driver.py), a
 of torch costs its dispatch. One thread, and its processor time, since it waits for nothing; variants in turn within a
 round, ratios within a round, medians over rounds.
 
-Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. Parts are of samples
+Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. A graph's replay is
+one launch of nothing. Parts are of samples
 of the stack: choosing what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
 
 `--first` compiles from an empty cache: kernels and seconds of the first steps at GPT-2 small's widths, each step with
@@ -47,13 +48,14 @@ H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
 WIDTH = 16
 WARM_UP = 8  # every token count once
 STEPS = 4  # of a variant in a round
-#: Name -> scope and backend; peft is what they are measured against.
-VARIANTS: dict[str, tuple[str, str] | None] = {
+#: Name -> what `patch` is told; peft is what they are measured against.
+VARIANTS: dict[str, dict[str, Any] | None] = {
     "peft": None,
-    "layers, torch": ("layers", "torch"),
-    "auto, torch": ("auto", "torch"),
-    "layers, triton": ("layers", "triton"),
-    "auto, triton": ("auto", "triton"),
+    "layers, torch": {"scope": "layers", "backend": "torch"},
+    "auto, torch": {"backend": "torch"},
+    "layers, triton": {"scope": "layers", "backend": "triton"},
+    "auto, triton": {"backend": "triton"},
+    "graphs, triton": {"backend": "triton", "graphs": True},
 }
 PARTS = ("planning", "dispatch and autograd", "launching", "the rest")
 Batch = dict[str, Tensor]
@@ -78,7 +80,7 @@ def model_of(name: str, stock: nn.Module) -> nn.Module:
     """The model of a variant, with parameters of its own."""
     model, how = variants.twin(stock), VARIANTS[name]
     if how:
-        fastpeft.patch(model, strict=True, scope=how[0], backend=how[1])
+        fastpeft.patch(model, strict=True, **how)
     return model.train()
 
 
@@ -263,7 +265,7 @@ def _hold(models: dict[str, Any]) -> None:
     """Raises Wrong where a variant didn't run what it is named for."""
     for name, model in models.items():
         for row in fastpeft.report(model):
-            expected = "stock" if VARIANTS[name] is None else VARIANTS[name][1]  # type: ignore[index]
+            expected = (VARIANTS[name] or {"backend": "stock"})["backend"]
             if row.kind == "lora" and row.path != expected:
                 raise variants.Wrong(f"{name} ran {row.name} by {row.path}: {row.reason}")
 

@@ -32,11 +32,11 @@ def rounded(size: int, steps: int = 8) -> int:
     return -(-size // step) * step
 
 
-def capture(run: Callable[[], None], pool: Any) -> Callable[[], None]:
-    """What repeats the launches of `run`, captured here, with memory of `pool`."""
+def capture(run: Callable[[], None], pool: Any, stream: Any) -> Callable[[], None]:
+    """What repeats the launches of `run`, captured here on a stream, with memory of `pool`."""
     graph = torch.cuda.CUDAGraph()
     # Other threads, of a data loader or a process group, may go on allocating.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
@@ -86,6 +86,10 @@ class Graphs:
 
     def replayed(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
         """What comes out of the blocks for hidden (1, T, width), or the whole grid; captured at the first call."""
+        with torch.cuda.device_of(hidden):  # it is launched on the current one
+            return self._replayed(blocks, modules, hidden, packed)
+
+    def _replayed(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
         grads = torch.is_grad_enabled()
         key = (
             _rows(hidden, packed), hidden.shape[0], packed.view, packed.whole, packed.pooled is None, hidden.dtype,
@@ -200,16 +204,16 @@ class _Captured:
         sites = [m._fastpeft for m in modules if "_fastpeft" in vars(m)]
         before = [(site.last, site.calls) for site in sites]
         with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []), _uncached_autocast():
-            with _beside(hidden.device):
+            with _beside(hidden.device) as stream:
                 for _ in range(WARM_UP):
                     self._run_forward()
                     self._dy = torch.zeros_like(self._out)
                     if self.wanted:
                         self._run_backward()
             counts = [site.calls for site in sites]
-            self._forward = capture(self._run_forward, pool)
+            self._forward = capture(self._run_forward, pool, stream)
             if self.wanted:
-                self._backward = capture(self._run_backward, pool)
+                self._backward = capture(self._run_backward, pool, stream)
         self._out = self._out.detach()  # what backward saved stays the pool's
         #: What a run notes, for each replay to note it.
         self._notes = [
@@ -219,6 +223,7 @@ class _Captured:
             site.last, site.calls = last, calls
 
     def _run_forward(self) -> None:
+        self._out = self._hidden  # the last run's nodes go: a leaf's would remember that run's stream
         for (held, name), leaf in zip(self._places, self._leaves, strict=True):
             held[name] = leaf
         try:
@@ -294,15 +299,15 @@ def _uncached_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[None]:
-    """A stream of its own, as a capture has."""
+def _beside(device: torch.device) -> Iterator[Any]:
+    """A stream of its own, to warm up on and to capture on; None where there are none."""
     if device.type != "cuda":
-        yield
+        yield None
         return
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        yield
+        yield stream
     torch.cuda.current_stream(device).wait_stream(stream)
 
 

@@ -31,7 +31,7 @@ LENGTHS = [[9, 4, 7], [5, 5, 2], [9, 9, 1], [3, 4, 6]]
 def device(request, monkeypatch):
     """Where models are; on the CPU a graph is replayed by running again what was captured, on the same buffers."""
     if request.param == "cpu":
-        monkeypatch.setattr(graphs, "capture", lambda run, pool: (run(), run)[1])
+        monkeypatch.setattr(graphs, "capture", lambda run, pool, stream: (run(), run)[1])
         monkeypatch.setattr(graphs, "why_not_device", lambda device: None)
     return request.param
 
@@ -369,9 +369,9 @@ def test_nothing_waits_within_what_is_captured(device, monkeypatch):
 
     real = graphs.capture
 
-    def watched(run, pool):
+    def watched(*given):
         with Watched():
-            return real(run, pool)
+            return real(*given)
 
     monkeypatch.setattr(graphs, "capture", watched)
     model, _ = pair(with_lora(gpt2(GPT2ForSequenceClassification, use_cache=False, attn_pdrop=0.1)), device)
