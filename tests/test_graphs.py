@@ -232,6 +232,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.fidelity("graphs=True, modules, settings or weights changed between calls", "captured anew")
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changes_between_two_calls_is_seen(change, device):
     model, twin = lora_pair(device)
@@ -249,6 +250,9 @@ def test_what_changes_between_two_calls_is_seen(change, device):
         assert not torch.allclose(before, model(**inputs[0]).loss, atol=1e-5)  # it does change something
 
 
+@pytest.mark.fidelity(
+    "graphs=True, a second forward before the first one's backward", "it runs without a graph"
+)
 def test_a_forward_before_the_last_ones_backward_runs_by_itself(device):
     model, twin = lora_pair(device)
     one, other = batch([7, 4, 7], device, seed=1), batch([7, 4, 6], device, seed=2)
@@ -454,6 +458,10 @@ REASONS = {
 }
 
 
+@pytest.mark.fidelity(
+    "graphs=True with a cache, gradient checkpointing or eager attention",
+    "as without graphs, with the reason",
+)
 @pytest.mark.parametrize("reason", REASONS)
 def test_what_cant_be_captured_runs_as_without_and_says_why(reason, device):
     model, twin = lora_pair(device, GPT2ForSequenceClassification)
