@@ -1,4 +1,7 @@
-"""One of two gloo processes, started by torchrun: a step on half of a batch in every case; writes gradients."""
+"""One of two gloo processes, started by torchrun.
+
+It runs a command of fastpeft's, then a step on half of a batch in every case, and writes gradients.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 import fastpeft
+from fastpeft.__main__ import main as command_line
 from fastpeft.adapters import Adapter
 
 #: engine, kind, when the model is patched
@@ -88,9 +92,20 @@ def gradients(engine, kind, when):
     return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
 
 
-def main(output: str) -> None:
+def run(command: list[str]) -> None:
+    """`fastpeft` with these arguments, as its own process would."""
+    sys.argv = ["fastpeft", *command]
+    try:
+        command_line()
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def main(output: str, *command: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    run(list(command))
+    assert dist.get_world_size() == 2  # of the group that the command made
     results = {case: gradients(*case) for case in CASES}
     if dist.get_rank() == 0:
         torch.save(results, output)

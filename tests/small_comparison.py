@@ -60,3 +60,22 @@ def arguments(folder: Path, **changes: Any) -> Arguments:
         checkpoint(model)
     small = {"data": str(data), "model": str(model), "seeds": 2, "max_steps": 4, "batch_size": 8}
     return Arguments(**{"out": folder / "out", **small, "rank": 2, "bottleneck": 4, **changes})
+
+
+def options(asked: Arguments) -> list[str]:
+    """The arguments as words of a command line."""
+    given = {"out": asked.out, **asked.recorded(), "methods": ",".join(asked.methods)}
+    return [
+        word
+        for name, value in given.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+
+
+def assert_one_report_of_two(asked: Arguments, said: str) -> None:
+    """Two processes, which said this, wrote the results of one."""
+    results = json.loads((asked.out / "results.json").read_text(encoding="utf-8"))
+    assert results["machine"]["processes"] == 2
+    assert len(results["runs"]) == 1
+    assert said.count("Report:") == 1

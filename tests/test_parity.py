@@ -118,8 +118,9 @@ def test_gelu_in_one_pass_equals_gelu_new():
     assert_parity(model, kinds=("activation",))
 
 
-def test_lora_and_adapters_on_gpt2_small():
-    shape = {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
+@pytest.mark.parametrize("layers", [1, pytest.param(12, marks=pytest.mark.full)])
+def test_lora_and_adapters_on_gpt2_small(layers):
+    shape = {"n_layer": layers, "n_embd": 768, "n_head": 12, "vocab_size": 50257, "n_positions": 1024}
     model = with_adapters(
         with_lora(gpt2(**shape), r=8, lora_dropout=0.1), "post_attn", "post_mlp", bottleneck=64
     )
