@@ -132,10 +132,10 @@ def cases(arch: int) -> Iterator[Case]:
         for rank in tiling.LAYER_NORM_SHRINK:
             yield Case("layer_norm_shrink", arch, precision, tiling.LAYER_NORM_SHRINK_FLOAT32, rank)
         for rank in EXTREMES:
-            for tile in tiling.LINEAR_FLOAT32:
+            for tile in tiling.linear_tiles_float32(precision == "tf32", epilogue=False):
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
-            for tile in tiling.linear_tiles_float32(epilogue=True):
+            for tile in tiling.linear_tiles_float32(precision == "tf32", epilogue=True):
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu alone")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")

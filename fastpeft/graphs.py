@@ -2,28 +2,32 @@
 
 Token counts and longest sequences are rounded up to few sizes, so that what varies from batch to batch is data and not
 shape. A graph repeats what was decided when it was captured: it serves a call only while every attribute of every
-module below, every parameter's place and what autocast and torch's switches say are what they were. It draws its
-dropout anew, from torch's generator. Saved activations are a graph's own: until its backward pass has run, or nobody
-can ask for it any more, other calls run uncaptured.
+module below, every parameter's place and torch's switches are what they were. Dropout is drawn anew. Saved activations
+are a graph's own: until its backward pass has run, or nobody can ask for it any more, other calls run uncaptured, as do
+those that are looked at from within.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-MOST = 32  # graphs that a model keeps: the one used longest ago goes
+from fastpeft import ops
+
+MOST = 64  # graphs of a model. None is given up for another: cuBLAS's memory goes with the first of a stream that goes
 WARM_UP = 2  # runs before a capture, which wants everything compiled and chosen
 _NESTED = (dict, list, set)
-#: Of a module's attributes, those that the trunk compares, or that are compared by what they hold.
-_APART = {"_parameters", "_buffers", "_modules"}
+#: Of a module's attributes, those whose tensors are what a graph computes with.
+_TENSORS = {"_parameters", "_buffers"}
+_SIMPLE = (bool, int, float, str)
 
 
 def rounded(size: int, steps: int = 8) -> int:
@@ -48,15 +52,31 @@ def why_not_device(device: torch.device) -> str | None:
     return "captured already, by somebody else" if torch.cuda.is_current_stream_capturing() else None
 
 
+def _why_not_here() -> str | None:
+    """What looks at a computation from within, where a replay shows nothing; None where nothing does."""
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "hooks on saved tensors, of a checkpoint or an offload"
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode looks on"
+    return "anomaly detection" if torch.is_anomaly_enabled() else None
+
+
 class Graphs:
     """The graphs of one GPT-2."""
 
     def __init__(self) -> None:
-        self._held: OrderedDict[Hashable, _Captured] = OrderedDict()
+        #: By size and state; None for what came once: a size that doesn't come again is worth no capture.
+        self._held: dict[Hashable, _Captured | None] = {}
         self._states: list[_State] = []
+        self._most = MOST
         self._pool: Any = None
+        self._stream: Any = None  # of all captures: what cuBLAS keeps for a stream is kept once
+        self._used: Any = None  # the stream of the last call
+        self._lock = threading.Lock()
         #: The autograd node whose backward pass reads a graph's activations.
         self._pending: Callable[[], Any] = _nothing
+        #: Why the last call wasn't replayed; None where it was.
+        self.why_not: str | None = None
 
     def __deepcopy__(self, memo: Any) -> Graphs:
         return Graphs()
@@ -65,63 +85,105 @@ class Graphs:
         return Graphs, ()
 
     def __len__(self) -> int:
-        return len(self._held)
+        return sum(captured is not None for captured in self._held.values())
 
-    def why_not(self, transformer: Any, caches: bool) -> str | None:
-        """Why a packed call of this GPT-2 isn't replayed; None where it is."""
-        reason = why_not_device(transformer.wte.weight.device)
-        if reason:
-            return reason
-        if getattr(transformer, "_is_replica", False):
-            return "a replica of DataParallel, whose weights are others at each call"
-        if transformer.config._attn_implementation == "eager":
-            return "eager attention"
-        if transformer.gradient_checkpointing and transformer.training:
-            return "gradient checkpointing"
-        if caches:
-            return "a cache is made: use_cache=False, in the call or the config"
+    def refused(self, transformer: Any, trained: Iterable[Any], caches: bool) -> bool:
+        """Whether a packed call of this GPT-2, of which these parameters train, runs uncaptured, as `why_not` says."""
+        self.why_not = why_not_device(transformer.wte.weight.device) or _why_not_here()
+        if self.why_not is not None:
+            return True
+        for reason, holds in (
+            ("eager attention", transformer.config._attn_implementation == "eager"),
+            ("gradient checkpointing", transformer.gradient_checkpointing and transformer.training),
+            ("a cache is made: use_cache=False, in the call or the config", caches),
+            (
+                "a replica of DataParallel, whose weights are others at each call",
+                hasattr(transformer, "_is_replica"),
+            ),
+            ("weights that are computed", not all(t is None or t.is_leaf for t in trained)),
+        ):
+            if holds:
+                self.why_not = reason
+                return True
+        return False
+
+    def through(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
+        """What comes out of the blocks for hidden (1, T, width), or the grid; replayed where `why_not` is None."""
+        if not self._lock.acquire(blocking=False):
+            return self._uncaptured("another thread is at it", blocks, hidden, packed)
+        try:
+            with torch.cuda.device_of(hidden):  # it is launched on the current one
+                return self._through(blocks, modules, hidden, packed)
+        finally:
+            self._lock.release()
+
+    def _through(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
+        reason: str | None
         if self._pending() is not None:
-            return "the backward pass of an earlier call is still to come"
-        return None
-
-    def replayed(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
-        """What comes out of the blocks for hidden (1, T, width), or the whole grid; captured at the first call."""
-        with torch.cuda.device_of(hidden):  # it is launched on the current one
-            return self._replayed(blocks, modules, hidden, packed)
-
-    def _replayed(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
+            reason = "the backward pass of an earlier call is still to come"
+            return self._uncaptured(reason, blocks, hidden, packed)
+        state = self._state(modules)
+        if state is None or self._states[state].reason is not None:
+            reason = "its modules change from call to call" if state is None else self._states[state].reason
+            return self._uncaptured(reason, blocks, hidden, packed)
         grads = torch.is_grad_enabled()
         key = (
             _rows(hidden, packed), hidden.shape[0], packed.view, packed.whole, packed.pooled is None, hidden.dtype,
-            hidden.device, grads, grads and hidden.requires_grad, self._state(modules), *_switches(hidden.device),
+            hidden.device, grads, grads and hidden.requires_grad, state, *_switches(hidden.device),
         )  # fmt: skip
-        captured = self._held.get(key)
+        if key not in self._held:
+            if len(self._held) < 8 * MOST:
+                self._held[key] = None
+            return self._uncaptured("a batch of its size comes for the first time", blocks, hidden, packed)
+        captured = self._held[key]
+        if captured is None and len(self) < self._most:
+            if hidden.is_cuda and self._stream is None:
+                self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            try:
+                captured = self._held[key] = _Captured(
+                    blocks, modules, hidden, packed, self._pool, self._stream
+                )
+            except torch.OutOfMemoryError:
+                self._most = len(self)
         if captured is None:
-            if self._pool is None and hidden.is_cuda:
-                self._pool = torch.cuda.graph_pool_handle()
-            captured = self._held[key] = _Captured(blocks, modules, hidden, packed, self._pool)
-            if len(self._held) > MOST:
-                self._held.popitem(last=False)
-        self._held.move_to_end(key)
+            return self._uncaptured(
+                f"{len(self)} sizes are captured, and no more fit", blocks, hidden, packed
+            )
+        self.why_not = None
+        if hidden.is_cuda and self._used != (stream := torch.cuda.current_stream()):
+            if self._used is not None:
+                stream.wait_stream(self._used)  # which may still read what is written now
+            self._used = stream
         captured.load(hidden, packed)
-        if not captured.wanted:
-            return captured.forward(hidden.shape[1])
-        return _Replay.apply(self, captured, hidden, *captured.trained)
+        if captured.wanted:
+            return _Replay.apply(self, captured, hidden, *captured.trained)
+        return captured.forward(hidden.shape[1]).clone()
 
-    def _state(self, modules: Sequence[Any]) -> int:
-        """The number of the state that the modules are in."""
+    def _uncaptured(self, reason: str | None, blocks: Any, hidden: Tensor, packed: Any) -> Tensor:
+        self.why_not = reason
+        return _through(blocks, hidden, packed._replace(graph=None))
+
+    def _state(self, modules: Sequence[Any]) -> int | None:
+        """The number of the state that the modules are in; None for one too many."""
+        atoms = _atoms(modules)
+        tensors = _tensors(modules)
         for i, state in enumerate(self._states):
-            if state.holds(modules):
+            if state.is_of(atoms, tensors):
                 return i
-        if len(self._states) == MOST:  # most of their graphs will never be asked for again
-            self._states.clear()
-            self._held.clear()
-        self._states.append(_State(modules))
+        if len(self._states) == MOST:
+            return None
+        self._states.append(_State(modules, atoms, tensors))
         return len(self._states) - 1
 
 
 def _nothing() -> None:
     return None
+
+
+def _through(blocks: Any, x: Tensor, packed: Any) -> Tensor:
+    for block in blocks:
+        x = block(x, packed=packed)
+    return x
 
 
 def _rows(hidden: Tensor, packed: Any) -> int:
@@ -135,41 +197,55 @@ def _switches(device: torch.device) -> tuple[Hashable, ...]:
     return (
         torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
         torch.is_inference_mode_enabled(), torch.are_deterministic_algorithms_enabled(),
-        cuda.matmul.fp32_precision, cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(),
-        cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(),
+        cuda.matmul.fp32_precision, cuda.matmul.allow_bf16_reduced_precision_reduction,
+        cuda.matmul.allow_fp16_reduced_precision_reduction, cuda.matmul.allow_fp16_accumulation,
+        cuda.preferred_blas_library(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled(), *torch._C._get_sdp_priority_order(),
     )  # fmt: skip
 
 
-class _State:
-    """What the modules of a trunk hold."""
-
-    def __init__(self, modules: Sequence[Any]) -> None:
-        self._modules = list(modules)
-        self._attributes = [
-            {k: v.copy() if type(v) in _NESTED and k not in _APART else v for k, v in vars(m).items()}
-            for m in modules
-        ]
-        self._tensors = _tensors(modules)
-
-    def holds(self, modules: Sequence[Any]) -> bool:
-        """Whether they are the same, with equal attributes, and tensors in the same places."""
-        return (
-            len(modules) == len(self._modules)
-            and all(map(is_, modules, self._modules))
-            and self._attributes == list(map(vars, modules))
-            and self._tensors == _tensors(modules)
-        )
+def _atoms(modules: Sequence[Any]) -> list[Any]:
+    """Every attribute of the modules with its name, and what those that are containers hold."""
+    held: list[dict[str, Any]] = [vars(m) for m in modules]
+    values = list(chain.from_iterable(map(dict.values, held)))
+    inner = chain.from_iterable(
+        (*v, *v.values()) if type(v) is dict else v for v in values if type(v) in _NESTED
+    )
+    return [*modules, *chain.from_iterable(held), *values, *inner]
 
 
 def _tensors(modules: Sequence[Any]) -> list[Hashable]:
-    """Where every parameter and buffer lies, and whether it trains."""
+    """Where every parameter and buffer lies and how, and whether it trains."""
     return [
-        (t.data_ptr(), t.dtype, t.requires_grad)
+        (t.data_ptr(), t.dtype, t.shape, t.stride(), t.requires_grad)
         for m in modules
         for held in (m._parameters, m._buffers)
         for t in held.values()
         if t is not None
     ]
+
+
+class _State:
+    """What the modules of a trunk hold."""
+
+    def __init__(self, modules: Sequence[Any], atoms: list[Any], tensors: list[Hashable]) -> None:
+        self._atoms, self._all_tensors = atoms, tensors
+        #: Why no graph can be of it; None where one can.
+        self.reason: str | None = None
+        for module in modules:
+            for name, value in vars(module).items():
+                inner = value.values() if type(value) is dict else value if type(value) in _NESTED else ()
+                if name not in _TENSORS and any(isinstance(each, Tensor) for each in (value, *inner)):
+                    self.reason = f"{name} of a {type(module).__name__} is a tensor, or holds one"
+
+    def is_of(self, atoms: list[Any], tensors: list[Hashable]) -> bool:
+        """Whether these are the same objects, or numbers and strings that are equal, and tensors in their places."""
+        if len(atoms) != len(self._atoms) or tensors != self._all_tensors:
+            return False
+        return all(map(is_, atoms, self._atoms)) or all(
+            a is b or (type(a) is type(b) and type(a) in _SIMPLE and a == b)
+            for a, b in zip(atoms, self._atoms, strict=True)
+        )
 
 
 class _Captured:
@@ -178,74 +254,101 @@ class _Captured:
     Rows beyond those of a call are zero, stand in no sequence, and get no gradient.
     """
 
-    def __init__(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any, pool: Any) -> None:
-        grads = torch.is_grad_enabled()
-        places = [
-            (m._parameters, name) for m in modules for name, p in m._parameters.items() if p is not None
-        ]
-        parameters = [held[name] for held, name in places]
-        self.weights = [p for p in parameters if p.dim() > 1]
-        self.trained = [p for p in parameters if grads and p.requires_grad]
+    def __init__(
+        self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any, pool: Any, stream: Any
+    ) -> None:
+        grads, rows = torch.is_grad_enabled(), _rows(hidden, packed)
+        below = [m for block in blocks for m in block.modules()]
+        places = [(m._parameters, name) for m in below for name, p in m._parameters.items() if p is not None]
+        self.weights = [held[name] for held, name in places if held[name].dim() > 1]
+        self._places = [(held, name) for held, name in places if grads and held[name].requires_grad]
+        self.trained = [held[name] for held, name in self._places]
         # Others of the same memory: the hooks of the caller and of DDP know nothing of what is captured.
         self._leaves = [torch.nn.Parameter(p.detach()) for p in self.trained]
-        self._places = [
-            place for place, p in zip(places, parameters, strict=True) if grads and p.requires_grad
-        ]
-        rows = _rows(hidden, packed)
+        self._blocks = blocks
         self._hidden = hidden.detach().new_zeros(hidden.shape[0], rows, hidden.shape[2])
         self._hidden.requires_grad_(grads and hidden.requires_grad)
-        self.wanted = [t for t in (self._hidden, *self._leaves) if t.requires_grad]
+        self._out, self._dy = torch.zeros_like(self._hidden), torch.zeros_like(self._hidden)
         slots = packed.slots.new_empty(hidden.shape[0] * rows)
         pooled = None if packed.pooled is None else torch.empty_like(packed.pooled)
-        self._packed, self._blocks = packed._replace(slots=slots, pooled=pooled, graph=None), blocks
-        self._out = self._dy = hidden.new_empty(0)
+        self._packed = packed._replace(slots=slots, pooled=pooled, graph=None)
+        #: What a gradient is asked for, and what got one: of the leaves first, of the rows last.
+        self.wanted = [*self._leaves, *([self._hidden] if self._hidden.requires_grad else [])]
+        self._live: Tensor | None = None  # what came out, as backward knows it
+        self._shapes: dict[torch.dtype, list[Tensor]] | None = None
+        self._flat: dict[torch.dtype, Tensor] = {}
+        self._d_hidden: Tensor | None = None
         self.load(hidden, packed)
 
-        sites = [m._fastpeft for m in modules if "_fastpeft" in vars(m)]
+        sites = [m._fastpeft for m in below if "_fastpeft" in vars(m)]
         before = [(site.last, site.calls) for site in sites]
-        with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []), _uncached_autocast():
-            with _beside(hidden.device) as stream:
-                for _ in range(WARM_UP):
-                    self._run_forward()
-                    self._dy = torch.zeros_like(self._out)
-                    if self.wanted:
+        try:
+            with torch.random.fork_rng([hidden.device] if hidden.is_cuda else []), _uncached_autocast():
+                with _on(stream):
+                    for _ in range(WARM_UP):
+                        self._run_forward()
+                        if not self._wants():
+                            self.wanted = []
                         self._run_backward()
-            counts = [site.calls for site in sites]
-            self._forward = capture(self._run_forward, pool, stream)
-            if self.wanted:
-                self._backward = capture(self._run_backward, pool, stream)
-        self._out = self._out.detach()  # what backward saved stays the pool's
-        #: What a run notes, for each replay to note it.
-        self._notes = [
-            (site, site.last, site.calls - count) for site, count in zip(sites, counts, strict=True)
-        ]
-        for site, (last, calls) in zip(sites, before, strict=True):
-            site.last, site.calls = last, calls
+                    self._live = None  # and its memory, before more is taken
+                counts = [site.calls for site in sites]
+                self._forward = capture(self._run_forward, pool, stream)
+                if self.wanted:
+                    self._backward = capture(self._run_backward, pool, stream)
+            self._live = None  # what backward reads stays the pool's
+            #: What a run notes, for each replay to note it.
+            self._notes = [
+                (site, site.last, site.calls - count) for site, count in zip(sites, counts, strict=True)
+            ]
+        finally:
+            for site, (last, calls) in zip(sites, before, strict=True):
+                site.last, site.calls = last, calls
+
+    def _wants(self) -> bool:
+        return self._live is not None and self._live.requires_grad
 
     def _run_forward(self) -> None:
-        self._out = self._hidden  # the last run's nodes go: a leaf's would remember that run's stream
-        for (held, name), leaf in zip(self._places, self._leaves, strict=True):
-            held[name] = leaf
+        parameters = [held[name] for held, name in self._places]
         try:
+            for (held, name), leaf in zip(self._places, self._leaves, strict=True):
+                held[name] = leaf
             with torch.set_grad_enabled(bool(self.wanted)):
-                x = self._hidden
-                for block in self._blocks:
-                    x = block(x, packed=self._packed)
+                self._live = _through(self._blocks, self._hidden, self._packed)
         finally:
-            for (held, name), parameter in zip(self._places, self.trained, strict=True):
+            for (held, name), parameter in zip(self._places, parameters, strict=True):
                 held[name] = parameter
-        self._out = x
+        with torch.no_grad():
+            self._out.copy_(self._live)
 
     def _run_backward(self) -> None:
+        if not self.wanted:
+            return
+        assert self._live is not None
         # Kept, or the memory of what is read would be written to: a caller may ask for the same gradients again.
-        found = torch.autograd.grad(self._out, self.wanted, self._dy, retain_graph=True, allow_unused=True)
-        self._d_hidden, *grads = found if self._hidden.requires_grad else (None, *found)
-        self._reached = [g is not None for g in grads]
-        self._grads = [g for g in grads if g is not None]
+        found = torch.autograd.grad(self._live, self.wanted, self._dy, retain_graph=True, allow_unused=True)
+        if self._shapes is None:  # the first run says what gets any
+            self._learn(found)
+            found = tuple(g for g in found if g is not None)
+        if self._d_hidden is not None:
+            self._d_hidden.copy_(found[-1])
         # One tensor a dtype: what leaves is a copy, since autograd may add to it, or keep it.
+        for dtype, flat in self._flat.items():
+            torch.cat([g.flatten() for g in found[: len(self.trained)] if g.dtype == dtype], out=flat)
+
+    def _learn(self, found: tuple[Tensor | None, ...]) -> None:
+        """Leave out what gets no gradient, and make room for those that do."""
+        if self._hidden.requires_grad and found[-1] is not None:
+            self._d_hidden = torch.empty_like(self._hidden)
+        reached = [i for i, _ in enumerate(self.trained) if found[i] is not None]
+        self.trained = [self.trained[i] for i in reached]
+        self.wanted = [t for t, g in zip(self.wanted, found, strict=True) if g is not None]
+        dtypes = dict.fromkeys(p.dtype for p in self.trained)
+        self._shapes = {
+            d: [torch.empty(p.shape, device="meta") for p in self.trained if p.dtype == d] for d in dtypes
+        }
         self._flat = {
-            dtype: torch.cat([g.flatten() for g in self._grads if g.dtype == dtype])
-            for dtype in {g.dtype for g in self._grads}
+            d: self._hidden.new_empty(sum(t.numel() for t in shapes), dtype=d)
+            for d, shapes in self._shapes.items()
         }
 
     @torch.no_grad()
@@ -265,19 +368,19 @@ class _Captured:
         self._forward()
         for site, last, calls in noted:
             site.last, site.calls = last, calls
-        return self._out.detach()[:, :rows]
+        return self._out[:, :rows]
 
     def backward(self, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients to hidden and to what trains, None where there is none, in tensors of their own."""
+        """The gradients to hidden, None where there is none, and to what trains, in tensors of their own."""
         _fill(self._dy, dy)
         self._backward()
         d_hidden = None if self._d_hidden is None else self._d_hidden[:, : dy.shape[1]].clone()
-        copies = {}
-        for dtype, flat in self._flat.items():
-            like = [g for g in self._grads if g.dtype == dtype]
-            copies[dtype] = iter(torch._utils._unflatten_dense_tensors(flat.clone(), like))
-        found = iter(next(copies[g.dtype]) for g in self._grads)
-        return d_hidden, *(next(found) if reached else None for reached in self._reached)
+        pieces = {
+            dtype: iter(torch._utils._unflatten_dense_tensors(self._flat[dtype].clone(), shapes))
+            for dtype, shapes in (self._shapes or {}).items()
+        }
+        # `.data`: who writes to one hasn't written to the others.
+        return d_hidden, *(next(pieces[p.dtype]).data for p in self.trained)
 
 
 def _fill(static: Tensor, given: Tensor) -> None:
@@ -299,16 +402,18 @@ def _uncached_autocast() -> Iterator[None]:
 
 
 @contextmanager
-def _beside(device: torch.device) -> Iterator[Any]:
-    """A stream of its own, to warm up on and to capture on; None where there are none."""
-    if device.type != "cuda":
-        yield None
+def _on(stream: Any) -> Iterator[None]:
+    """Within it work goes to this stream, after what was asked for before and ahead of what comes; None is here."""
+    if stream is None:
+        yield
         return
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield stream
-    torch.cuda.current_stream(device).wait_stream(stream)
+    here = torch.cuda.current_stream()
+    stream.wait_stream(here)
+    try:
+        with torch.cuda.stream(stream):
+            yield
+    finally:
+        here.wait_stream(stream)
 
 
 class _Replay(torch.autograd.Function):
@@ -326,9 +431,12 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _ = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            raise RuntimeError("graphs are differentiable once: fastpeft.patch(model) for second derivatives")
-        found = ctx.captured.backward(dy)
+        if torch.is_grad_enabled() or ops.transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            raise RuntimeError(
+                "graphs are differentiable once, one gradient at a time: fastpeft.patch(model) without"
+            )
+        with torch.cuda.device_of(dy):
+            found = ctx.captured.backward(dy)
         if not torch._C._autograd._get_current_graph_task_keep_graph():
             ctx.graphs._pending = _nothing
         return None, None, *found

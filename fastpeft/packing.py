@@ -180,11 +180,9 @@ class PackedModel(GPT2Model):
         if isinstance(packed, str):
             site.record(ops.Route("stock", packed))
             return super().forward(*args, **kwargs)
-        reason = "packed: no padding between the embeddings and the head"
-        if site.graphs is not None:
-            why_not = site.graphs.why_not(self, _caches(self, arguments))
-            reason += f"; no graph: {why_not}" if why_not else ", replayed as a graph"
-            packed = packed if why_not else _as_graph(self, packed, site.graphs)
+        graphs = site.graphs
+        if graphs is not None and not graphs.refused(self, site.trunk.trained(), _caches(self, arguments)):
+            packed = _as_graph(self, packed, graphs)
         chosen: dict[str, Any] = {"packed": packed}
         if arguments.get("attention_mask") is None:  # stock will see one
             self.warn_if_padding_and_no_attention_mask(arguments["input_ids"], None)
@@ -192,11 +190,14 @@ class PackedModel(GPT2Model):
         chosen["attention_mask"] = torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device)
         if not packed.whole:
             chosen |= _packed_rows(packed, arguments)
-        site.record(ops.Route("packed", reason))
         try:
             output = super().forward(**{**arguments, **chosen})
         finally:
             packed.walked.clear()  # a checkpoint's second forward comes after who knows what
+        reason = "packed: no padding between the embeddings and the head"
+        if graphs is not None:
+            reason += f"; no graph: {graphs.why_not}" if graphs.why_not else ", replayed as a graph"
+        site.record(ops.Route("packed", reason))
         return output if packed.whole else _unpacked(packed, output)
 
 
@@ -335,7 +336,7 @@ def _as_graph(module: Any, packed: Packed, graphs: Graphs) -> Packed:
     blocks, modules = module.h, module._fastpeft.trunk.seen.called
 
     def graph(block: nn.Module, hidden: Tensor) -> Tensor:
-        return graphs.replayed(blocks, modules, hidden, packed) if block is blocks[0] else hidden
+        return graphs.through(blocks, modules, hidden, packed) if block is blocks[0] else hidden
 
     return packed._replace(graph=graph)
 

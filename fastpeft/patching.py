@@ -72,7 +72,7 @@ def patch(
             kernels then take in the GELU, dropouts, residuals and LayerNorms beside the LoRA projections; on the CPU
             the dropouts of attention and residuals draw fewer numbers. `layers` swaps layers one by one and nothing
             else, as `exact` does.
-        graphs: on CUDA, run the blocks of packed calls as CUDA graphs, one for each size, captured when it first comes:
+        graphs: on CUDA, run the blocks of packed calls as CUDA graphs, one for each size, captured at its second call:
             for a model as small as GPT-2 the host otherwise takes longer to launch a step's kernels than the GPU to run
             them. Token counts and lengths are rounded up, by an eighth and a quarter at most. What can't be captured
             runs as without, with the reason in `report`: a cache (train with `use_cache=False`), gradient

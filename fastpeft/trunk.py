@@ -6,7 +6,7 @@ hook, a forward of an instance's own, a module used twice, keeps the trunk stock
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from itertools import chain, repeat
 from operator import contains, is_, itemgetter
 from types import CodeType
@@ -159,6 +159,10 @@ class Trunk:
             if reason:
                 return f"{_name_of(seen.offender, transformer)} {reason}"
         return self.walk(transformer)
+
+    def trained(self) -> Iterable[Any]:
+        """What trained when it was last walked, as it is now."""
+        return map(dict.get, self.seen.places, self.seen.names)
 
     def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
         """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""

@@ -25,7 +25,7 @@ from .activations import activate, activation_gradient
 from .blocks import (
     arrive_last,
     clear_tickets,
-    dot,
+    dot_apart,
     input_precision,
     new_tickets,
     rounded,
@@ -64,7 +64,7 @@ def rows_times(
         mask_k = offs_k < K - k
         t = tl.load(t_ptrs, mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         f = tl.load(f_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
-        acc = dot(t, rounded(f, t.dtype), acc, INPUT_PRECISION)
+        acc = dot_apart(t, rounded(f, t.dtype), acc, INPUT_PRECISION)
         t_ptrs += BLOCK_K * tl.cast(stride_tk, tl.int64)
         f_ptrs += BLOCK_K * tl.cast(stride_fk, tl.int64)
     return acc
@@ -93,7 +93,9 @@ def residual_plus(
         mask_k = offs_k < K - k
         mask = mask_m[:, None] & mask_k[None, :]
         f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_k[None, :], other=0.0)
-        update = dot(u, rounded(f, u.dtype), tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32), INPUT_PRECISION)
+        update = dot_apart(
+            u, rounded(f, u.dtype), tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32), INPUT_PRECISION
+        )
         if bias_ptr is not None:
             update += tl.load(bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
         out = tl.load(t_ptrs, mask=mask, other=0.0).to(tl.float32) + scale * update
@@ -216,11 +218,11 @@ def adapter_gradient_kernel(
         mask_m = offs_m < end - m
         mask, mask_h = mask_m[:, None] & mask_k[None, :], mask_m[:, None] & mask_r[None, :]
         dy = tl.trans(tl.load(dy_ptrs, mask=mask, other=0.0))
-        d_up = dot(dy, tl.load(h_ptrs, mask=mask_h, other=0.0), d_up, INPUT_PRECISION)
-        d_up_bias = dot(dy, ones, d_up_bias, INPUT_PRECISION)
+        d_up = dot_apart(dy, tl.load(h_ptrs, mask=mask_h, other=0.0), d_up, INPUT_PRECISION)
+        d_up_bias = dot_apart(dy, ones, d_up_bias, INPUT_PRECISION)
         dz = tl.load(dz_ptrs, mask=mask_h, other=0.0)
-        d_down = dot(tl.trans(tl.load(x_ptrs, mask=mask, other=0.0)), dz, d_down, INPUT_PRECISION)
-        d_down_bias = dot(tl.trans(ones), dz, d_down_bias, INPUT_PRECISION)
+        d_down = dot_apart(tl.trans(tl.load(x_ptrs, mask=mask, other=0.0)), dz, d_down, INPUT_PRECISION)
+        d_down_bias = dot_apart(tl.trans(ones), dz, d_down_bias, INPUT_PRECISION)
         dy_ptrs += BLOCK_M * tl.cast(stride_ym, tl.int64)
         x_ptrs += BLOCK_M * tl.cast(stride_xm, tl.int64)
         h_ptrs += BLOCK_M * R

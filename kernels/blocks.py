@@ -47,11 +47,17 @@ def dot(a, b, acc, INPUT_PRECISION: tl.constexpr):
     if _INTERPRETED:  # the interpreter would multiply the bits of bfloat16 as integers
         a = a.to(tl.float32)
         b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+
+
+@triton.jit
+def dot_apart(a, b, acc, INPUT_PRECISION: tl.constexpr):
+    """`dot`, of float32 in full summed apart from `acc`: one chain for the whole sum errs more than cuBLAS does."""
     if a.dtype == tl.float32 and INPUT_PRECISION == "ieee":
-        # One chain of additions for the whole sum errs more than cuBLAS does; the limit keeps the compiler from it.
+        # With a limit to what is summed imprecisely, the compiler doesn't join the two sums.
         return acc + tl.dot(a, b, input_precision=INPUT_PRECISION, max_num_imprecise_acc=a.shape[1])
     else:
-        return tl.dot(a, b, acc, input_precision=INPUT_PRECISION)
+        return dot(a, b, acc, INPUT_PRECISION)
 
 
 @triton.jit

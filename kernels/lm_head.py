@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiling
-from .blocks import dot, grouped_order, input_precision, load, rounded, start_from
+from .blocks import dot_apart, grouped_order, input_precision, load, rounded, start_from
 from .launch import Launcher, build, describe, fixed, launchers, on_device_of
 
 LOSS_ROWS = 32  # of a program of `head_loss_kernel`
@@ -103,7 +103,7 @@ def head_logits_kernel(
         mask_k = offs_k < K - k
         hidden = load(hidden_ptrs, mask_k[None, :], MASKED_K)
         weight = load(weight_ptrs, mask_k[:, None], MASKED_K)
-        acc = dot(hidden, weight, acc, INPUT_PRECISION)
+        acc = dot_apart(hidden, weight, acc, INPUT_PRECISION)
         hidden_ptrs += BLOCK_K * tl.cast(stride_hk, tl.int64)
         weight_ptrs += BLOCK_K * tl.cast(stride_wk, tl.int64)
 
@@ -136,7 +136,7 @@ def head_logits_descriptor_kernel(
         acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
         for k in range(0, K, BLOCK_K):
             weight = weight_desc.load([start_n, k]).T
-            acc = dot(hidden_desc.load([start_m, k]), weight, acc, INPUT_PRECISION)
+            acc = dot_apart(hidden_desc.load([start_m, k]), weight, acc, INPUT_PRECISION)
         logits = left_of_tile(
             acc, labels_ptr, parts_ptr, sums_ptr, losses_ptr, M, V,
             pid_n, offs_m, mask_m, hidden_desc.dtype, BLOCK_N,
@@ -242,7 +242,7 @@ def head_gradient_kernel(
         logits = tl.load(logits_ptrs)
         weight = tl.load(weight_ptrs, mask=mask, other=0.0)
         d_logits = gradient_to_logits(logits, lse, labels - v, offs_v, smoothing, uniform, SMOOTHED)
-        acc = dot(d_logits, weight, acc, INPUT_PRECISION)
+        acc = dot_apart(d_logits, weight, acc, INPUT_PRECISION)
         logits_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K * tl.cast(stride_wv, tl.int64)
 
@@ -273,7 +273,7 @@ def head_gradient_descriptor_kernel(
     for v in range(start_v, tl.minimum(start_v + columns, V), BLOCK_K):
         logits, weight = logits_desc.load([start_m, v]), weight_desc.load([v, start_n])
         d_logits = gradient_to_logits(logits, lse, labels - v, offs_v, smoothing, uniform, SMOOTHED)
-        acc = dot(d_logits, weight, acc, INPUT_PRECISION)
+        acc = dot_apart(d_logits, weight, acc, INPUT_PRECISION)
     store_of_run(acc, out_ptr, M, K, offs_m, offs_n, mask_m, mask_n)
 
 

@@ -24,6 +24,7 @@ from .blocks import (
     arrive_last,
     clear_tickets,
     dot,
+    dot_apart,
     grouped_order,
     input_precision,
     load,
@@ -65,7 +66,7 @@ def initial(
         u = tl.load(u_ptr + rows[:, None].to(tl.int64) * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
         f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
         f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = dot(u, rounded(f.to(tl.float32) * scaling, u.dtype), acc, INPUT_PRECISION)
+        acc = dot_apart(u, rounded(f.to(tl.float32) * scaling, u.dtype), acc, INPUT_PRECISION)
     if DROPOUT:
         acc = tl.where(keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N), acc, 0.0)
     return acc
@@ -96,11 +97,11 @@ def finished(
     f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
     f = rounded(f.to(tl.float32) * scaling, u.dtype)
     if DROPOUT:
-        update = dot(u, f, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), INPUT_PRECISION)
+        update = dot_apart(u, f, tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32), INPUT_PRECISION)
         keep = keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N)
         return acc + tl.where(keep, update, 0.0)
     else:
-        return dot(u, f, acc, INPUT_PRECISION)
+        return dot_apart(u, f, acc, INPUT_PRECISION)
 
 
 @triton.jit
@@ -185,7 +186,7 @@ def linear_kernel(
         mask_k = offs_k < K - k
         x = load(x_ptrs, mask_k[None, :], MASKED_K)
         w = load(w_ptrs, mask_k[:, None] & mask_n[None, :], MASKED_K or MASKED_N)
-        acc = dot(x, w, acc, INPUT_PRECISION)
+        acc = dot_apart(x, w, acc, INPUT_PRECISION)
         if SINGLE:
             if MASKED_K:
                 a = tl.load(a_ptrs, mask=mask_k[:, None] & mask_r[None, :], other=0.0)
@@ -253,7 +254,7 @@ def linear_descriptor_kernel(
         for k in range(0, K, BLOCK_K):
             x = x_desc.load([start_m, k])
             w = w_desc.load([start_n, k]).T if W_TRANSPOSED else w_desc.load([k, start_n])
-            acc = dot(x, w, acc, INPUT_PRECISION)
+            acc = dot_apart(x, w, acc, INPUT_PRECISION)
         offsets = offs_m[:, None].to(tl.int64) * N + offs_n[None, :]
         mask = mask_m[:, None] & mask_n[None, :]
         acc = to_pre_activation(acc, pre_ptr, offsets, mask)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import INTERPRETED
+from .launch import INTERPRETED, tf32_allowed
 
 
 class Architecture(NamedTuple):
@@ -116,8 +116,9 @@ LINEAR: Mapping[int, Mapping[str, tuple[Tile, ...]]] = {
     120: _MMA_SYNC_120,
 }
 
-#: The GEMM's tiles on float32, of every architecture, in pointer form: whether multiplied as TF32 or in full.
-LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
+#: The GEMM's tiles on float32, of every architecture, in pointer form: multiplied as TF32, or in full.
+LINEAR_TF32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 3))
+LINEAR_FLOAT32 = (Tile(128, 128, 32, 8, 3), Tile(64, 64, 32, 4, 4))
 
 #: Tiles that an epilogue makes spill, or lengthens the main loop of: their form, variant and architecture.
 _NOT_WITH_EPILOGUE = {
@@ -149,7 +150,7 @@ SHRINK = {
     128: (Strip(64, 64, 8, 3), Strip(32, 64, 8, 3)),
     256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
 }
-SHRINK_FLOAT32 = Strip(32, 32, 8, 3)
+SHRINK_FLOAT32 = Strip(64, 32, 8, 3)
 #: The same beside a LayerNorm: with its statistics a taller strip, or a larger rank, spills on some architecture.
 LAYER_NORM_SHRINK = {16: Strip(32, 128, 4, 3), 32: Strip(32, 128, 8, 3), 64: Strip(32, 64, 4, 4)}
 LAYER_NORM_SHRINK_FLOAT32 = Strip(16, 32, 8, 3)
@@ -240,9 +241,10 @@ def linear_tiles(
     return tuple(tile for tile in tiles if (f"{form} {variant}", tile) not in excluded)
 
 
-def linear_tiles_float32(epilogue: bool) -> tuple[Tile, ...]:
+def linear_tiles_float32(tf32: bool, epilogue: bool) -> tuple[Tile, ...]:
     """The same on float32: with an epilogue the larger would spill."""
-    return LINEAR_FLOAT32[1:] if epilogue else LINEAR_FLOAT32
+    tiles = LINEAR_TF32 if tf32 else LINEAR_FLOAT32
+    return tiles[1:] if epilogue else tiles
 
 
 def linear(
@@ -268,7 +270,11 @@ def linear(
         and (_describable(weight) or _describable(weight.T))
     )
     shape = steps(x.shape[0]), weight.shape[1], x.shape[1], padded_rank(rank)
-    return _linear(arch, x.dtype == torch.float32, described, shape, (inner, outer, epilogue, derivative))
+    options = inner, outer, epilogue, derivative
+    if x.dtype == torch.float32:
+        tiles = _cheapest_first(linear_tiles_float32(tf32_allowed(), epilogue), *shape[:2], arch)
+        return [Linear(tile, False, False, 0) for tile in tiles]
+    return _linear(arch, described, shape, options)
 
 
 def steps(rows: int) -> int:
@@ -280,16 +286,12 @@ def steps(rows: int) -> int:
 @functools.lru_cache(maxsize=4096)
 def _linear(
     arch: Architecture,
-    float32: bool,
     descriptor: bool,
     shape: tuple[int, int, int, int],
     options: tuple[bool, bool, bool, bool],
 ) -> list[Linear]:
-    """`linear` of `shape` (rows, N, K, padded rank), with tensor descriptors where they can describe the operands."""
+    """`linear` on 16-bit numbers, of `shape` (rows, N, K, padded rank), with tensor descriptors where they can be."""
     (m, n, k, padded), (inner, outer, epilogue, derivative) = shape, options
-    if float32:
-        tiles = _cheapest_first(linear_tiles_float32(epilogue), m, n, arch)
-        return [Linear(tile, False, False, 0) for tile in tiles]
     form = "descriptor" if descriptor else "pointer"
     tiles = _cheapest_first(
         linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue, derivative), m, n, arch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from models import gpt2, with_adapters, with_lora
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     GPT2DoubleHeadsModel,
     GPT2ForSequenceClassification,
@@ -74,11 +76,22 @@ def gradients(model):
 
 
 def assert_same_steps(model, twin, batches):
+    """Twice each: a size is captured when it comes for the second time."""
     for inputs in batches:
-        model.zero_grad()
-        twin.zero_grad()
-        torch.testing.assert_close(backward(model, inputs), backward(twin, inputs))
-        assert_same_gradients(model, twin)
+        for _ in range(2):
+            model.zero_grad()
+            twin.zero_grad()
+            torch.testing.assert_close(backward(model, inputs), backward(twin, inputs))
+            assert_same_gradients(model, twin)
+
+
+def captured(model, inputs):
+    """The model, with a graph for batches of this size."""
+    for _ in range(2):
+        backward(model, inputs)
+    assert replays(model)
+    model.zero_grad()
+    return model
 
 
 def assert_same_gradients(model, twin):
@@ -166,6 +179,7 @@ def test_mixed_precision(device):
     model, twin = lora_pair(device)
     with torch.autocast(device, torch.bfloat16):
         for lengths in LENGTHS:
+            captured(model, batch(lengths, device))
             for each in (model, twin):
                 each.zero_grad()
                 backward(each, batch(lengths, device))
@@ -295,7 +309,7 @@ def test_hooks_on_parameters_are_called_once_a_step(device):
         )
     assert_same_steps(model, twin, [batch(lengths, device) for lengths in LENGTHS])
     assert replays(model)
-    assert len(seen[True]) == len(seen[False]) == len(LENGTHS)
+    assert len(seen[True]) == len(seen[False]) == 2 * len(LENGTHS)
 
 
 def test_a_weight_changed_before_backward_is_an_error_as_in_stock(device):
@@ -309,9 +323,14 @@ def test_a_weight_changed_before_backward_is_an_error_as_in_stock(device):
 
 def test_a_second_derivative_is_an_error(device):
     model, _ = lora_pair(device)
-    weight = lora_layer(model).lora_B["default"].weight
-    with pytest.raises(RuntimeError, match="graphs are differentiable once"):
-        torch.autograd.grad(model(**batch([7, 4, 7], device)).loss, weight, create_graph=True)
+    inputs = batch([7, 4, 7], device)
+    weight = lora_layer(captured(model, inputs)).lora_B["default"].weight
+    for options in (
+        {"create_graph": True},
+        {"is_grads_batched": True, "grad_outputs": torch.ones(2, device=device)},
+    ):
+        with pytest.raises(RuntimeError, match="graphs are differentiable once"):
+            torch.autograd.grad(model(**inputs).loss, weight, **options)
 
 
 def test_dropout_is_drawn_anew_and_repeats_with_the_seed(device):
@@ -323,9 +342,7 @@ def test_dropout_is_drawn_anew_and_repeats_with_the_seed(device):
         torch.manual_seed(5)
         return torch.stack([backward(model, inputs) for _ in range(4)])
 
-    torch.manual_seed(5)
-    backward(model, inputs)  # captured: which draws nothing that a later call would
-    assert replays(model)
+    captured(model, inputs)
     drawn = losses()
     assert len(set(drawn.tolist())) == 4
     assert torch.equal(drawn, losses())
@@ -338,6 +355,7 @@ def test_evaluation_between_steps(device):
         assert_same_steps(model, twin, [inputs])
         for mode in (torch.no_grad, torch.inference_mode):
             with mode():
+                model.eval()(**inputs)
                 torch.testing.assert_close(model.eval()(**inputs).loss, twin.eval()(**inputs).loss)
                 assert replays(model)
         model.train()
@@ -347,7 +365,7 @@ def test_evaluation_between_steps(device):
 def test_what_is_not_finite_stays_in_its_call(device):
     model, twin = lora_pair(device, GPT2ForSequenceClassification)
     long, short = (batch(l, device, GPT2ForSequenceClassification) for l in ([9, 9, 8], [2, 5, 3]))
-    assert_same_steps(model, twin, [short])
+    assert_same_steps(model, twin, [short, long])
     with torch.no_grad():
         model.base_model.model.transformer.wpe.weight[8].fill_(float("nan"))
     assert backward(model, long).isnan()
@@ -355,12 +373,174 @@ def test_what_is_not_finite_stays_in_its_call(device):
     assert_same_steps(model, twin, [short])
 
 
-def test_no_more_graphs_are_kept_than_their_bound(device, monkeypatch):
+def test_no_more_sizes_are_captured_than_their_bound(device, monkeypatch):
     monkeypatch.setattr(graphs, "MOST", 3)
     model, twin = lora_pair(device)
     sizes = [(6,) * n for n in range(1, 6)]
     assert_same_steps(model, twin, [batch(lengths, device) for lengths in [*sizes, *sizes]])
     assert len(site_of(model).graphs) == 3
+    assert site_of(model).last.reason.endswith("3 sizes are captured, and no more fit")
+
+
+def test_a_size_that_comes_once_is_not_captured(device):
+    model, _ = lora_pair(device)
+    backward(model, batch([7, 4, 7], device))
+    assert site_of(model).last.reason.endswith("a batch of its size comes for the first time")
+    assert len(site_of(model).graphs) == 0
+
+
+def test_an_epoch_of_changes_ends_it(device, monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 3)
+    model, twin = lora_pair(device)
+    inputs = batch([7, 4, 7], device)
+    for step in range(5):
+        for each in (model, twin):
+            lora_layer(each).scaling["default"] = 1.0 + step
+        assert_same_steps(model, twin, [inputs])
+    assert site_of(model).last.reason.endswith("its modules change from call to call")
+
+
+def renewed(model):
+    held = lora_layer(model).lora_B["default"]
+    held.weight = nn.Parameter(held.weight.data)
+
+
+def cut(model):
+    a, b = (lora_layer(model)._modules[name]["default"].weight for name in ("lora_A", "lora_B"))
+    a.data, b.data = a.data[:2], b.data[:, :2]
+    a.grad = b.grad = None
+
+
+@pytest.mark.parametrize("change", [renewed, cut, lambda m: m.load_state_dict(m.state_dict(), assign=True)])
+def test_other_parameters_in_the_same_memory(change, device):
+    model, twin = lora_pair(device)
+    inputs = [batch(LENGTHS[0], device)]
+    assert_same_steps(model, twin, inputs)
+    for each in (model, twin):
+        change(each)
+    assert_same_steps(model, twin, inputs)
+
+
+@pytest.mark.parametrize("what", ["a learnable scaling", "a tensor of one's own"])
+def test_tensors_among_attributes_keep_it_uncaptured(what, device):
+    model, twin = lora_pair(device)
+    assert_same_steps(model, twin, [batch(LENGTHS[0], device)])
+    for value in (2.0, 3.0):
+        for each in (model, twin):
+            if what == "a learnable scaling":
+                lora_layer(each).scaling["default"] = nn.Parameter(torch.tensor(value, device=device))
+            else:
+                each.base_model.model.transformer.h[0].stat = torch.full((3,), value)
+        assert_same_steps(model, twin, [batch(LENGTHS[0], device)])
+        assert not replays(model)
+    if what == "a learnable scaling":
+        assert lora_layer(model).scaling["default"].grad is not None
+
+
+def test_threads_share_a_model(device):
+    model, twin = lora_pair(device)
+    batches = [batch([9, 5, 7], device, seed=n) for n in range(4)]
+    model.eval()
+    twin.eval()
+    with torch.no_grad():
+        expected = [twin(**inputs).loss.item() for inputs in batches]
+        for inputs in [*batches, *batches]:
+            model(**inputs)
+    assert replays(model)
+
+    def losses(n):
+        with torch.no_grad():
+            return [model(**batches[n]).loss.item() for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for loss, found in zip(expected, pool.map(losses, range(4)), strict=True):
+            assert found == pytest.approx([loss] * 20, rel=1e-5)
+
+
+def test_only_the_last_norm_trains(device):
+    model = gpt2(use_cache=False).requires_grad_(False)
+    model.transformer.ln_f.requires_grad_(True)
+    model, twin = pair(model, device)
+    losses = [m(**batch([9, 5, 7], device)).loss for m in (model, model, twin)]  # the second is captured
+    later = model(**batch([9, 5, 7], device, seed=4)).loss
+    assert replays(model)
+    for loss in (losses[1], losses[2]):
+        loss.backward()
+    del later
+    assert_same_gradients(model, twin)
+
+
+def test_results_are_the_callers_own(device):
+    model, _ = lora_pair(device, GPT2ForSequenceClassification)
+    transformer = model.base_model.model.transformer
+    transformer.ln_f = nn.Identity()
+    ids = [torch.full((2, 8), n, device=device) for n in (3, 4)]
+    with torch.no_grad():
+        for _ in range(2):
+            transformer(ids[0])
+        first = transformer(ids[0]).last_hidden_state
+        assert replays(model)
+        kept = first.clone()
+        transformer(ids[1])
+    assert torch.equal(first, kept)
+
+
+def test_parameters_that_get_no_gradient_are_not_told_of_one(device):
+    model = with_lora(gpt2(use_cache=False))
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter("default")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora" in name)
+    model, twin = pair(model, device)
+    told = []
+    lora_layer(model).lora_A["other"].weight.register_hook(told.append)
+    assert_same_steps(model, twin, [batch([7, 4, 7], device)])
+    assert replays(model)
+    assert told == []
+
+
+def test_within_a_checkpoint(device):
+    model, twin = lora_pair(device)
+    inputs = batch([7, 4, 7], device)
+    captured(model, inputs)
+    for each in (model, twin):
+        checkpoint(lambda each=each: each(**inputs).loss, use_reentrant=False).backward()
+    assert "hooks on saved tensors" in site_of(model).last.reason
+    assert_same_gradients(model, twin)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_a_capture_that_fails_leaves_the_model_as_it_was(error, device, monkeypatch):
+    model, twin = lora_pair(device)
+    inputs = batch([7, 4, 7], device)
+    for each in (model, twin):
+        backward(each, inputs)
+    parameters = list(map(id, model.parameters()))
+
+    def fail(*given):
+        raise error("of the test")
+
+    monkeypatch.setattr(graphs, "capture", fail)
+    if error is KeyboardInterrupt:
+        with pytest.raises(KeyboardInterrupt):
+            model(**inputs)
+        counts = {row.calls for row in fastpeft.report(model) if row.kind == "lora"}
+        assert counts == {row.calls for row in fastpeft.report(twin) if row.kind == "lora"}
+    else:
+        assert_same_steps(model, twin, [inputs])
+        assert site_of(model).last.reason.endswith("0 sizes are captured, and no more fit")
+    assert list(map(id, model.parameters())) == parameters
+
+
+def test_gradients_have_versions_of_their_own(device):
+    model, _ = lora_pair(device)
+    inputs = batch([7, 4, 7], device)
+    captured(model, inputs)
+    a, b = (lora_layer(model)._modules[name]["default"].weight for name in ("lora_A", "lora_B"))
+    da, db = torch.autograd.grad(model(**inputs).loss, [a, b])
+    product = (a * da).sum()
+    db.mul_(2)
+    product.backward()
 
 
 def test_nothing_waits_within_what_is_captured(device, monkeypatch):
@@ -379,7 +559,7 @@ def test_nothing_waits_within_what_is_captured(device, monkeypatch):
 
     monkeypatch.setattr(graphs, "capture", watched)
     model, _ = pair(with_lora(gpt2(GPT2ForSequenceClassification, use_cache=False, attn_pdrop=0.1)), device)
-    backward(model, batch([9, 4, 7], device, GPT2ForSequenceClassification))
+    captured(model, batch([9, 4, 7], device, GPT2ForSequenceClassification))
     waits = {
         aten._local_scalar_dense,
         aten.nonzero,
@@ -403,12 +583,12 @@ def test_the_one_wait_outside_is_for_the_number_of_tokens(device):
 
     model, _ = lora_pair(device, GPT2ForSequenceClassification)
     inputs = batch([9, 4, 7], device, GPT2ForSequenceClassification)
-    backward(model, inputs)
     with Watched():
-        hidden = model.base_model.model.transformer
-        site_of(model)
-        hidden(**{k: inputs[k] for k in ("input_ids", "attention_mask")}, reads=_pooled(inputs))
-    assert replays(model)
+        model.base_model.model.transformer(
+            inputs["input_ids"], attention_mask=inputs["attention_mask"], reads=_pooled(inputs)
+        )
+    assert site_of(model).last.path == "packed"
+    assert "a dispatch mode looks on" in site_of(model).last.reason
     assert len(waits) <= 1
 
 
