@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2Config
 
 import fastpeft
+from fastpeft import graphs
 from fastpeft.kernels import tiling
 
 H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
@@ -212,7 +213,7 @@ def measure(
     found = {}
     for name, step in steps.items():
         before = launches.launched
-        with Operators() as operators:
+        with Operators() as operators, mock.patch.object(graphs, "_why_not_here", lambda: None):
             step()
         launched = launches.launched - before
         host = statistics.median(times[name])
