@@ -268,7 +268,8 @@ class _Captured:
         self._blocks = blocks
         self._hidden = hidden.detach().new_zeros(hidden.shape[0], rows, hidden.shape[2])
         self._hidden.requires_grad_(grads and hidden.requires_grad)
-        self._out, self._dy = torch.zeros_like(self._hidden), torch.zeros_like(self._hidden)
+        self._out: Any = None  # made by the first run, as is what goes back
+        self._dy: Any = None
         slots = packed.slots.new_empty(hidden.shape[0] * rows)
         pooled = None if packed.pooled is None else torch.empty_like(packed.pooled)
         self._packed = packed._replace(slots=slots, pooled=pooled, graph=None)
@@ -318,6 +319,8 @@ class _Captured:
             for (held, name), parameter in zip(self._places, parameters, strict=True):
                 held[name] = parameter
         with torch.no_grad():
+            if self._out is None:
+                self._out, self._dy = torch.empty_like(self._live), torch.zeros_like(self._live)
             self._out.copy_(self._live)
 
     def _run_backward(self) -> None:
