@@ -371,6 +371,7 @@ REASONS = {
     "a hook, LoRA, modules_to_save or trainable tokens on lm_head, a loss_function of one's own",
     "stock, with the reason",
 )
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # peft 0.19
 @pytest.mark.parametrize(("make", "reason"), REASONS.values(), ids=list(REASONS))
 def test_a_head_of_another_kind(make, reason):
     def use(model, inputs):
