@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import ops
+from fastpeft.kernels.rows import rounded
 
 MOST = 64  # graphs of a model. None is given up for another: cuBLAS's memory goes with the first of a stream that goes
 WARM_UP = 2  # runs before a capture, which wants everything compiled and chosen
@@ -28,12 +29,6 @@ _NESTED = (dict, list, set)
 #: Of a module's attributes, those whose tensors are what a graph computes with.
 _TENSORS = {"_parameters", "_buffers"}
 _SIMPLE = (bool, int, float, str)
-
-
-def rounded(size: int, steps: int = 8) -> int:
-    """`size` rounded up to so many steps an octave, and to a multiple of 32 at least."""
-    step = max(32, 1 << (max(size, 1) - 1).bit_length() >> steps.bit_length())
-    return -(-size // step) * step
 
 
 def capture(run: Callable[[], None], pool: Any, stream: Any) -> Callable[[], None]:
@@ -110,22 +105,29 @@ class Graphs:
     def through(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
         """What comes out of the blocks for hidden (1, T, width), or the grid; replayed where `why_not` is None."""
         if not self._lock.acquire(blocking=False):
-            return self._uncaptured("another thread is at it", blocks, hidden, packed)
+            self.why_not = "another thread is at it"
+            return _through(blocks, hidden, packed._replace(graph=None))
         try:
             with torch.cuda.device_of(hidden):  # it is launched on the current one
-                return self._through(blocks, modules, hidden, packed)
+                found = self._found(blocks, modules, hidden, packed)
+                if isinstance(found, str):
+                    self.why_not = found
+                    return _through(blocks, hidden, packed._replace(graph=None))
+                self.why_not = None
+                return self._replayed(found, hidden, packed)
         finally:
             self._lock.release()
 
-    def _through(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> Tensor:
-        reason: str | None
+    def _found(self, blocks: Any, modules: Sequence[Any], hidden: Tensor, packed: Any) -> _Captured | str:
+        """The graph of such a call, captured now if it wasn't, or why there is none."""
         if self._pending() is not None:
-            reason = "the backward pass of an earlier call is still to come"
-            return self._uncaptured(reason, blocks, hidden, packed)
+            return "the backward pass of an earlier call is still to come"
         state = self._state(modules)
-        if state is None or self._states[state].reason is not None:
-            reason = "its modules change from call to call" if state is None else self._states[state].reason
-            return self._uncaptured(reason, blocks, hidden, packed)
+        if state is None:
+            return "its modules change from call to call"
+        reason = self._states[state].reason
+        if reason:
+            return reason
         grads = torch.is_grad_enabled()
         key = (
             _rows(hidden, packed), hidden.shape[0], packed.view, packed.whole, packed.pooled is None, hidden.dtype,
@@ -134,22 +136,17 @@ class Graphs:
         if key not in self._held:
             if len(self._held) < 8 * MOST:
                 self._held[key] = None
-            return self._uncaptured("a batch of its size comes for the first time", blocks, hidden, packed)
-        captured = self._held[key]
-        if captured is None and len(self) < self._most:
+            return "a batch of its size comes for the first time"
+        if self._held[key] is None and len(self) < self._most:
             if hidden.is_cuda and self._stream is None:
                 self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
             try:
-                captured = self._held[key] = _Captured(
-                    blocks, modules, hidden, packed, self._pool, self._stream
-                )
+                self._held[key] = _Captured(blocks, modules, hidden, packed, self._pool, self._stream)
             except torch.OutOfMemoryError:
                 self._most = len(self)
-        if captured is None:
-            return self._uncaptured(
-                f"{len(self)} sizes are captured, and no more fit", blocks, hidden, packed
-            )
-        self.why_not = None
+        return self._held[key] or f"{len(self)} sizes are captured, and no more fit"
+
+    def _replayed(self, captured: _Captured, hidden: Tensor, packed: Any) -> Tensor:
         if hidden.is_cuda and self._used != (stream := torch.cuda.current_stream()):
             if self._used is not None:
                 stream.wait_stream(self._used)  # which may still read what is written now
@@ -158,10 +155,6 @@ class Graphs:
         if captured.wanted:
             return _Replay.apply(self, captured, hidden, *captured.trained)
         return captured.forward(hidden.shape[1]).clone()
-
-    def _uncaptured(self, reason: str | None, blocks: Any, hidden: Tensor, packed: Any) -> Tensor:
-        self.why_not = reason
-        return _through(blocks, hidden, packed._replace(graph=None))
 
     def _state(self, modules: Sequence[Any]) -> int | None:
         """The number of the state that the modules are in; None for one too many."""

@@ -120,8 +120,8 @@ def _confirmed(
     ahead: bool,
 ) -> ops.Route:
     """`route` where the kernels serve these operands, are built and not measured slower."""
-    from fastpeft.kernels import launch, tuning
     from fastpeft.kernels import lm_head as kernels
+    from fastpeft.kernels import tuning
 
     def through(by_kernels: bool) -> Callable[..., Tensor]:
         return lambda *tensors: LmHeadLoss.apply(*tensors, labels, smoothing, ahead, by_kernels)
@@ -131,8 +131,7 @@ def _confirmed(
         route,
         backend,
         False,
-        launch.unsupported(hidden, 1, weight, bias)
-        or (launch.better_by_cublas(hidden) if backend == "auto" else None),
+        ops.why_not_products(backend, hidden, 1, weight, bias),
         lambda: kernels.ready(*operands),
         lambda: tuning.slower_than("lm_head", operands, (smoothing, ahead), through(True), through(False)),
     )

@@ -374,13 +374,11 @@ def _confirmed(
     stores: list[str],
 ) -> Confirmed:
     """How a chain's call is served: by `route`, prepared, where kernels serve all of it, are built and not slower."""
-    from fastpeft.kernels import launch, lora_chain, tuning
+    from fastpeft.kernels import lora_chain, tuning
 
     tensors = [t for link in links for t in link.projection[:4]]
     rank = max(link.projection.lora_a.shape[0] for link in links)
-    unsupported = launch.unsupported(rows, rank, *tensors, residual)
-    if backend == "auto":
-        unsupported = unsupported or launch.better_by_cublas(rows)
+    unsupported = why_not_products(backend, rows, rank, *tensors, residual)
     alone = len(links) == 1 and links[0].norm is None
     if not alone and (unsupported or not _fit(rows, residual, links)):
         return Confirmed(Route("torch", "layer by layer"))  # where each says why
@@ -688,6 +686,14 @@ def confirm(
         raise RuntimeError(failure)
     reason = failure or (slower() if backend == "auto" else None)
     return Route("torch", reason) if reason else route
+
+
+def why_not_products(backend: str, x: Tensor, rank: int, *others: Tensor | None) -> str | None:
+    """Why the kernels that multiply x by a weight don't serve it, or had better not where nobody asks for them."""
+    from fastpeft.kernels import launch
+
+    reason = launch.unsupported(x, rank, *others)
+    return reason or (launch.better_by_cublas(x) if backend == "auto" else None)
 
 
 def _new_seeds(x: Tensor, *dropouts: float) -> list[Tensor | None]:

@@ -23,7 +23,8 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eag
 
 from fastpeft import attention, ops
 from fastpeft.block import Packed, projected
-from fastpeft.graphs import Graphs, rounded
+from fastpeft.graphs import Graphs
+from fastpeft.kernels.rows import rounded
 from fastpeft.modules import why_not_here
 from fastpeft.swap import Site, stands_for
 from fastpeft.trunk import Trunk

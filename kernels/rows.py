@@ -26,3 +26,9 @@ def sample_rows(t: Tensor) -> Tensor:
     """`as_rows` of a contiguous t, by the strides of all that are so shaped: a single row's may be any."""
     c = t.shape[-1]
     return t if t.dim() == 2 else t.detach().as_strided((t.shape[:-1].numel(), c), (c, 1))
+
+
+def rounded(count: int, steps: int = 8) -> int:
+    """`count` rows rounded up to so many steps an octave, and to a multiple of 32."""
+    step = max(32, 1 << (max(count, 1) - 1).bit_length() >> steps.bit_length())
+    return -(-count // step) * step

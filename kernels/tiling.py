@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .launch import INTERPRETED, tf32_allowed
+from .rows import rounded
 
 
 class Architecture(NamedTuple):
@@ -93,8 +94,8 @@ _MMA_SYNC = {
 }
 _MMA_SYNC_120 = {**_MMA_SYNC, "single": (Tile(128, 128, 64, 8, 3),)}
 # sm_90 and sm_100 read operands from shared memory (wgmma, tcgen05); the mask's booleans leave no room for 128 × 256.
-# They have no u on the way: on an H100 a pass of its own and descriptors took 0.72 to 0.97 of the time at all shapes of
-# GPT-2, and ptxas 12.8 gives a second operand of a loop that isn't pipelined a wrong descriptor there.
+# They have no u on the way: on an H100 a pass of its own and descriptors were quicker at every shape tried, and
+# ptxas 12.8 gives a second operand of a loop that isn't pipelined a wrong descriptor there.
 _WGMMA = {
     "split": (
         Tile(128, 256, 64, 8, 3),
@@ -278,9 +279,8 @@ def linear(
 
 
 def steps(rows: int) -> int:
-    """The number of rows for which tiles are chosen: rounded up to eight steps an octave, and to 32 at least."""
-    step = max(32, 1 << (max(rows, 1) - 1).bit_length() >> 4)
-    return -(-rows // step) * step
+    """The number of rows for which tiles are chosen."""
+    return rounded(rows)
 
 
 @functools.lru_cache(maxsize=4096)

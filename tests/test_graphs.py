@@ -24,6 +24,7 @@ from transformers import (
 
 import fastpeft
 from fastpeft import graphs
+from fastpeft.kernels.rows import rounded
 
 aten = torch.ops.aten
 LENGTHS = [[9, 4, 7], [5, 5, 2], [9, 9, 1], [3, 4, 6]]
@@ -680,13 +681,11 @@ def test_copies_and_pickles_begin_without_any(device):
 
 @given(st.integers(1, 1 << 20), st.sampled_from([4, 8]))
 def test_sizes_are_few_and_little_is_wasted(size, steps):
-    found = graphs.rounded(size, steps)
+    found = rounded(size, steps)
     assert found >= size
-    assert graphs.rounded(found, steps) == found
+    assert rounded(found, steps) == found
     assert found - size < max(32, size / steps)
-    assert (
-        len({graphs.rounded(n, steps) for n in range(size, 2 * size, max(1, size // 100))}) <= 2 * steps + 1
-    )
+    assert len({rounded(n, steps) for n in range(size, 2 * size, max(1, size // 100))}) <= 2 * steps + 1
 
 
 class Own(nn.Module):
