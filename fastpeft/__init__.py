@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastpeft.adapter_rows import adapter_rows
     from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters
     from fastpeft.lm_head import lm_head_loss
     from fastpeft.ops import adapter, lora_linear
@@ -16,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
     "adapter",
+    "adapter_rows",
     "add_adapters",
     "lm_head_loss",
     "load_adapters",
@@ -31,7 +33,7 @@ def __getattr__(name: str) -> Any:
     """A public name, all of them at the first asked for: the command line's `--help` needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in "adapters", "lm_head", "ops", "patching", "reporting":
+    for module in "adapter_rows", "adapters", "lm_head", "ops", "patching", "reporting":
         found = vars(import_module(f"{__name__}.{module}"))
         globals().update({public: found[public] for public in __all__ if public in found})
     return globals()[name]

@@ -6,7 +6,8 @@ formula from the saved inputs; where dropout's mask is all that was saved of an 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,15 +29,29 @@ def refuse_second_derivative() -> None:
     )
 
 
-class LoraLinear(torch.autograd.Function):
-    """`reference.lora_linear` over rows, saving `xa`, dropout's mask, and x or what dropout left.
+class Part(NamedTuple):
+    """A low-rank update of some rows."""
 
-    s' is the scaling with dropout's 1/(1-p) folded in; d is `keep ⊙ x`:
+    rows: slice | None  # which; None for all
+    scaling: float
+    dropout_p: float
+
+    def of(self, t: Tensor) -> Tensor:
+        """Its rows of t."""
+        return t if self.rows is None else t[self.rows]
+
+
+class LoraLinear(torch.autograd.Function):
+    """A frozen product with low-rank updates, each of rows of its own: `reference.lora_linear`, part by part.
+
+    It saves `xa`, dropout's mask, and x or what dropout left. s' is a part's scaling with dropout's 1/(1-p) folded in;
+    d is `keep ⊙ x`:
         xa = d Aᵀ          dxa = s' dy B         dB = s' dyᵀ xa
         y = x W + b + s' xa Bᵀ     dx = dy Wᵀ + keep ⊙ (dxa A)    dA = dxaᵀ d
 
     `xa` and `dxa` are held transposed, (R, M): with the long side last, their float32 GEMMs take a quarter to a half
-    of the time.
+    of the time. Parts rise and have no row in common; a row in none of them gets no update. Factors are lora_a and
+    lora_b of each part, one after the other.
     """
 
     @staticmethod
@@ -45,87 +60,109 @@ class LoraLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        dropout_p: float,
+        parts: Sequence[Part],
         exact: bool,
+        *factors: Tensor,
     ) -> Tensor:
-        wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
-        a, b = lora_a.to(wide), lora_b.to(wide)
-        dropped, mask = x, None
-        if dropout_p > 0.0:
-            mask = masks.draw(x.to(wide), dropout_p, exact=exact)
-            dropped = masks.apply(mask, x)
-            scaling *= reference.keep_scale(dropout_p)
-        xa_t = mm(a, dropped.to(wide).T)
         y = mm(x, weight, bias)
-        y = (
-            y.addmm_(xa_t.T, b.T, alpha=scaling)
-            if wide == y.dtype
-            else torch.addmm(y.to(wide), xa_t.T, b.T, alpha=scaling).to(y.dtype)
-        )
-        # A frozen weight never asks for x itself, so backward needn't drop again.
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else dropped, weight, lora_a, lora_b, xa_t, mask)
-        ctx.scaling, ctx.wide = scaling, wide
+        saved: list[Tensor | None] = []
+        for part, lora_a, lora_b in zip(parts, factors[::2], factors[1::2], strict=True):
+            wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
+            a, b = lora_a.to(wide), lora_b.to(wide)
+            dropped, mask, updated = part.of(x), None, part.of(y)
+            if part.dropout_p > 0.0:
+                mask = masks.draw(dropped.to(wide), part.dropout_p, exact=exact)
+                dropped = masks.apply(mask, dropped)
+            xa_t = mm(a, dropped.to(wide).T)
+            if wide == y.dtype:
+                updated.addmm_(xa_t.T, b.T, alpha=_scaled(part))
+            else:
+                updated.copy_(torch.addmm(updated.to(wide), xa_t.T, b.T, alpha=_scaled(part)))
+            saved += (None if mask is None else dropped, mask, lora_a, lora_b, xa_t)
+        # Where x is dropped and the weight frozen, backward needn't drop again.
+        whole = ctx.needs_input_grad[1] or not all(part.dropout_p > 0.0 for part in parts)
+        ctx.save_for_backward(x if whole else None, weight, *saved)
+        ctx.parts, ctx.exact = parts, exact
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
+        need_x, need_weight, need_bias, _, _, *needed = ctx.needs_input_grad
         if dy is None:
-            return (None,) * 8
+            return (None,) * (5 + len(needed))
         if watched():
             return LoraLinear._plain_backward(ctx, dy)
-        x, weight, lora_a, lora_b, xa_t, mask = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        dx = d_weight = d_bias = d_lora_a = d_lora_b = None
-        a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
-        dy_wide = dy.to(ctx.wide)
-        if need_b:
-            d_lora_b = mm(xa_t, dy_wide).mul_(ctx.scaling).T.to(lora_b.dtype)
-        if need_x or need_a:
-            dxa_t = mm(b.T, dy_wide.T).mul_(ctx.scaling)
-        if need_a:
-            dropped = x if mask is None or not need_weight else masks.apply(mask, x)
-            d_lora_a = mm(dxa_t, dropped.to(ctx.wide)).to(lora_a.dtype)
-        if need_x:
-            dx = mm(dy, weight.T)
-            if mask is not None:
-                dx += masks.drop_(mask, mm(dxa_t.T, a))
-            elif ctx.wide == dx.dtype:
-                dx.addmm_(dxa_t.T, a)
-            else:
-                dx += dxa_t.T @ a
-        if need_weight:
-            d_weight = mm(x.T, dy)
-        if need_bias:
-            d_bias = dy.sum(0)
-        return dx, d_weight, d_bias, d_lora_a, d_lora_b, None, None, None
+        x, weight, *saved = ctx.saved_tensors
+        dx = mm(dy, weight.T) if need_x else None
+        found: list[Tensor | None] = []
+        for i, part in enumerate(ctx.parts):
+            dropped, mask, lora_a, lora_b, xa_t = saved[5 * i : 5 * i + 5]
+            need_a, need_b = needed[2 * i : 2 * i + 2]
+            wide, d_lora_a, d_lora_b = xa_t.dtype, None, None
+            dy_wide = part.of(dy).to(wide)
+            if need_x or need_a:
+                dxa_t = mm(lora_b.to(wide).T, dy_wide.T).mul_(_scaled(part))
+            if need_a:
+                dropped = part.of(x) if mask is None else dropped
+                d_lora_a = mm(dxa_t, dropped.to(wide)).to(lora_a.dtype)
+            if need_b:
+                d_lora_b = mm(xa_t, dy_wide).mul_(_scaled(part)).T.to(lora_b.dtype)
+            if dx is not None:
+                updated, a = part.of(dx), lora_a.to(wide)
+                if mask is not None:
+                    updated += masks.drop_(mask, mm(dxa_t.T, a))
+                elif wide == dx.dtype:
+                    updated.addmm_(dxa_t.T, a)
+                else:
+                    updated += dxa_t.T @ a
+            found += (d_lora_a, d_lora_b)
+        d_weight = mm(x.T, dy) if need_weight else None
+        d_bias = dy.sum(0) if need_bias else None
+        return dx, d_weight, d_bias, None, None, *found
 
     @staticmethod
     def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """The same gradients by operations that torch differentiates, of saved tensors that are inputs all."""
-        x, weight, lora_a, lora_b, _, mask = ctx.saved_tensors
-        dropped = x
-        if mask is not None:
-            if torch.is_grad_enabled():  # how x became what dropout left isn't saved
-                refuse_second_derivative()
-            keep = masks.apply(mask, torch.ones_like(x))
-            dropped = x * keep
-        a, b = lora_a.to(ctx.wide), lora_b.to(ctx.wide)
-        dy_wide, dropped = dy.to(ctx.wide), dropped.to(ctx.wide)
-        dxa = ctx.scaling * (dy_wide @ b)
-        update = dxa @ a
-        gradients = (
-            dy @ weight.T + (update if mask is None else update * keep).to(dy.dtype),
-            x.T @ dy,
-            dy.sum(0),
-            (dxa.T @ dropped).to(lora_a.dtype),
-            (ctx.scaling * (dy_wide.T @ (dropped @ a.T))).to(lora_b.dtype),
+        x, weight, *saved = ctx.saved_tensors
+        need_x, need_weight, need_bias, _, _, *needed = ctx.needs_input_grad
+        pieces: list[Tensor] = []
+        found: list[Tensor] = []
+        dx, end = dy @ weight.T, 0
+        for i, part in enumerate(ctx.parts):
+            dropped, mask, lora_a, lora_b, xa_t = saved[5 * i : 5 * i + 5]
+            keep = None
+            if mask is None:
+                dropped = part.of(x)
+            else:
+                if torch.is_grad_enabled():  # how x became what dropout left isn't saved
+                    refuse_second_derivative()
+                keep = masks.apply(mask, torch.ones_like(dropped))
+            a, b = lora_a.to(xa_t.dtype), lora_b.to(xa_t.dtype)
+            part_dy, d = part.of(dy).to(xa_t.dtype), dropped.to(xa_t.dtype)
+            dxa = _scaled(part) * (part_dy @ b)
+            update = dxa @ a
+            update = (update if keep is None else update * keep).to(dy.dtype)
+            start, stop, _ = (part.rows or slice(None)).indices(len(dy))
+            pieces += dx[end:start], dx[start:stop] + update
+            end = stop
+            found += (
+                (dxa.T @ d).to(lora_a.dtype),
+                (_scaled(part) * (part_dy.T @ (d @ a.T))).to(lora_b.dtype),
+            )
+        factors = (g if need else None for g, need in zip(found, needed, strict=True))
+        return (
+            torch.cat([*pieces, dx[end:]]) if need_x else None,
+            x.T @ dy if need_weight else None,
+            dy.sum(0) if need_bias else None,
+            None,
+            None,
+            *factors,
         )
-        needed = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), None, None, None
+
+
+def _scaled(part: Part) -> float:
+    return part.scaling * reference.keep_scale(part.dropout_p)
 
 
 class Linear(torch.autograd.Function):

@@ -16,6 +16,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from fastpeft import ops
 from fastpeft.adapters import adapt_output
 from fastpeft.fused_adapter import FusedAdapter
+from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, LoraPlan, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
 from fastpeft.swap import Site, stands_for
@@ -34,16 +35,25 @@ class Packed(NamedTuple):
     walked: list[Any]  # what the trunk was seen to be, while the call runs that saw it
     spare: bool = False  # whether there may be more rows than tokens, whose slot is the one past the view
     graph: Callable[[nn.Module, Tensor], Tensor] | None = None  # what does all blocks' work, called by each
+    groups: Groups | None = None  # of the tokens that use different adapters
+    moved: bool = False  # whether rows of the grid changed places, to stand by their adapters
 
     @property
     def whole(self) -> bool:
-        """Whether nothing leaves, so that the caller's grid can stay as it is."""
-        return self.pooled is None and len(self.tokens) == self.grid[0] * self.grid[1]
+        """Whether nothing leaves or moves, so that the caller's grid can stay as it is."""
+        full = len(self.tokens) == self.grid[0] * self.grid[1]
+        return full and self.pooled is None and not self.moved
+
+    def at(self, pooled: Tensor | None) -> Packed:
+        """The same for what goes on of the pooled tokens alone, where these are given."""
+        if pooled is None or self.groups is None:
+            return self
+        return self._replace(groups=self.groups.at_pooled())
 
     def in_grid(self, rows: Tensor) -> Tensor:
         """Packed rows (T, N) in the caller's grid, (batch, length, N), zeros where no token is."""
         batch, length = self.grid
-        if len(rows) < batch * length:
+        if self.moved or len(rows) < batch * length:
             rows = rows.new_zeros(batch * length, rows.shape[1]).index_copy(0, self.tokens, rows)
         return rows.view(batch, length, -1)
 
@@ -63,12 +73,12 @@ class FusedMLP(GPT2MLP):
 
     _fastpeft: Site
 
-    def forward(self, hidden_states: Any, *, packed: bool = False) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Any, *, packed: Packed | None = None) -> Tensor:  # type: ignore[override]
         """The MLP of hidden_states (..., width)."""
-        if not packed:
+        if packed is None:
             return super().forward(hidden_states)
         stages = [Stage(self.c_fc, act=self.act), Stage(self.c_proj)]
-        y, _ = through(stages, hidden_states, None, self._fastpeft, None)
+        y, _ = through(stages, hidden_states, None, self._fastpeft, packed)
         return _dropped(y, self.dropout)
 
 
@@ -94,7 +104,7 @@ class FusedBlock(GPT2Block):
             h, x = _normed(self.ln_1, hidden_states, site)
             x = _added(attn, _at(pooled, x), h, packed=packed, kept=kept, pooled=pooled)
             h, x = _normed(self.ln_2, x, site)
-            y = _added(mlp, x, h, packed=True)
+            y = _added(mlp, x, h, packed=packed.at(pooled))
         else:
             h, residual = through([Stage(attn.c_attn, self.ln_1)], hidden_states, None, site, packed)
             stages = [
@@ -103,7 +113,7 @@ class FusedBlock(GPT2Block):
                 Stage(mlp.c_proj, dropout=mlp.dropout),
             ]
             attended = attn.attended(h, packed, kept, pooled)
-            y, _ = through(stages, attended, _at(pooled, residual), site, packed)
+            y, _ = through(stages, attended, _at(pooled, residual), site, packed.at(pooled))
         return y if pooled is None else torch.zeros_like(hidden_states).index_copy(1, pooled, y)
 
 
@@ -113,7 +123,7 @@ def _at(pooled: Tensor | None, x: Any) -> Any:
 
 
 def through(
-    stages: list[Stage], x: Tensor, residual: Tensor | None, site: Site, packed: Packed | None
+    stages: list[Stage], x: Tensor, residual: Tensor | None, site: Site, packed: Packed
 ) -> tuple[Tensor, Tensor | None]:
     """What comes of these stages, and the residual to go on with, None where it was added.
 
@@ -131,20 +141,22 @@ def through(
             stages = [stages[0]._replace(norm=None), *stages[1:]]
             continue
         if dropout is None:
-            x = layer(x)
+            x = called(layer, x, packed)
         else:
-            x, residual = projected(layer, dropout, x, residual), None
+            x, residual = projected(layer, dropout, x, residual, packed), None
         x = x if act is None else act(x)
         stages = stages[1:]
     return x, residual
 
 
 def _at_once(
-    stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed | None
+    stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed
 ) -> tuple[Tensor, Tensor | None, int] | None:
     """What comes of the first stages, the residual, and how many they were; None where none gain by going at once."""
+    if packed.groups is not None:
+        return None
     plans: list[LoraPlan] = []
-    width, walked = x.shape[-1], packed.walked[0] if packed is not None and packed.walked else None
+    width, walked = x.shape[-1], packed.walked[0] if packed.walked else None
     for stage in stages:
         plan = for_kernels(stage.layer, x, width, walked)
         if plan is None:
@@ -193,12 +205,19 @@ def _normed(norm: nn.Module, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     return ops.layer_norm(x, norm, site.backend, site.plan)
 
 
-def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
+def called(layer: Any, x: Tensor, packed: Packed) -> Tensor:
+    """A layer of x, with an adapter of its own for each group of rows where there are groups."""
+    if packed.groups is None or type(layer) is not FusedLoraLinear:
+        return layer(x)
+    return layer(x, groups=packed.groups)
+
+
+def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None, packed: Packed) -> Tensor:
     """`dropout(c_proj(x))`, added to a residual if there is one, in one operation where that can be."""
     added = _residual(residual, dropout)
     if added is not None and type(c_proj) is FusedLoraLinear:
-        return c_proj(x, residual=added)
-    y = _dropped(c_proj(x), dropout)
+        return c_proj(x, residual=added, groups=packed.groups)
+    y = _dropped(called(c_proj, x, packed), dropout)
     return y if residual is None else residual + y
 
 

@@ -82,7 +82,7 @@ class Graphs:
     def __len__(self) -> int:
         return sum(captured is not None for captured in self._held.values())
 
-    def refused(self, transformer: Any, trained: Iterable[Any], caches: bool) -> bool:
+    def refused(self, transformer: Any, trained: Iterable[Any], caches: bool, grouped: bool) -> bool:
         """Whether a packed call of this GPT-2, of which these parameters train, runs uncaptured, as `why_not` says."""
         self.why_not = why_not_device(transformer.wte.weight.device) or _why_not_here()
         if self.why_not is not None:
@@ -90,6 +90,7 @@ class Graphs:
         for reason, holds in (
             ("eager attention", transformer.config._attn_implementation == "eager"),
             ("gradient checkpointing", transformer.gradient_checkpointing and transformer.training),
+            ("rows use different adapters", grouped),
             ("a cache is made: use_cache=False, in the call or the config", caches),
             (
                 "a replica of DataParallel, whose weights are others at each call",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import ops
+from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
 from fastpeft.plan import Plan
 from fastpeft.swap import Site, stands_for
@@ -36,9 +37,15 @@ class FusedLoraLinear(LoraLinear):
         x: Tensor,
         *args: Any,
         residual: ops.Residual | None = None,
+        groups: Groups | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """x (..., in_features) → (..., out_features), added to a residual if the block gives one."""
+        """x (..., in_features) → (..., out_features), added to a residual if the block gives one.
+
+        The rows of x use other adapters where the block gives their groups, or peft's hook `adapter_names`.
+        """
+        if groups is not None or kwargs.get("adapter_names") is not None:
+            return self._grouped(x, args, kwargs, groups, residual)
         site = self._fastpeft
         plan = None if args or kwargs else planned(self, x)
         rest: list[str] = []
@@ -65,6 +72,65 @@ class FusedLoraLinear(LoraLinear):
             y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
         site.record(route)
         return ops.added(y, residual) if rest else y
+
+    def _grouped(
+        self,
+        x: Tensor,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        groups: Groups | None,
+        residual: ops.Residual | None,
+    ) -> Tensor:
+        """`forward`, of rows that use different adapters."""
+        site, names = self._fastpeft, kwargs.pop("adapter_names", ())
+        reason = (
+            (torch.compiler.is_compiling() and "traced")
+            or why_not_here()
+            or ((args or kwargs) and "called with extra arguments")
+            or (groups is None and len(names) != len(x) and "an error")  # for stock to raise
+            or why_not_lora(self, names if groups is None else groups.names)
+            or why_not_tensors(x, self.base_layer.weight)
+        )
+        if reason:
+            site.record(ops.Route("stock", reason))
+            stock = super().forward
+            if groups is None:
+                y = stock(x, *args, adapter_names=names, **kwargs)
+            else:  # each group as a batch of one row
+                parts = [
+                    stock(x.flatten(0, -2)[rows][None], adapter_names=[name]) for name, rows in groups.rows()
+                ]
+                y = torch.cat(parts, 1).view(*x.shape[:-1], -1)
+            return ops.added(y, residual)
+        order = None
+        if groups is None:
+            order = order_of(tuple(names), x.device)
+            groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
+            if order.by_adapter is not None:
+                x = x.index_select(0, order.by_adapter)
+        base = self.base_layer
+        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        updates = [
+            ops.Update(
+                rows,
+                self.lora_A[name].weight,
+                self.lora_B[name].weight,
+                self.scaling[name],
+                dropout_p(self.lora_dropout[name]),
+            )
+            for name, rows in groups.rows()
+            if name in self.lora_A and rows.stop > rows.start
+        ]
+        try:
+            y, route = ops.grouped_lora_linear(
+                x, weight, base.bias, updates, site.backend, site.exact, None if order else residual
+            )
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from None
+        site.record(route)
+        if order is None:
+            return y
+        return ops.added(y if order.back is None else y.index_select(0, order.back), residual)
 
 
 class LoraPlan(Plan):
@@ -211,8 +277,11 @@ def _active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def why_not_lora(module: Any) -> str | None:
-    """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same."""
+def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:
+    """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same.
+
+    It is asked about the adapters that are active, or about these, one a row.
+    """
     base = module.base_layer
     if type(base) not in (Conv1D, nn.Linear, *FROZEN):
         return f"base layer is {type(base).__name__}, not Conv1D or nn.Linear"
@@ -222,8 +291,10 @@ def why_not_lora(module: Any) -> str | None:
         return "adapters are merged into the base weight"
     if not is_plain(base):
         return "base_layer has hooks or a replaced forward"
-    names = _active(module)
-    if not names:
+    names = (
+        _active(module) if given is None else [name for name in dict.fromkeys(given) if name in module.lora_A]
+    )
+    if not names and given is None:
         return "no adapter is active here"
     for name in names:
         if name in module.lora_variant:
@@ -233,6 +304,8 @@ def why_not_lora(module: Any) -> str | None:
             return f"adapter {name!r} has hooks or a replaced forward"
         if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
             return f"adapter {name!r} has factors other than nn.Linear"
+        if given is not None and lora_b.bias is not None:
+            return f"adapter {name!r} has a bias"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"adapter {name!r} has {type(dropout).__name__} for dropout"
         if not isinstance(module.scaling[name], numbers.Real):

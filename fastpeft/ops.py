@@ -41,6 +41,16 @@ class Projection(NamedTuple):
     dropout_p: float
 
 
+class Update(NamedTuple):
+    """The LoRA update of some rows of a batch, as `grouped_lora_linear` takes it."""
+
+    rows: slice
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float
+
+
 class Residual(NamedTuple):
     """What a layer's result is added to, `x + dropout(result)`."""
 
@@ -264,7 +274,38 @@ def routed_lora_linear(
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         y = (F.linear(x, weight.T, bias) + update).to(x.dtype)
     else:
-        y = autograd.LoraLinear.apply(rows, weight, bias, lora_a, lora_b, scaling, dropout_p, exact)
+        y = lora_rows(rows, projection, exact)
+    return added(_unrowed(y, x), residual), route
+
+
+def lora_rows(rows: Tensor, projection: Projection, exact: bool) -> Tensor:
+    """A LoRA layer of rows (M, K) on the PyTorch path."""
+    weight, bias, lora_a, lora_b, *part = projection
+    return autograd.LoraLinear.apply(rows, weight, bias, (autograd.Part(None, *part),), exact, lora_a, lora_b)
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    updates: Sequence[Update],
+    backend: str,
+    exact: bool,
+    residual: Residual | None = None,
+) -> tuple[Tensor, Route]:
+    """`routed_lora_linear` with an update for each group of rows: `y = x W + b`, plus an update where one has the row.
+
+    The rows are those of x (M, K), or of x (..., K) seen so; those of the updates rise and have none in common. The
+    frozen product is one; an update's gradients come from its own rows alone.
+    """
+    for _, lora_a, lora_b, scaling, dropout_p in updates:
+        _check_lora_linear(x, Projection(weight, bias, lora_a, lora_b, scaling, dropout_p))
+    route = route_for(backend, exact, x.device)
+    factors = [t for update in updates for t in (update.lora_a, update.lora_b)]
+    x, weight, bias, *factors = as_autocast(x, weight, bias, *factors)
+    check_dtypes(x=x, weight=weight, bias=bias)
+    parts = [autograd.Part(rows, float(scaling), float(p)) for rows, _, _, scaling, p in updates]
+    y = autograd.LoraLinear.apply(as_rows(x), weight, bias, parts, exact, *factors)
     return added(_unrowed(y, x), residual), route
 
 
@@ -399,7 +440,7 @@ def _confirmed(
         for projection, norm, activates, residual_p in _with(links, tensors):
             if norm is not None:
                 residual, x = x, norm(x)
-            x = autograd.LoraLinear.apply(as_rows(x), *projection, False)
+            x = lora_rows(as_rows(x), projection, False)
             x = reference.gelu_new(x) if activates else x
             x = x if residual_p is None else added(x, Residual(as_rows(residual), residual_p))
         return x

@@ -22,8 +22,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, ops
-from fastpeft.block import Packed, projected
+from fastpeft.block import Packed, called, projected
 from fastpeft.graphs import Graphs
+from fastpeft.groups import order_of
 from fastpeft.kernels.rows import rounded
 from fastpeft.modules import why_not_here
 from fastpeft.swap import Site, stands_for
@@ -61,8 +62,8 @@ class PackedAttention(GPT2Attention):
         """hidden_states (1, T, width), or the whole grid → the output there, or at the pooled tokens, and None."""
         if packed is None:
             return super().forward(hidden_states, *args, **kwargs)
-        rows = self.attended(self.c_attn(hidden_states), packed, kept, pooled)
-        return projected(self.c_proj, self.resid_dropout, rows, None), None
+        rows = self.attended(called(self.c_attn, hidden_states, packed), packed, kept, pooled)
+        return projected(self.c_proj, self.resid_dropout, rows, None, packed.at(pooled)), None
 
     def attended(self, qkv: Tensor, packed: Packed, kept: Any, pooled: Tensor | None) -> Tensor:
         """What `c_proj` takes, (1, T, width), or the whole grid, or at the pooled tokens alone, of what `c_attn` gives.
@@ -182,7 +183,8 @@ class PackedModel(GPT2Model):
             site.record(ops.Route("stock", packed))
             return super().forward(*args, **kwargs)
         graphs = site.graphs
-        if graphs is not None and not graphs.refused(self, site.trunk.trained(), _caches(self, arguments)):
+        given = _caches(self, arguments), packed.groups is not None
+        if graphs is not None and not graphs.refused(self, site.trunk.trained(), *given):
             packed = _as_graph(self, packed, graphs)
         chosen: dict[str, Any] = {"packed": packed}
         if arguments.get("attention_mask") is None:  # stock will see one
@@ -274,6 +276,9 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         return "more tokens than positions"
     rows = torch.arange(batch, device=ids.device)
     read, only_unmasked = Reads() if isinstance(reads, str) else reads, site.only_unmasked
+    names, sizes = site.trunk.adapter_names(), [length] * batch
+    if names is not None and len(names) != batch:
+        return "an error"  # for stock to raise
     if mask is not None:
         mask = mask.bool()
         visible = mask.any()
@@ -282,9 +287,9 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         elif read.positions is not None and not only_unmasked:
             visible = ~(read.positions & ~mask).any()
         # The one wait for the device; of ids beneath the padding, stock makes errors too.
-        count, longest, all_visible, in_range = torch.stack(
-            (mask.sum(), mask.sum(1).max(), visible, _in_range(module, arguments))
-        ).tolist()
+        sums = mask.sum(1)
+        found = torch.stack((sums.sum(), sums.max(), visible, _in_range(module, arguments)))
+        count, longest, all_visible, in_range, *sizes = torch.cat((found, sums)).tolist()
         if count == ids.numel():
             mask = None
         elif count == 0 or not all_visible:
@@ -298,8 +303,14 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         elif FULL * ids.numel() < count and read.pooled is None:
             return "the batch is nearly full"
     sequences, pooled = batch, read.pooled
+    order = None if names is None else order_of(tuple(names), ids.device)
+    by_adapter = None if order is None else order.by_adapter
+    if by_adapter is not None:  # all below is of the grid with its rows in that order
+        mask = None if mask is None else mask[by_adapter]
+        given = None if given is None else given.expand_as(ids)[by_adapter]
+        pooled = None if pooled is None else pooled[by_adapter]
     if mask is None:
-        tokens = order = torch.arange(ids.numel(), device=ids.device)
+        tokens = index = torch.arange(ids.numel(), device=ids.device)
         places, longest, sequence = tokens % length, length, tokens // length
         if attention_mask is None and given is not None and not _caches(module, arguments):
             # As stock has it, positions that don't go on are another sequence's; it has no padding then.
@@ -312,10 +323,10 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
                 return "a long sequence among short ones: attention's view would be mostly padding"
             pooled = pooled if sequences == batch else None
     else:
-        order = mask.flatten().cumsum(0) - 1  # a token's index among the packed
+        index = mask.flatten().cumsum(0) - 1  # a token's index among the packed
         cells = torch.arange(ids.numel(), device=ids.device)
         # Not `nonzero`, which would wait for the device again.
-        tokens = cells.new_empty(count + 1).scatter_(0, order.where(mask.flatten(), count), cells)[:count]
+        tokens = cells.new_empty(count + 1).scatter_(0, index.where(mask.flatten(), count), cells)[:count]
         places, sequence = (mask.cumsum(1) - 1).flatten()[tokens], tokens // length
     causal = None
     if module.config._attn_implementation == "eager":
@@ -323,12 +334,18 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         causal = torch.full((longest, longest), torch.finfo(dtype).min, dtype=dtype, device=ids.device)
         causal = causal.triu(1)[None, None]
     last = module.h[-1] if len(module.h) else None
-    pooled = None if pooled is None or last is None else order[rows * length + pooled]
+    pooled = None if pooled is None or last is None else index[rows * length + pooled]
     if site.graphs is not None and (sequences, longest) != (batch, length):
         sequences = sequences if mask is not None else rounded(sequences)
         longest = rounded(longest, steps=4)
     slots, view = sequence * longest + places, (sequences, longest)
-    return Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen])
+    layout = Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen])
+    if order is None:
+        return layout
+    if by_adapter is not None:
+        tokens = by_adapter[tokens // length] * length + tokens % length
+    groups = order.groups(sizes)
+    return layout._replace(tokens=tokens, groups=groups, moved=by_adapter is not None)
 
 
 def _as_graph(module: Any, packed: Packed, graphs: Graphs) -> Packed:

@@ -6,7 +6,7 @@ hook, a forward of an instance's own, a module used twice, keeps the trunk stock
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Sequence
 from itertools import chain, repeat
 from operator import contains, is_, itemgetter
 from types import CodeType
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from peft.peft_model import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper, prepare_model_for_kbit_training
@@ -33,6 +34,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
 from fastpeft.adapters import Adapter, adapt_output
+from fastpeft.groups import is_names, names_given
 from fastpeft.swap import is_fused, stock_class
 
 _ACTIVATIONS = ("gelu_new", "gelu", "gelu_fast", "quick_gelu", "relu", "silu", "tanh")
@@ -92,7 +94,10 @@ def why_not_module(module: Any, coming: Container[int] = ()) -> str | None:
             module._backward_pre_hooks,
         )
         hooks = chain.from_iterable(hooks.values() for hooks in kinds)
-        if any(hook is not adapt_output and getattr(hook, "__code__", None) not in _INERT for hook in hooks):
+        if any(
+            hook is not adapt_output and getattr(hook, "__code__", None) not in _INERT and not is_names(hook)
+            for hook in hooks
+        ):
             return "has a hook that looks on"
     if kind in _REPLACED and not swapped:
         return "isn't patched: call fastpeft.patch again"
@@ -117,6 +122,8 @@ class _Seen(NamedTuple):
     names: list[str]  # its name there
     trained: list[Any]  # the parameter itself
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
+    layers: int  # how many LoRA layers there were
+    named: list[Any]  # the modules that a call gave `adapter_names`
     offender: Any  # the module that keeps the trunk stock, if one does
 
 
@@ -164,6 +171,11 @@ class Trunk:
         """What trained when it was last walked, as it is now."""
         return map(dict.get, self.seen.places, self.seen.names)
 
+    def adapter_names(self) -> Sequence[str] | None:
+        """The adapters of a batch's rows, as peft's hooks give them now to every LoRA layer; None where they don't."""
+        named = self.seen.named
+        return names_given(named[0]) if named else None
+
     def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
         """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""
         handles = RemovableHandle.next_id
@@ -196,6 +208,8 @@ class Trunk:
             [place[1] for place in places],
             [parameters[name] for parameters, name in places],
             [vars(block.attn) for block in transformer.h],
+            sum(isinstance(m, LoraLayer) for m in called),
+            [m for m in called if names_given(m) is not None],
             offender,
         )
         if offender is None:
@@ -210,6 +224,12 @@ def _why_not_state(seen: _Seen) -> str | None:
     trained = list(map(dict.get, seen.places, seen.names))
     if not all(map(is_, trained, seen.trained)) and not _PLAIN.issuperset(map(type, trained)):
         return "parameters of a class of their own"
+    given = [names_given(module) for module in seen.named]
+    if any(given):
+        if not all(is_fused(module) for module in seen.named):
+            return "adapter_names for what isn't a LoRA layer that fastpeft fuses"
+        if len(given) < seen.layers or any(names != given[0] for names in given):
+            return "adapter_names that aren't the same for all LoRA layers"
     for table in (seen.transformer.wte, seen.transformer.wpe):
         if getattr(table, "max_norm", None) is not None or getattr(table, "scale_grad_by_freq", False):
             return "embeddings with max_norm or scale_grad_by_freq"
