@@ -88,7 +88,7 @@ class FusedLoraLinear(LoraLinear):
         elif groups is None and len(names) != len(x):
             reason = "an error"  # for stock to raise
         else:
-            reason = why_not_grouped(self, names if groups is None else groups.names, x)
+            reason = why_not_grouped(self, names if groups is None else groups.names, x, x.shape[-1])
         if reason:
             site.record(ops.Route("stock", reason))
             stock = super().forward
@@ -274,10 +274,10 @@ def for_kernels(
     if groups is not None:
         if ops.choose(site.backend, site.exact, x.device).path != "triton":
             return None
-        if why_not_grouped(layer, groups.names, x):
+        if why_not_grouped(layer, groups.names, x, width):
             return None
         call = GroupedCall(layer, groups)
-        return call if width == call.widths[0] and call.fits else None
+        return call if call.fits else None
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked)
@@ -320,13 +320,16 @@ def _active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def why_not_grouped(module: Any, names: Sequence[str], x: Tensor) -> str | None:
-    """Why a call of this LoRA layer on rows of x that use these adapters must run stock; else None."""
+def why_not_grouped(module: Any, names: Sequence[str], x: Tensor, width: int) -> str | None:
+    """Why a call of this LoRA layer on rows that use these adapters must run stock; else None.
+
+    The rows are of this width and come of x.
+    """
     if torch.compiler.is_compiling():
         return "traced"
     reason = why_not_here() or why_not_lora(module, names)
     reason = reason or why_not_tensors(x, module.base_layer.weight)
-    return reason or (None if x.shape[-1:] == (module.in_features,) else "an error")  # for stock to raise
+    return reason or (None if width == module.in_features else "an error")  # for stock to raise
 
 
 def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:
