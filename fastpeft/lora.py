@@ -103,7 +103,7 @@ class FusedLoraLinear(LoraLinear):
         order = None
         if groups is None:
             order = order_of(tuple(names), x.device)
-            groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
+            groups = order.groups([x[:1].numel() // x.shape[-1]] * len(x))
             if order.by_adapter is not None:
                 x = x.index_select(0, order.by_adapter)
         call = GroupedCall(self, groups)
