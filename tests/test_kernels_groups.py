@@ -11,7 +11,7 @@ from kernel_checks import DTYPES, compare, describe, lora_arguments, pairwise
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.kernels import dropout, groups, launch, lora_chain, lora_layer, tiling
+from fastpeft.kernels import dropout, groups, launch, lora_chain, lora_layer, low_rank, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -291,7 +291,7 @@ def test_an_adapter_that_diverged_leaves_the_others_as_they_are(n, value, device
 )
 def test_what_is_needed_is_complete_whichever_kernel_comes_before(needs, device):
     """Tickets that nobody cleared would leave a gradient unwritten."""
-    adapters = Adapters(3, (140, 2, 0, 9))
+    adapters = Adapters(3, (2, 140, 0, 9))
     x, weight, bias, a, b = stacked_layer(adapters, 40, 72, "fp32", device)
     call = adapters.call(device)
     y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
@@ -373,3 +373,27 @@ def test_a_layer_norm_leaves_no_xa_of_many_adapters(device):
     link = lora_chain.Link((weight, bias, a, b), call, lora_chain.Layer(), norm)
     with pytest.raises(ValueError, match="too many values to unpack"):
         lora_chain.lora_chain(x, None, [link])
+
+
+@pytest.mark.skipif(not launch.INTERPRETED, reason="what a kernel calls is seen in the interpreter")
+def test_an_adapter_without_rows_in_a_tile_costs_it_no_product(monkeypatch):
+    adapters = Adapters(5, (20, 0, 30, 9))  # in one tile; one has no rows, and one no rank
+    x, weight, bias, a, b = stacked_layer(adapters, 40, 36, "fp32", "cpu")
+    products, real = [], low_rank.plus_ranks
+
+    def counting(*given):
+        products.append(given)
+        return real(*given)
+
+    monkeypatch.setattr(low_rank, "plus_ranks", counting)
+    lora_layer.Layer().forward(x, weight, bias, a, b, adapters.call("cpu"))
+    assert len(products) == 2
+
+
+def test_the_xa_of_many_adapters_is_not_computed_on_the_way(monkeypatch):
+    a100 = next(a for a in tiling.ARCHITECTURES if a.name == 80)
+    monkeypatch.setattr(tiling, "architecture", lambda device: a100)
+    x, weight = torch.empty(512, 768, dtype=torch.bfloat16), torch.empty(768, 2304, dtype=torch.bfloat16)
+    given = x, weight, 16, False, False, False, False
+    assert any(how.single for how in tiling.linear(*given))
+    assert not any(how.single for how in tiling.linear(*given, grouped=True))
