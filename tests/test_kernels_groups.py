@@ -288,8 +288,8 @@ def test_an_adapter_that_diverged_leaves_the_others_as_they_are(n, value, device
 
 @pytest.mark.parametrize("needs", [(True, False, True), (False, True, True), (False, False, True)])
 def test_what_is_needed_is_complete_whichever_kernel_comes_before(needs, device):
-    """Tickets that nobody cleared would leave a gradient unwritten."""
-    adapters = Adapters(3, (2, 140, 0, 9))
+    """Tickets that nobody cleared would leave a gradient unwritten; of so many adapters, those of the last."""
+    adapters = Adapters(3, (0,) * 12 + (2, 140), (3,) * 14, (1.5,) * 14)
     x, weight, bias, a, b = stacked_layer(adapters, 40, 72, "fp32", device)
     call = adapters.call(device)
     y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
