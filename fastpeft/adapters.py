@@ -46,8 +46,8 @@ class AdapterConfig:
         layers: indices of the blocks that get them, for slots in blocks; None for all.
 
     Raises:
-        ValueError: an unknown or repeated slot, no slot, both slots of the MLP, an unknown activation, a bottleneck below 1, layers that
-            aren't indices in rising order, or layers of a slot that is in none.
+        ValueError: an unknown or repeated slot, no slot, both slots of the MLP, an unknown activation, a bottleneck
+            below 1, layers that aren't indices in rising order, or layers of a slot that is in none.
     """
 
     slots: tuple[str, ...] = ("post_attn",)
@@ -63,7 +63,9 @@ class AdapterConfig:
         if unknown or not slots or len(set(slots)) < len(slots):
             raise ValueError(f"slots must be one or more of {', '.join(SLOTS)}, each once; got {slots}")
         if {"post_mlp", PARALLEL} <= set(slots):
-            raise ValueError(f"post_mlp and {PARALLEL} are both the MLP's, which takes one adapter; got {slots}")
+            raise ValueError(
+                f"post_mlp and {PARALLEL} are both the MLP's, which takes one adapter; got {slots}"
+            )
         if self.activation not in reference.ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {self.activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
@@ -156,7 +158,9 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
             then.
     """
     transformer = _transformer(model)
-    hosts = [(_kind(slot), *host) for slot in config.slots for host in _hosts(transformer, slot, config.layers)]
+    hosts = [
+        (_kind(slot), *host) for slot in config.slots for host in _hosts(transformer, slot, config.layers)
+    ]
     for _, name, host in hosts:
         if hasattr(host, "adapter"):
             raise ValueError(f"{name} already has an adapter: a slot takes one")
