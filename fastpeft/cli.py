@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -131,7 +132,8 @@ def compare(
 ) -> None:
     """Train methods side by side and say which is worth its cost.
 
-    Each trains on one split of your texts. Shows a table, and writes results.json, report.html, plots and the trained weights to --out.
+    Each trains on one split of your texts. Shows a table, and writes results.json, report.html, plots and the
+    trained weights to --out.
     """
     arguments = Arguments(
         out=out,
@@ -160,6 +162,7 @@ def compare(
     from fastpeft.compare.runner import compare as run
     from fastpeft.compare.runner import finished_runs
 
+    gc.freeze()  # what is imported stays: collections, one before each run, needn't look through it
     _quieten()
     leads = processes().is_main_process
     try:

@@ -52,8 +52,8 @@ def _adapter(where: tuple[str, ...], trains: str, term: str, options: tuple[str,
 
 
 #: A LoRA of a layer K → N has r·(K + N) parameters (Hu et al., 2021); an adapter 2·width·bottleneck and its two
-#: biases (Houlsby et al., 2019; in parallel, He et al., 2022); a prefix a key and a value a token and layer (Li & Liang, 2021); a prompt an
-#: embedding a token (Lester et al., 2021).
+#: biases (Houlsby et al., 2019; in parallel, He et al., 2022); a prefix a key and a value a token and layer (Li &
+#: Liang, 2021); a prompt an embedding a token (Lester et al., 2021).
 PLACES: dict[str, Place] = {
     "head": Place(
         "head", (), "nothing else", "", 5e-3,
