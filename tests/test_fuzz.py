@@ -31,7 +31,7 @@ from transformers import (
 import fastpeft
 
 TARGETS = ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"]
-SLOTS = ["post_embed", "post_attn", "post_mlp", "post_block", "pre_head"]
+SLOTS = ["post_embed", "post_attn", "post_mlp", "parallel_mlp", "post_block", "pre_head"]
 VOCABULARY = 31
 
 lora_configs = st.fixed_dictionaries(
@@ -53,6 +53,11 @@ class MeanHead(GPT2ForSequenceClassification):
     def forward(self, input_ids=None, attention_mask=None, labels=None, **given):
         hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]
         return types.SimpleNamespace(logits=self.score(hidden.mean(1)), loss=hidden.sin().mean())
+
+
+def _have_room(slots):
+    """Whether the MLP gets one adapter at most, after it or beside it."""
+    return not {"post_mlp", "parallel_mlp"} <= set(slots)
 
 
 def gpt2_of(model):
@@ -98,7 +103,7 @@ class Twins(RuleBasedStateMachine):
         layers=st.integers(1, 2),
         dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
         lora=lora_configs,
-        slots=st.lists(st.sampled_from(SLOTS), max_size=2, unique=True),
+        slots=st.lists(st.sampled_from(SLOTS), max_size=2, unique=True).filter(_have_room),
         bottleneck=st.integers(1, 9),
         activation=st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
         seed=st.integers(0, 99),

@@ -27,6 +27,7 @@ from transformers import (
 
 import fastpeft
 from fastpeft import packing
+from fastpeft.adapters import SLOTS
 from fastpeft.packing import PackedAttention
 
 PAD = 0
@@ -126,7 +127,7 @@ def test_every_head(head):
     assert_packed_equals_stock(gpt2(head), batch([4, 9, 2]))
 
 
-@pytest.mark.parametrize("slot", ["post_embed", "post_attn", "post_mlp", "post_block", "pre_head"])
+@pytest.mark.parametrize("slot", SLOTS)
 def test_adapters_in_every_slot(slot):
     assert_packed_equals_stock(with_adapters(gpt2(GPT2ForSequenceClassification), slot), batch([4, 9, 2]))
 
