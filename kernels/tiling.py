@@ -143,10 +143,11 @@ _NOT_WITH_EPILOGUE = {
 #: Tiles that the derivative of a GELU makes spill, beside those: with it this one fills all 255 registers.
 _NOT_WITH_DERIVATIVE = {90: {("descriptor split", Tile(128, 256, 64, 8, 3))}}
 
-#: Tiles that an epilogue makes spill where rows belong to several adapters, beside both.
+#: Tiles that an epilogue makes spill, or lengthens the main loop of, where rows belong to several adapters: besides.
 _NOT_GROUPED_WITH_EPILOGUE = {
-    **{arch: {("pointer dropout", Tile(128, 64, 64, 4, 3))} for arch in (80, 86, 89)},
+    80: {("pointer dropout", Tile(128, 64, 64, 4, 3))},
     90: {("pointer dropout", Tile(64, 128, 64, 4, 4))},
+    120: {("pointer dropout", Tile(64, 64, 64, 4, 4)), ("pointer dropout", Tile(32, 64, 64, 4, 4))},
 }
 
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
