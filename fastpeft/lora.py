@@ -109,9 +109,10 @@ class FusedLoraLinear(LoraLinear):
         call = GroupedCall(self, groups)
         options = site.backend, site.exact, site.strict
         try:
-            y, route = ops.routed_lora_linear(
-                x, call.layer, *options, None if order else residual, call.before(())
-            )
+            decided = (
+                call.before(()) if call.fits else None
+            )  # what doesn't is for the operation to complain of
+            y, route = ops.routed_lora_linear(x, call.layer, *options, None if order else residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
@@ -139,7 +140,11 @@ class GroupedCall:
         ]
         weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
         self.layer = ops.Grouped(weight, base.bias, updates, groups.bounds)
-        self._key = like(weight), like(base.bias), *(u and (*map(like, u[:2]), u[3] > 0.0) for u in updates)
+        self.updated = [u for u in updates if u is not None]
+        ranks, dtypes = [len(u.lora_a) for u in self.updated], {t.dtype for u in self.updated for t in u[:2]}
+        # What kernels are prepared for, which isn't how many adapters there are.
+        drops = any(u.dropout_p > 0.0 for u in self.updated)
+        self._key = like(weight), like(base.bias), max(ranks, default=0), frozenset(dtypes), drops
         self._projection: ops.Projection | None = None
 
     @property
@@ -150,10 +155,9 @@ class GroupedCall:
 
     @property
     def fits(self) -> bool:
-        """Whether there is an update, and all have shapes that go together with the layer's."""
-        there = [(u.lora_a.shape, u.lora_b.shape) for u in self.layer.updates if u is not None]
+        """Whether the updates, if there are any, have shapes that go together with the layer's."""
         k, n = self.widths
-        return bool(there) and all(a[1:] == (k,) and b == (n, a[0]) for a, b in there)
+        return all(a.shape[1:] == (k,) and b.shape == (n, len(a)) for a, b, *_ in self.updated)
 
     def before(self, others: Sequence[Any]) -> ops.Decided:
         """What was found out about a chain of such a layer and of such others behind it."""
@@ -277,7 +281,7 @@ def for_kernels(
         if why_not_grouped(layer, groups.names, x, width):
             return None
         call = GroupedCall(layer, groups)
-        return call if call.fits else None
+        return call if call.updated and call.fits else None
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked)
@@ -327,8 +331,9 @@ def why_not_grouped(module: Any, names: Sequence[str], x: Tensor, width: int) ->
     """
     if torch.compiler.is_compiling():
         return "traced"
+    base = module.base_layer
     reason = why_not_here() or why_not_lora(module, names)
-    reason = reason or why_not_tensors(x, module.base_layer.weight)
+    reason = reason or why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None))
     return reason or (None if width == module.in_features else "an error")  # for stock to raise
 
 
