@@ -84,8 +84,9 @@ BAD_INPUT = {
     "an unknown option of a method": (["--methods", "lora:rank=4"], "lora takes r, dropout, layers"),
     "a layer that isn't there": (["--methods", "lora:layers=1-2"], "no layer 2: the model has layers 0 to 1"),
     "layers that are none": (["--layers", "up"], "--layers must be a layer or a range of layers"),
+    # Of a language model: a classifier's prefix can't be trained by every peft and transformers that are admitted.
     "a prefix that leaves no room": (
-        ["--methods", "prefix:tokens=63"],
+        ["--task", "lm", "--methods", "prefix:tokens=63"],
         "63 tokens before each text leave it",
     ),
     "an unknown task": (["--task", "translate"], "unknown task 'translate': choose from classify, lm"),
@@ -126,7 +127,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing(
         "--data": str(files / "texts.csv"),
         "--model": str(files / "gpt2"),
         "--methods": "head",
-        wrong[0]: wrong[1].format(files),
+        **{option: value.format(files) for option, value in zip(wrong[::2], wrong[1::2], strict=True)},
     }
     said = _refused(["compare", *(word for option in options.items() for word in option)], capsys)
     assert message in said
