@@ -67,7 +67,7 @@ class _AdapterPlan(Plan):
     def read(self) -> list[Tensor | None]:
         """Weights and biases, down and up."""
         down, up = self._places
-        return [down["weight"], down["bias"], up["weight"], up["bias"]]
+        return [each.get(name, False) for each in (down, up) for name in ("weight", "bias")]
 
     def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         """As `Plan.holds`, for x of the width that the adapter takes."""
