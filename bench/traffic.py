@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import NewGELUActivation
 
 import fastpeft
-from fastpeft import ops, reference
+from fastpeft import modules, ops, reference
 from fastpeft.kernels import launch, layer_norm, lm_head, tiling
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
@@ -110,6 +110,9 @@ class EagerKernels(TorchDispatchMode):
         return out
 
 
+modules.HARMLESS_MODES.add(EagerKernels)  # which counts what fastpeft runs
+
+
 @contextmanager
 def counted(kernels: list[Kernel]) -> Iterator[None]:
     """Collects the kernels of eager operators and those of fastpeft, which are launched on nothing."""
@@ -146,6 +149,9 @@ class DropoutAsOnCuda(TorchFunctionMode):
         if func is F.dropout:
             return _fused_dropout(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+modules.HARMLESS_MODES.add(DropoutAsOnCuda)
 
 
 def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

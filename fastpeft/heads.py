@@ -158,7 +158,12 @@ def _fused(stock: Any) -> type[nn.Module]:
         ids = given.get("input_ids")
         if type(self.transformer) is not PackedModel:
             return None
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or given.get("past_key_values") is not None:
+        if (
+            type(ids) is not Tensor
+            or ids.is_meta
+            or ids.dim() != 2
+            or given.get("past_key_values") is not None
+        ):
             return None
         return _why_not_parts(self, parts) or reads_of(self, given)
 

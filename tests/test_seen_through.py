@@ -18,6 +18,8 @@ from peft.tuners.lora import Linear as LoraLinear
 from test_packing import batch, packing_row
 from torch import nn
 from torch.nn.modules import module as torch_modules
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -326,6 +328,96 @@ def test_the_forward_of_a_users_adapter_replaced():
         torch.testing.assert_close(model(x), model[0].down(x))
         assert fastpeft.report(model)[0][2:] == ("stock", "the forward of Own was replaced", 1)
         fastpeft.patch(model)
+
+
+class Scaling(TorchFunctionMode):
+    """Changes what linear layers and activations give."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return output * 1.1 if func in (F.linear, torch.addmm, torch.tanh) else output
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes that norms and products see."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.native_layer_norm, torch.ops.aten.addmm):
+            self.seen += [len(args[1]), *args[0].shape]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [Scaling, Shapes])
+def test_a_mode_is_handed_stocks_operators(make):
+    def use(model, inputs):
+        with make() as mode:
+            result = model(**inputs).logits
+        return [result.detach(), torch.tensor(getattr(mode, "seen", []))]
+
+    patched = assert_the_same(use, classifier(), batch(LENGTHS), "mode looks on")
+    assert {row.path for row in fastpeft.report(patched)} == {"stock"}
+
+
+def test_a_default_device_is_no_mode_that_looks_on():
+    model = fastpeft.patch(classifier())
+    with torch.device("cpu"):
+        model(**batch(LENGTHS))
+    assert packing_row(model).calls == 1
+
+
+def test_a_tensor_of_a_users_class_sees_stocks_functions():
+    def use(model, inputs):
+        called = []
+
+        class Noting(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                called.append(func)
+                return super().__torch_function__(func, types, args, kwargs or {})
+
+        inputs["input_ids"] = inputs["input_ids"].as_subclass(Noting)
+        assert type(model(**inputs).logits) is Noting
+        return torch.tensor([called.count(func) for func in (F.linear, torch.addmm, torch.tanh, F.gelu)])
+
+    assert_the_same(use, classifier(), batch(LENGTHS), "input_ids")
+
+
+@pytest.mark.parametrize("adapted", ["lora", "adapter"])
+def test_a_parameter_that_became_an_attribute(adapted):
+    """As hypernetworks have it, and torch's old weight_norm; also one that wasn't there before."""
+
+    def use(model, inputs):
+        model(**inputs)
+        h = transformer(model).h
+        if adapted == "lora":
+            parts = [(h[0].mlp.c_fc.lora_A["default"], "weight"), (h[1].mlp.c_fc.base_layer, "bias")]
+        else:
+            parts = [(h[0].mlp.adapter.down, "weight"), (h[1].mlp.adapter.up, "bias")]
+        for part, name in parts:
+            value = getattr(part, name).detach() * 2 + 1
+            delattr(part, name)
+            setattr(part, name, value)
+        return model(**inputs).logits.detach()
+
+    model = gpt2(GPT2ForSequenceClassification)
+    model = with_lora(model) if adapted == "lora" else with_adapters(model, "post_mlp")
+    assert_the_same(use, model, batch(LENGTHS))
+
+
+def test_tensors_without_data_make_stocks_error():
+    messages = []
+    for patched in (False, True):
+        model = classifier()
+        model = (fastpeft.patch(model) if patched else model).to("meta")
+        inputs = {name: tensor.to("meta") for name, tensor in batch(LENGTHS).items()}
+        with pytest.raises(RuntimeError) as caught:
+            model(**inputs)
+        messages.append((caught.type, str(caught.value)))
+    assert messages[0] == messages[1]
 
 
 def labels_of(inputs, **counts):
