@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import NewGELUActivation
 
 import fastpeft
-from fastpeft import ops, reference
+from fastpeft import modules, ops, reference
 from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tiling
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
@@ -113,6 +113,9 @@ class EagerKernels(TorchDispatchMode):
         return out
 
 
+modules.HARMLESS_MODES.add(EagerKernels)  # which counts what fastpeft runs
+
+
 @contextmanager
 def counted(kernels: list[Kernel]) -> Iterator[None]:
     """Collects the kernels of eager operators and those of fastpeft, which are launched on nothing."""
@@ -149,6 +152,9 @@ class DropoutAsOnCuda(TorchFunctionMode):
         if func is F.dropout:
             return _fused_dropout(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+modules.HARMLESS_MODES.add(DropoutAsOnCuda)
 
 
 def _fused_dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:

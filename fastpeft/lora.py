@@ -198,7 +198,8 @@ class LoraPlan(Plan):
     def read(self) -> list[Tensor | None]:
         """Weight and bias of the frozen layer, lora_a and lora_b, and the latter's bias, which there mustn't be."""
         base, lora_a, lora_b = self._places
-        return [base["weight"], base["bias"], lora_a["weight"], lora_b["weight"], lora_b.get("bias")]
+        held = [(base, "weight"), (base, "bias"), (lora_a, "weight"), (lora_b, "weight"), (lora_b, "bias")]
+        return [each.get(name, False) for each, name in held]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -244,7 +245,7 @@ def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None
 
     Where a `width` is given, the call is on a tensor of that width that comes of x. `walked` is as in `Plan.holds`.
     """
-    if torch.compiler.is_compiling() or x.dim() == 0:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() == 0:
         return None
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
