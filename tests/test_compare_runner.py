@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import io
 import json
 import os
 import re
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 import transformers
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from small_comparison import arguments, assert_one_report_of_two, checkpoint, corpus, options
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
@@ -32,6 +34,7 @@ from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import run_name
 from fastpeft.compare.placement import loading, trainable, why_not
+from fastpeft.compare.progress import Reporter
 from fastpeft.compare.runner import compare
 from fastpeft.compare.tasks import CLASSIFY, LM
 
@@ -347,6 +350,14 @@ def test_a_method_that_cannot_be_trained_is_refused_before_anything_is_written(t
     with pytest.raises(BadInput, match="lora can't be trained here, leave it out: too old"):
         compare(asked)
     assert not asked.out.exists()
+
+
+def test_a_default_that_cannot_be_trained_is_left_out_with_a_line(monkeypatch):
+    monkeypatch.setattr(runner, "why_not", lambda method, _: {"prefix": "too new"}.get(method.name))
+    console = Console(file=io.StringIO())
+    left = runner._trainable(Arguments(), Reporter(console))
+    assert left.methods == ("head", "lora-qkv", "lora", "adapter-mlp", "full")
+    assert console.file.getvalue() == "Without prefix, which can't be trained here: too new\n"
 
 
 def test_the_plots_are_png_files_of_a_legible_size(finished):
