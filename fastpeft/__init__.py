@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastpeft.adapter_rows import adapter_rows
-    from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters
+    from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters, set_adapters
     from fastpeft.lm_head import lm_head_loss
     from fastpeft.ops import adapter, lora_linear
     from fastpeft.patching import patch, unpatch
@@ -25,6 +25,7 @@ __all__ = [
     "patch",
     "report",
     "save_adapters",
+    "set_adapters",
     "unpatch",
 ]
 
