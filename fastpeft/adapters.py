@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -344,12 +345,11 @@ def adapted(
         groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
         if order.by_adapter is not None:
             x = x.index_select(0, order.by_adapter)
-    flat, onto = x.flatten(0, -2), None if residual is None else residual.flatten(0, -2)
-    parts = [
-        _through(found.get(name), flat[rows], None if onto is None else onto[rows])
-        for name, rows in groups.rows()
-    ]
-    y = torch.cat(parts).view(x.shape)
+    # Split, not sliced row by row: the gradients of the parts are then joined once.
+    sizes = [rows.stop - rows.start for _, rows in groups.rows()]
+    onto = repeat(None) if residual is None else residual.flatten(0, -2).split(sizes)
+    each = zip(groups.names, x.flatten(0, -2).split(sizes), onto, strict=False)
+    y = torch.cat([_through(found.get(name), part, to) for name, part, to in each]).view(x.shape)
     return y if order is None or order.back is None else y.index_select(0, order.back)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_rows import batch, labelled, packing_of
 from tolerances import assert_as_good_as
 from torch import nn
-from transformers import GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import fastpeft
 from fastpeft import AdapterConfig
@@ -25,7 +25,10 @@ from fastpeft.adapters import CONFIG_FILE, WEIGHTS_FILE
 SETS = {
     "default": [AdapterConfig(("post_attn", "post_mlp"), 4, "relu")],
     "a": [AdapterConfig(("post_attn", "post_block", "pre_head"), 7, "gelu", 0.5)],
-    "b": [AdapterConfig(("post_mlp",), 3, "silu", layers=(1,)), AdapterConfig(("post_embed",), 5, "gelu_tanh", 2.0)],
+    "b": [
+        AdapterConfig(("post_mlp",), 3, "silu", layers=(1,)),
+        AdapterConfig(("post_embed",), 5, "gelu_tanh", 2.0),
+    ],
 }
 APART = ["b", "default", "__base__", "a", "b", "default"]
 TOGETHER = ["a", "a", "b", "b", "default", "__base__"]
@@ -84,7 +87,6 @@ def use(model: Any, name: str, lora: tuple[str, ...] = ()) -> nn.Module:
         model.set_requires_grad(list(lora))
     elif lora:
         model.base_model.disable_adapter_layers()
-        model.base_model.model.get_submodule("transformer").requires_grad_(False)
     return model
 
 
@@ -125,7 +127,8 @@ def assert_same(found: Any, stock: Any, truth: Any, read: Any = slice(None)) -> 
     assert_as_good_as(found["logits"][read], stock["logits"][read], truth["logits"][read].double(), "logits")
     of: dict[str, list[str]] = {}  # by set, or head: of a few numbers one draw compares luck
     for key in found.keys() - {"logits"}:
-        of.setdefault(key.split(".")[-3], []).append(key)
+        what = next((part for part in key.split(".") if part.startswith("adapter")), "all else")
+        of.setdefault(what, []).append(key)
     for what, keys in of.items():
         every = (torch.cat([each[key].flatten() for key in keys]) for each in (found, stock, truth))
         assert_as_good_as(*every, f"gradient of {what}")
@@ -153,3 +156,204 @@ def test_a_row_uses_the_set_of_its_name_alone(head, how, side):
         assert packing_of(found)[0] == "torch", packing_of(found)
         fastpeft.unpatch(found).zero_grad()
         assert_same(together(found, names, inputs), *apart, read)
+
+
+@pytest.mark.parametrize("how", ["auto", "layers", "unpatched"])
+def test_a_name_may_be_of_lora_too(how):
+    """Of "default" both apply, of "c" LoRA alone, of "a" the set alone; heads that peft saves go with their rows."""
+    stock: Any = with_lora(gpt2(GPT2ForSequenceClassification))
+    stock.add_adapter("c", LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"], fan_in_fan_out=True))
+    stock.set_requires_grad(["default", "c"])
+    with_sets(randomise(randomise(stock, "lora_B"), "modules_to_save.c"))
+    names = ["c", "a", "default", "a", "__base__", "default"]
+    inputs = labelled(batch("right"), GPT2ForSequenceClassification)
+    found = copy.deepcopy(stock)
+    if how != "unpatched":
+        fastpeft.patch(found, scope=how)
+    apart = [
+        rows_apart(m, names, inputs, lora=("default", "c")) for m in (stock, copy.deepcopy(stock).double())
+    ]
+    assert_same(together(found, names, inputs), *apart)
+    if how == "auto":
+        assert_fused(found, ("lora",))
+        assert packing_of(found)[0] == "torch", packing_of(found)
+
+
+def test_what_peft_gives_names_for_leaves_the_set_in_use_to_all_rows():
+    stock: Any = with_sets(with_lora(gpt2()), "a")
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    inputs = labelled(batch("right", [4, 6]), GPT2LMHeadModel)
+    with torch.no_grad():
+        outputs = [m(**inputs, adapter_names=["default", "__base__"]) for m in (patched, stock)]
+        assert torch.allclose(outputs[0].loss, outputs[1].loss)
+        assert not torch.allclose(outputs[1].loss, alone(stock, "none")(**inputs).loss)
+    assert packing_of(patched)[1] == (
+        "adapter_names that aren't the same for all LoRA layers and bottleneck adapters"
+    )
+
+
+@pytest.mark.parametrize("patched", [False, True], ids=["stock", "patched"])
+def test_the_set_added_first_is_in_use_until_another_is(patched):
+    stock = with_sets(gpt2())
+    model = fastpeft.patch(copy.deepcopy(stock)) if patched else copy.deepcopy(stock)
+    inputs = labelled(batch("right"), GPT2LMHeadModel)
+    for name in (None, "b", "a", "default"):
+        if name is not None:
+            fastpeft.set_adapters(model, name)
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        expected = alone(stock, name or "default")
+        expected(**inputs).loss.backward()
+        gradients = [
+            {k: p.grad for k, p in m.named_parameters() if p.grad is not None} for m in (model, expected)
+        ]
+        assert gradients[0].keys() == gradients[1].keys()
+        torch.testing.assert_close(*gradients)
+    assert all(p.requires_grad for key, p in model.named_parameters() if "adapter" in key)
+
+
+def test_a_set_that_is_not_in_use_is_added_unused_and_one_in_use_grows():
+    model = with_sets(gpt2(), "a")
+    before = model(IDS).logits
+    fastpeft.add_adapters(model, SETS["default"][0])
+    randomise(model, ".adapter.")
+    assert torch.equal(model(IDS).logits, before)
+    fastpeft.add_adapters(model, AdapterConfig(("post_mlp",), 2), "a")
+    randomise(model, "mlp.adapter_a")
+    assert not torch.allclose(model(IDS).logits, before)
+
+
+def test_sets_without_rows_get_no_gradient():
+    patched = fastpeft.patch(with_sets(gpt2()))
+    with fastpeft.adapter_rows(patched, ["b", "__base__"]):
+        patched(**labelled(batch("right", [4, 6]), GPT2LMHeadModel)).loss.backward()
+    having = {key.split(".")[-3] for key, p in patched.named_parameters() if p.grad is not None}
+    assert having == {"adapter_b"}
+
+
+def test_the_next_call_without_names_uses_the_set_in_use():
+    stock = with_sets(gpt2())
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    inputs = labelled(batch("right"), GPT2LMHeadModel)
+    plain = alone(stock, "default")(**inputs).loss
+    for names in (APART, None, TOGETHER, None):
+        if names:
+            with fastpeft.adapter_rows(patched, names):
+                assert not torch.allclose(patched(**inputs).loss, plain)
+        else:
+            assert torch.allclose(patched(**inputs).loss, plain)
+        assert packing_of(patched)[0] == "torch", packing_of(patched)
+
+
+def test_generate():
+    stock = with_sets(gpt2())
+    inputs = batch("left", [5, 3, 4, 5, 1, 2])
+    patched = fastpeft.patch(copy.deepcopy(stock))
+    for m in (patched, stock):
+        with fastpeft.adapter_rows(m, APART):
+            found = m.generate(**inputs, max_new_tokens=4, do_sample=False)
+        for row, name in enumerate(APART):
+            own = {key: value[row : row + 1] for key, value in inputs.items()}
+            assert torch.equal(
+                found[row : row + 1], alone(stock, name).generate(**own, max_new_tokens=4, do_sample=False)
+            )
+
+
+def test_a_set_is_saved_by_name_and_loads_under_another(tmp_path):
+    model = with_sets(gpt2())
+    for name in SETS:
+        fastpeft.save_adapters(fastpeft.patch(model), tmp_path / name, name)
+    fastpeft.unpatch(model)
+    loaded: Any = gpt2()
+    for name, other in (("b", "default"), ("default", "c"), ("a", "a")):
+        assert fastpeft.load_adapters(loaded, tmp_path / name, other) is loaded
+        fastpeft.set_adapters(loaded, other)
+        assert torch.equal(loaded(IDS).logits, alone(model, name)(IDS).logits)
+    keys = {key: set(load_file(tmp_path / key / WEIGHTS_FILE)) for key in SETS}
+    assert keys["a"] == {
+        f"transformer.{host}.adapter.{part}.{kind}"
+        for host in ("h.0", "h.1", "h.0.attn", "h.1.attn", "ln_f")
+        for part in ("down", "up")
+        for kind in ("weight", "bias")
+    }
+    fastpeft.load_adapters(fastpeft.load_adapters(loaded, tmp_path / "b", "c2"), tmp_path / "b")  # and again
+    with pytest.raises(ValueError, match="the model has other adapters"):
+        fastpeft.load_adapters(loaded, tmp_path / "b", "c")
+
+
+def test_files_written_before_sets_had_names_load_under_any(tmp_path):
+    """Format 1, written out: one adapter of 2, after the second block's MLP, and a head."""
+    place, generator = "transformer.h.1.mlp.adapter", torch.Generator().manual_seed(5)
+    shapes = {"down.weight": (2, 48), "down.bias": (2,), "up.weight": (48, 2), "up.bias": (48,)}
+    tensors = {f"{place}.{key}": torch.randn(shape, generator=generator) for key, shape in shapes.items()}
+    tensors["score.weight"] = torch.randn(2, 48, generator=generator)
+    save_file(tensors, tmp_path / WEIGHTS_FILE)
+    adapter = {"slots": ["post_mlp"], "bottleneck": 2, "activation": "relu", "scale": 0.5, "layers": [1]}
+    described = {"format": 1, "width": 48, "layers": 2, "adapters": [adapter], "trained": ["score.weight"]}
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(described))
+    for name in ("default", "old"):
+        model = fastpeft.load_adapters(gpt2(GPT2ForSequenceClassification), tmp_path, name).eval()
+        base = gpt2(GPT2ForSequenceClassification).eval()
+
+        def adapt(_, args, x):
+            h = torch.relu(F.linear(x, tensors[f"{place}.down.weight"], tensors[f"{place}.down.bias"]))
+            return x + 0.5 * F.linear(h, tensors[f"{place}.up.weight"], tensors[f"{place}.up.bias"])
+
+        base.transformer.h[1].mlp.register_forward_hook(adapt)
+        base.score.weight.data.copy_(tensors["score.weight"])
+        torch.testing.assert_close(model(IDS).logits, base(IDS).logits)
+    state = model.state_dict()  # of the unnamed set, as before
+    assert {key for key in state if "adapter" in key} == {
+        key.replace("adapter", "adapter_old") for key in tensors
+    } - {"score.weight"}
+
+
+def test_another_head_than_that_of_the_other_sets_is_refused(tmp_path):
+    model = with_sets(gpt2(GPT2ForSequenceClassification), "a")
+    fastpeft.save_adapters(model, tmp_path, "a")
+    fastpeft.load_adapters(model, tmp_path, "b")  # the same head
+    randomise(model, "score").score.weight.data.add_(1)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"score.weight would change for a, b too"):
+        fastpeft.load_adapters(model, tmp_path, "c")
+    torch.testing.assert_close(model.state_dict(), state)
+
+
+@pytest.mark.parametrize("name", ["", "a.b", "__base__", None])
+def test_what_cannot_be_a_name_is_refused(tmp_path, name):
+    fastpeft.save_adapters(with_sets(gpt2(), "a"), tmp_path, "a")
+    model = gpt2()
+    with pytest.raises(ValueError, match="can't be named"):
+        fastpeft.add_adapters(model, AdapterConfig(), name)
+    with pytest.raises(ValueError, match="can't be named"):
+        fastpeft.load_adapters(model, tmp_path, name)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_errors_name_the_sets(tmp_path):
+    model = with_sets(gpt2(), "a", "b")
+    with pytest.raises(
+        ValueError, match="mlp already has an adapter: a slot takes one of each set, and 'b' has it"
+    ):
+        fastpeft.add_adapters(model, AdapterConfig(("post_mlp",)), "b")
+    for call in (
+        lambda: fastpeft.set_adapters(model, "c"),
+        lambda: fastpeft.save_adapters(model, tmp_path, "c"),
+    ):
+        with pytest.raises(ValueError, match="no set of adapters is named 'c': the model has b, a"):
+            call()
+    for names, words in (
+        (["x", "a", "y"], "no adapter is named x, y: the model has a, b"),
+        ("a", "sequence"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words), fastpeft.adapter_rows(model, names):
+            pass
+    for m in (model, fastpeft.patch(copy.deepcopy(model))):
+        with fastpeft.adapter_rows(m, ["a", "b"]):
+            with pytest.raises(ValueError, match="the batch has 1 rows, and 2 were given adapters"):
+                m(IDS)
+            with pytest.raises(ValueError, match="have adapters already"), fastpeft.adapter_rows(m, ["a"]):
+                pass
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert not list(tmp_path.iterdir())
