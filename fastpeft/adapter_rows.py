@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
+import torch
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
@@ -26,6 +27,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     Heads that peft saves with its adapters (`modules_to_save`) go with their rows; rows of other names have the head
     that was there before. Any other head is one for all rows.
+
+    A compiled model runs eagerly within it.
 
     Args:
         model: a model with peft's LoRA, with sets of bottleneck adapters or with both, patched or not.
@@ -58,6 +61,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
             "model.gradient_checkpointing_disable() first"
         )
     with ExitStack() as stack:
+        # What was compiled without these hooks doesn't look for them.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
         for module in model.modules():
             if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                 own = names

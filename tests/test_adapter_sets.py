@@ -357,3 +357,27 @@ def test_errors_name_the_sets(tmp_path):
                 pass
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_that_came_after_patch_are_used_too():
+    """Not fused, yet packed: the block hands them its residual, and each group of rows theirs."""
+    stock = with_sets(gpt2(GPT2ForSequenceClassification))
+    found: Any = fastpeft.patch(with_sets(gpt2(GPT2ForSequenceClassification), "a"))
+    for name in ("default", "b"):
+        for config in SETS[name]:
+            fastpeft.add_adapters(found, config, name)
+    found.load_state_dict(stock.state_dict())
+    fastpeft.set_adapters(found, "default")
+    inputs = labelled(batch("right"), GPT2ForSequenceClassification)
+    torch.testing.assert_close(found(**inputs).loss, alone(stock, "default")(**inputs).loss)
+    with fastpeft.adapter_rows(found, APART):
+        torch.testing.assert_close(found(**inputs).logits, rows_apart(stock, APART, inputs)["logits"])
+    assert packing_of(found)[0] == "torch", packing_of(found)
+
+
+def test_a_model_that_was_compiled_before_uses_them_too():
+    model = with_sets(gpt2(n_layer=1), "default", "a")
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(IDS).logits, alone(model, "default")(IDS).logits)
+    with fastpeft.adapter_rows(model, ["a"]):
+        torch.testing.assert_close(compiled(IDS).logits, alone(model, "a")(IDS).logits)
