@@ -6,9 +6,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastpeft.adapter_rows import adapter_rows
     from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters, set_adapters
     from fastpeft.lm_head import lm_head_loss
+    from fastpeft.mixing import adapter_rows
     from fastpeft.ops import adapter, lora_linear
     from fastpeft.patching import patch, unpatch
     from fastpeft.reporting import report
@@ -34,7 +34,7 @@ def __getattr__(name: str) -> Any:
     """A public name, all of them at the first asked for: the command line's `--help` needs no torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in "adapter_rows", "adapters", "lm_head", "ops", "patching", "reporting":
+    for module in "adapters", "lm_head", "mixing", "ops", "patching", "reporting":
         found = vars(import_module(f"{__name__}.{module}"))
         globals().update({public: found[public] for public in __all__ if public in found})
     return globals()[name]

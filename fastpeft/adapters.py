@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from itertools import repeat
+from itertools import repeat, starmap
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,9 +24,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from fastpeft import reference
 from fastpeft.groups import BASE, Groups, names_given, order_of, packed
 
-SLOTS = ("post_embed", "post_attn", "post_mlp", "post_block", "pre_head")
+PARALLEL = "parallel_mlp"
+SLOTS = ("post_embed", "post_attn", "post_mlp", PARALLEL, "post_block", "pre_head")
 #: Of the slots in blocks: the host's name below its block.
-_BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", "post_block": ""}
+_BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", PARALLEL: ".mlp", "post_block": ""}
 CONFIG_FILE = "fastpeft_adapters.json"
 WEIGHTS_FILE = "fastpeft_adapters.safetensors"
 FORMAT = 1
@@ -41,15 +42,16 @@ class AdapterConfig:
     Args:
         slots: any of `post_embed` (after the embeddings' dropout), `post_attn` (the attention's output,
             after its dropout and before the residual), `post_mlp` (likewise), `post_block` (after the
-            block's last residual) and `pre_head` (after the final LayerNorm).
+            block's last residual) and `pre_head` (after the final LayerNorm); or, instead of `post_mlp`,
+            `parallel_mlp` (what the MLP reads, its update added to what the MLP returns).
         bottleneck: width of the bottleneck, at least 1.
         activation: `relu`, `gelu`, `gelu_tanh` or `silu`.
         scale: factor of the adapter's update before its residual.
         layers: indices of the blocks that get them, for slots in blocks; None for all.
 
     Raises:
-        ValueError: an unknown or repeated slot, no slot, an unknown activation, a bottleneck below 1, layers that
-            aren't indices in rising order, or layers of a slot that is in none.
+        ValueError: an unknown or repeated slot, no slot, both slots of the MLP, an unknown activation, a bottleneck
+            below 1, layers that aren't indices in rising order, or layers of a slot that is in none.
     """
 
     slots: tuple[str, ...] = ("post_attn",)
@@ -64,6 +66,10 @@ class AdapterConfig:
         unknown = [slot for slot in slots if slot not in SLOTS]
         if unknown or not slots or len(set(slots)) < len(slots):
             raise ValueError(f"slots must be one or more of {', '.join(SLOTS)}, each once; got {slots}")
+        if {"post_mlp", PARALLEL} <= set(slots):
+            raise ValueError(
+                f"post_mlp and {PARALLEL} are both the MLP's, which takes one adapter; got {slots}"
+            )
         if self.activation not in reference.ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {self.activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
@@ -98,9 +104,20 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (..., width) → (..., width), added to a residual if there is one."""
-        update = self.up(self.act(self.down(x.to(self.down.weight.dtype))))
-        y = x + (self.scale * update).to(x.dtype)
+        y = x + self.update(x)
         return y if residual is None else residual + y
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added: x (..., width) → (..., width), in x's dtype."""
+        return (self.scale * self.up(self.act(self.down(x.to(self.down.weight.dtype))))).to(x.dtype)
+
+
+class ParallelAdapter(Adapter):
+    """`output + scale · up(act(down(x)))`, of what a layer reads and returns (He et al., 2022)."""
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
+        """x and output (..., width) → (..., width)."""
+        return output + self.update(x)
 
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -153,9 +170,11 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
             that is empty, has a dot in it or is `"__base__"`; nothing is changed then.
     """
     transformer = _transformer(model)
-    hosts = [host for slot in config.slots for host in _hosts(transformer, slot, config.layers)]
+    hosts = [
+        (_kind(slot), *host) for slot in config.slots for host in _hosts(transformer, slot, config.layers)
+    ]
     attribute = _attribute(name)
-    for place, host in hosts:
+    for _, place, host in hosts:
         if hasattr(host, attribute):
             raise ValueError(
                 f"{place} already has an adapter: a slot takes one of each set, and {name!r} has it"
@@ -167,9 +186,9 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
         if id(parameter) not in trained_by_peft | adapters:
             parameter.requires_grad_(False)
     width, active = transformer.config.n_embd, _active(transformer) in (name, None)
-    for _, host in hosts:
+    for kind, _, host in hosts:
         near = next((p for p in host.parameters() if p.is_floating_point()), transformer.wpe.weight)
-        adapter = Adapter(width, config.bottleneck, config.activation, config.scale)
+        adapter = kind(width, config.bottleneck, config.activation, config.scale)
         adapter.active = active
         setattr(host, attribute, adapter.to(near.device, near.dtype).train(transformer.training))
         if adapt_output not in host._forward_hooks.values():
@@ -316,8 +335,8 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def adapt_output(host: Any, args: Any, output: Any) -> Any:
     """The forward hook of a host: adapts its output, the first of a tuple."""
     if isinstance(output, tuple):
-        return (adapted(host, output[0]), *output[1:])
-    return adapted(host, output)
+        return (adapted(host, output[0], *args[:1]), *output[1:])
+    return adapted(host, output, *args[:1])
 
 
 def adapts(host: nn.Module) -> bool:
@@ -327,16 +346,22 @@ def adapts(host: nn.Module) -> bool:
 
 
 def adapted(
-    host: nn.Module, x: Tensor, residual: Tensor | None = None, groups: Groups | None = None
+    host: nn.Module,
+    x: Tensor,
+    read: Tensor | None = None,
+    residual: Tensor | None = None,
+    groups: Groups | None = None,
 ) -> Tensor:
     """x (..., width), a host's output, through the adapter in use, or each row through that of its set.
 
     The rows are those of x seen as (M, width) where their groups are given or tokens are packed, else of its first
-    dimension. A residual, of x's shape and order, is added.
+    dimension. `read` is what the host read, for parallel adapters; a residual is added. Both have x's shape and order.
     """
     found, names = adapters_of(host), names_given(host)
     if names is None:
-        return _through(_in_use(found), x, residual)
+        return _through(_in_use(found), x, read, residual)
+    if not any(isinstance(each, ParallelAdapter) for each in found.values()):
+        read = None
     order, groups = None, groups or packed.get()
     if groups is None:
         if len(names) != len(x):
@@ -345,11 +370,12 @@ def adapted(
         groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
         if order.by_adapter is not None:
             x = x.index_select(0, order.by_adapter)
-    # Split, not sliced row by row: the gradients of the parts are then joined once.
+            read = None if read is None else read.index_select(0, order.by_adapter)
+    # Split, not sliced group by group: the gradients of the parts are then joined once.
     sizes = [rows.stop - rows.start for _, rows in groups.rows()]
-    onto = repeat(None) if residual is None else residual.flatten(0, -2).split(sizes)
-    each = zip(groups.names, x.flatten(0, -2).split(sizes), onto, strict=False)
-    y = torch.cat([_through(found.get(name), part, to) for name, part, to in each]).view(x.shape)
+    parts = (repeat(None) if t is None else t.flatten(0, -2).split(sizes) for t in (x, read, residual))
+    each = zip(map(found.get, groups.names), *parts, strict=False)
+    y = torch.cat(list(starmap(_through, each))).view(x.shape)
     return y if order is None or order.back is None else y.index_select(0, order.back)
 
 
@@ -358,8 +384,10 @@ def _in_use(found: dict[str, Any]) -> Any:
     return next((each for each in found.values() if getattr(each, "active", True)), None)
 
 
-def _through(adapter: Any, x: Tensor, residual: Tensor | None) -> Tensor:
+def _through(adapter: Any, x: Tensor, read: Tensor | None, residual: Tensor | None) -> Tensor:
     """x through an adapter, if there is one, added to a residual, if there is one."""
+    if isinstance(adapter, ParallelAdapter):
+        x, adapter = adapter(read, x), None
     if adapter is None:
         return x if residual is None else residual + x
     return adapter(x) if residual is None else adapter(x, residual=residual)
@@ -397,6 +425,10 @@ def _check_present(transformer: GPT2Model, name: str) -> None:
         raise ValueError(f"no set of adapters is named {name!r}: the model has {', '.join(names) or 'none'}")
 
 
+def _kind(slot: str) -> type[Adapter]:
+    return ParallelAdapter if slot == PARALLEL else Adapter
+
+
 def _transformer(model: nn.Module) -> GPT2Model:
     found = [module for module in model.modules() if isinstance(module, GPT2Model)]
     if len(found) != 1:
@@ -428,7 +460,7 @@ def _adapters(transformer: GPT2Model) -> list[tuple[str, int, str, Adapter]]:
         for slot in SLOTS
         for index, (_, host) in enumerate(_hosts(transformer, slot))
         for name, adapter in adapters_of(host).items()
-        if isinstance(adapter, Adapter)
+        if isinstance(adapter, Adapter) and isinstance(adapter, ParallelAdapter) == (slot == PARALLEL)
     ]
 
 

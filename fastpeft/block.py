@@ -16,7 +16,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 from fastpeft import ops
 from fastpeft.adapters import adapted, adapts
 from fastpeft.groups import Groups
-from fastpeft.lora import FusedLoraLinear, LoraPlan, dropout_p, for_kernels
+from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
 from fastpeft.swap import Site, stands_for
 
@@ -103,8 +103,8 @@ class FusedBlock(GPT2Block):
             rest = packed.at(pooled)
             h, x = _normed(self.ln_1, hidden_states, site)
             attended, _ = attn.forward(h, packed=packed, kept=kept, pooled=pooled)
-            h, x = _normed(self.ln_2, adapted(attn, attended, _at(pooled, x), rest.groups), site)
-            y = adapted(mlp, mlp.forward(h, packed=rest), x, rest.groups)
+            h, x = _normed(self.ln_2, adapted(attn, attended, None, _at(pooled, x), rest.groups), site)
+            y = adapted(mlp, mlp.forward(h, packed=rest), h, x, rest.groups)
         else:
             h, residual = through([Stage(attn.c_attn, self.ln_1)], hidden_states, None, site, packed)
             stages = [
@@ -153,12 +153,10 @@ def _at_once(
     stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed
 ) -> tuple[Tensor, Tensor | None, int] | None:
     """What comes of the first stages, the residual, and how many they were; None where none gain by going at once."""
-    if packed.groups is not None:
-        return None
-    plans: list[LoraPlan] = []
+    plans: list[Any] = []
     width, walked = x.shape[-1], packed.walked[0] if packed.walked else None
     for stage in stages:
-        plan = for_kernels(stage.layer, x, width, walked)
+        plan = for_kernels(stage.layer, x, width, walked, packed.groups)
         if plan is None:
             break
         plans.append(plan)
@@ -182,7 +180,7 @@ def _at_once(
     return None
 
 
-def _links(stages: list[Stage], plans: list[LoraPlan]) -> list[ops.Link] | None:
+def _links(stages: list[Stage], plans: list[Any]) -> list[ops.Link] | None:
     """The stages as one operation takes them; None where something between them isn't what it knows."""
     links = []
     for i, (_, norm, act, dropout) in enumerate(stages):

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import ops
 from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
-from fastpeft.plan import Plan
+from fastpeft.plan import Plan, like
 from fastpeft.swap import Site, stands_for
 
 
@@ -83,14 +83,12 @@ class FusedLoraLinear(LoraLinear):
     ) -> Tensor:
         """`forward`, of rows that use different adapters."""
         site, names = self._fastpeft, kwargs.pop("adapter_names", ())
-        reason = (
-            (torch.compiler.is_compiling() and "traced")
-            or why_not_here()
-            or ((args or kwargs) and "called with extra arguments")
-            or (groups is None and len(names) != len(x) and "an error")  # for stock to raise
-            or why_not_lora(self, names if groups is None else groups.names)
-            or why_not_tensors(x, self.base_layer.weight)
-        )
+        if args or kwargs:
+            reason: str | None = "called with extra arguments"
+        elif groups is None and len(names) != len(x):
+            reason = "an error"  # for stock to raise
+        else:
+            reason = why_not_grouped(self, names if groups is None else groups.names, x, x.shape[-1])
         if reason:
             site.record(ops.Route("stock", reason))
             stock = super().forward
@@ -105,32 +103,72 @@ class FusedLoraLinear(LoraLinear):
         order = None
         if groups is None:
             order = order_of(tuple(names), x.device)
-            groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
+            groups = order.groups([x[:1].numel() // x.shape[-1]] * len(x))
             if order.by_adapter is not None:
                 x = x.index_select(0, order.by_adapter)
-        base = self.base_layer
-        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-        updates = [
-            ops.Update(
-                rows,
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-                self.scaling[name],
-                dropout_p(self.lora_dropout[name]),
-            )
-            for name, rows in groups.rows()
-            if name in self.lora_A and rows.stop > rows.start
-        ]
+        call = GroupedCall(self, groups)
+        options = site.backend, site.exact, site.strict
         try:
-            y, route = ops.grouped_lora_linear(
-                x, weight, base.bias, updates, site.backend, site.exact, None if order else residual
-            )
+            decided = (
+                call.before(()) if call.fits else None
+            )  # what doesn't is for the operation to complain of
+            y, route = ops.routed_lora_linear(x, call.layer, *options, None if order else residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
         if order is None:
             return y
         return ops.added(y if order.back is None else y.index_select(0, order.back), residual)
+
+
+class GroupedCall:
+    """What a `LoraPlan` is, of a call whose rows use different adapters, which are others at the next."""
+
+    def __init__(self, module: Any, groups: Groups) -> None:
+        base, self._site = module.base_layer, module._fastpeft
+        factors = module.lora_A._modules, module.lora_B._modules
+        updates = [
+            ops.Update(
+                factors[0][name].weight,
+                factors[1][name].weight,
+                module.scaling[name],
+                dropout_p(module.lora_dropout[name]),
+            )
+            if name in factors[0]
+            else None
+            for name in groups.names
+        ]
+        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        self.layer = ops.Grouped(weight, base.bias, updates, groups.bounds)
+        self.updated = [u for u in updates if u is not None]
+        ranks, dtypes = [len(u.lora_a) for u in self.updated], {t.dtype for u in self.updated for t in u[:2]}
+        # What kernels are prepared for, which isn't how many adapters there are.
+        drops = any(u.dropout_p > 0.0 for u in self.updated)
+        self._key = like(weight), like(base.bias), max(ranks, default=0), frozenset(dtypes), drops
+        self._projection: ops.Projection | None = None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of what the layer takes, K, and of what it makes, N."""
+        k, n = self.layer.weight.shape
+        return k, n
+
+    @property
+    def fits(self) -> bool:
+        """Whether the updates, if there are any, have shapes that go together with the layer's."""
+        k, n = self.widths
+        return all(a.shape[1:] == (k,) and b.shape == (n, len(a)) for a, b, *_ in self.updated)
+
+    def before(self, others: Sequence[Any]) -> ops.Decided:
+        """What was found out about a chain of such a layer and of such others behind it."""
+        return self._site.grouped.once((self._key, *(each._key for each in others)), ops.Decided)
+
+    def projection(self) -> ops.Projection:
+        """What the call computes, for kernels."""
+        if self._projection is None:
+            self._projection = self.layer.stacked(self.layer.weight.device)
+        assert self._projection is not None
+        return self._projection
 
 
 class LoraPlan(Plan):
@@ -160,7 +198,8 @@ class LoraPlan(Plan):
     def read(self) -> list[Tensor | None]:
         """Weight and bias of the frozen layer, lora_a and lora_b, and the latter's bias, which there mustn't be."""
         base, lora_a, lora_b = self._places
-        return [base["weight"], base["bias"], lora_a["weight"], lora_b["weight"], lora_b.get("bias")]
+        held = [(base, "weight"), (base, "bias"), (lora_a, "weight"), (lora_b, "weight"), (lora_b, "bias")]
+        return [each.get(name, False) for each, name in held]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -206,7 +245,7 @@ def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None
 
     Where a `width` is given, the call is on a tensor of that width that comes of x. `walked` is as in `Plan.holds`.
     """
-    if torch.compiler.is_compiling() or x.dim() == 0:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() == 0:
         return None
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
@@ -230,11 +269,20 @@ def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None
     return plan
 
 
-def for_kernels(layer: Any, x: Tensor, width: int, walked: Any) -> LoraPlan | None:
-    """`planned`, where kernels may do what the layer does beside other work; else None."""
+def for_kernels(
+    layer: Any, x: Tensor, width: int, walked: Any, groups: Groups | None
+) -> LoraPlan | GroupedCall | None:
+    """`planned`, or a call by `groups`, where kernels may do what the layer does beside other work; else None."""
     if type(layer) is not FusedLoraLinear:
         return None
     site = layer._fastpeft
+    if groups is not None:
+        if ops.choose(site.backend, site.exact, x.device).path != "triton":
+            return None
+        if why_not_grouped(layer, groups.names, x, width):
+            return None
+        call = GroupedCall(layer, groups)
+        return call if call.updated and call.fits else None
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked)
@@ -275,6 +323,19 @@ def dropout_p(dropout: nn.Module) -> float:
 def _active(module: Any) -> list[str]:
     """The adapters that a call of this layer adds up."""
     return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def why_not_grouped(module: Any, names: Sequence[str], x: Tensor, width: int) -> str | None:
+    """Why a call of this LoRA layer on rows that use these adapters must run stock; else None.
+
+    The rows are of this width and come of x.
+    """
+    if torch.compiler.is_compiling():
+        return "traced"
+    base = module.base_layer
+    reason = why_not_here() or why_not_lora(module, names)
+    reason = reason or why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None))
+    return reason or (None if width == module.in_features else "an error")  # for stock to raise
 
 
 def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:

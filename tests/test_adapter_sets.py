@@ -29,7 +29,9 @@ SETS = {
         AdapterConfig(("post_mlp",), 3, "silu", layers=(1,)),
         AdapterConfig(("post_embed",), 5, "gelu_tanh", 2.0),
     ],
+    "beside": [AdapterConfig(("parallel_mlp",), 6, "gelu", 0.7)],  # which isn't fused
 }
+NAMES = ("default", "a", "b")
 APART = ["b", "default", "__base__", "a", "b", "default"]
 TOGETHER = ["a", "a", "b", "b", "default", "__base__"]
 ACTIVATIONS: dict[str, Any] = {
@@ -42,8 +44,8 @@ IDS = torch.arange(2, 12)[None]
 
 
 def with_sets(model: nn.Module, *names: str) -> nn.Module:
-    """`model` with these sets, or all, none of which is zero."""
-    for name in names or SETS:
+    """`model` with these sets, or all that are fused, none of which is zero."""
+    for name in names or NAMES:
         for config in SETS[name]:
             fastpeft.add_adapters(model, config, name)
     return randomise(model, "adapter").eval()
@@ -57,7 +59,8 @@ def hosts(transformer: Any, slot: str, layers: Any) -> list[nn.Module]:
     if slot in ("post_embed", "pre_head"):
         return [transformer.drop if slot == "post_embed" else transformer.ln_f]
     blocks = [transformer.h[i] for i in layers or range(len(transformer.h))]
-    return [{"post_attn": b.attn, "post_mlp": b.mlp, "post_block": b}[slot] for b in blocks]
+    of = {"post_attn": "attn", "post_mlp": "mlp", "parallel_mlp": "mlp", "post_block": ""}
+    return [block.get_submodule(of[slot]) for block in blocks]
 
 
 def alone(model: nn.Module, name: str) -> nn.Module:
@@ -67,12 +70,21 @@ def alone(model: nn.Module, name: str) -> nn.Module:
     for module in transformer.modules():
         module._forward_hooks.clear()
     for config in SETS.get(name, []):
+        beside = config.slots == ("parallel_mlp",)
         for host in (host for slot in config.slots for host in hosts(transformer, slot, config.layers)):
             adapter = host._modules["adapter" if name == "default" else f"adapter_{name}"]
 
-            def adapt(_: Any, args: Any, output: Any, adapter: Any = adapter, config: Any = config) -> Any:
+            def adapt(
+                _: Any,
+                args: Any,
+                output: Any,
+                adapter: Any = adapter,
+                config: Any = config,
+                beside: bool = beside,
+            ) -> Any:
                 x = output[0] if isinstance(output, tuple) else output
-                h = ACTIVATIONS[config.activation](x @ adapter.down.weight.T + adapter.down.bias)
+                read = args[0] if beside else x
+                h = ACTIVATIONS[config.activation](read @ adapter.down.weight.T + adapter.down.bias)
                 y = x + config.scale * (h @ adapter.up.weight.T + adapter.up.bias)
                 return (y, *output[1:]) if isinstance(output, tuple) else y
 
@@ -156,6 +168,20 @@ def test_a_row_uses_the_set_of_its_name_alone(head, how, side):
         assert packing_of(found)[0] == "torch", packing_of(found)
         fastpeft.unpatch(found).zero_grad()
         assert_same(together(found, names, inputs), *apart, read)
+
+
+@pytest.mark.parametrize("how", ["auto", "unpatched"])
+def test_a_set_beside_the_mlp(how):
+    stock = with_sets(gpt2(GPT2ForSequenceClassification), "beside", "default")
+    names, inputs = ["beside", "default", "beside", "__base__"], batch("right", [3, 8, 5, 2])
+    inputs = labelled(inputs, GPT2ForSequenceClassification)
+    found = copy.deepcopy(stock)
+    if how == "auto":
+        fastpeft.patch(found)
+    apart = [rows_apart(m, names, inputs) for m in (stock, copy.deepcopy(stock).double())]
+    assert_same(together(found, names, inputs), *apart)
+    if how == "auto":
+        assert packing_of(found)[0] == "torch", packing_of(found)
 
 
 @pytest.mark.parametrize("how", ["auto", "layers", "unpatched"])
@@ -261,7 +287,7 @@ def test_generate():
 
 def test_a_set_is_saved_by_name_and_loads_under_another(tmp_path):
     model = with_sets(gpt2())
-    for name in SETS:
+    for name in NAMES:
         fastpeft.save_adapters(fastpeft.patch(model), tmp_path / name, name)
     fastpeft.unpatch(model)
     loaded: Any = gpt2()
@@ -269,7 +295,7 @@ def test_a_set_is_saved_by_name_and_loads_under_another(tmp_path):
         assert fastpeft.load_adapters(loaded, tmp_path / name, other) is loaded
         fastpeft.set_adapters(loaded, other)
         assert torch.equal(loaded(IDS).logits, alone(model, name)(IDS).logits)
-    keys = {key: set(load_file(tmp_path / key / WEIGHTS_FILE)) for key in SETS}
+    keys = {key: set(load_file(tmp_path / key / WEIGHTS_FILE)) for key in NAMES}
     assert keys["a"] == {
         f"transformer.{host}.adapter.{part}.{kind}"
         for host in ("h.0", "h.1", "h.0.attn", "h.1.attn", "ln_f")

@@ -32,6 +32,7 @@ from fastpeft.compare.checkpoint import Base
 from fastpeft.compare.encoding import Encoded, Examples, collator
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.judging import SCORE, Judge
+from fastpeft.compare.machine import mixed_precision
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import apply, loading, save, trainable
@@ -201,6 +202,7 @@ def _trainer(
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
+        bf16=mixed_precision() == "bf16",  # else Trainer does what accelerate was launched with
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )

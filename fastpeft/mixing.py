@@ -41,13 +41,11 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of adapters' names, one for each row; got {names!r}")
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    hosts = [module for module in model.modules() if adapters_of(module)]
-    known = sorted(
-        {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}.union(
-            *map(adapters_of, hosts)
-        )
-    )
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
+    hosts = [module for module in modules if adapters_of(module)]
+    of_lora = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    known = sorted(of_lora.union(*map(adapters_of, hosts)))
     unknown = sorted(set(names) - {*known, groups.BASE})
     if unknown:
         raise ValueError(
@@ -55,7 +53,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         )
     if any(groups.names_given(module) for module in (*layers, *hosts)):
         raise ValueError("the rows of this model's batches have adapters already: leave that context first")
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if any(vars(module).get("gradient_checkpointing") for module in modules):
         raise ValueError(
             "under gradient checkpointing the forward runs again after the context has ended: call "
             "model.gradient_checkpointing_disable() first"
@@ -63,7 +61,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     with ExitStack() as stack:
         # What was compiled without these hooks doesn't look for them.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                 own = names
                 if isinstance(module, ModulesToSaveWrapper):  # which has to know them all
