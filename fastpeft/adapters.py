@@ -260,7 +260,6 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     """
     path = Path(folder)
     transformer = _transformer(model)
-    _attribute(name)
     configs, trained = _read_description(path / CONFIG_FILE, transformer)
     tensors = _read_tensors(path / WEIGHTS_FILE)
     present = _configs(transformer, name)
