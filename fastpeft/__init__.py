@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters
+    from fastpeft.adapters import AdapterConfig, add_adapters, load_adapters, save_adapters, set_adapters
     from fastpeft.lm_head import lm_head_loss
     from fastpeft.mixing import adapter_rows
     from fastpeft.ops import adapter, lora_linear
@@ -25,6 +25,7 @@ __all__ = [
     "patch",
     "report",
     "save_adapters",
+    "set_adapters",
     "unpatch",
 ]
 

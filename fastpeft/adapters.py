@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat, starmap
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
 from fastpeft import reference
+from fastpeft.groups import BASE, Groups, names_given, order_of, packed
 
 PARALLEL = "parallel_mlp"
 SLOTS = ("post_embed", "post_attn", "post_mlp", PARALLEL, "post_block", "pre_head")
@@ -29,6 +31,8 @@ _BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", PARALLEL: ".mlp", "post_bloc
 CONFIG_FILE = "fastpeft_adapters.json"
 WEIGHTS_FILE = "fastpeft_adapters.safetensors"
 FORMAT = 1
+#: The set that a call means which names none; its adapters bear no name in the state dict.
+DEFAULT = "default"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,8 @@ class Adapter(nn.Module):
     Weights of another dtype than x are computed in theirs, and the sum returned in x's.
     """
 
+    active = True  # whether its set is the one in use, for rows that aren't given one
+
     def __init__(self, width: int, bottleneck: int, activation: str = "relu", scale: float = 1.0) -> None:
         super().__init__()
         self.down = nn.Linear(width, bottleneck)
@@ -96,9 +102,10 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., width) → (..., width)."""
-        return x + self.update(x)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (..., width) → (..., width), added to a residual if there is one."""
+        y = x + self.update(x)
+        return y if residual is None else residual + y
 
     def update(self, x: Tensor) -> Tensor:
         """What is added: x (..., width) → (..., width), in x's dtype."""
@@ -139,62 +146,86 @@ def activation_name(act: Any) -> str | None:
     return _ACTIVATION_NAMES.get(key)
 
 
-def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
+def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -> nn.Module:
     """Put trainable adapters into a GPT-2's slots, in place, and freeze its base.
 
     The head stays as trainable as it was (a head tied to the token embedding is frozen with it), LoRA factors
     and modules that peft trains stay trainable. The first output is bit-equal to the output before.
 
+    A model can hold several sets of adapters, each by a name and of its own slots and shapes. As with peft, the set
+    added first is in use until `set_adapters` chooses another; `adapter_rows` gives rows of one batch different ones.
+    All sets train, whichever is in use: a set that a step doesn't use gets no gradient. They share the head.
+
     Args:
         model: a GPT-2 with any head, plain or wrapped by peft (call `get_peft_model` first: it freezes
             whatever it finds).
         config: slots and shape.
+        name: of the set that they belong to, a new one or one that hasn't these slots yet.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no GPT-2 inside the model, a layer that it hasn't, or a slot that is taken; nothing is changed
-            then.
+        ValueError: no GPT-2 inside the model, a layer that it hasn't, a slot that is taken in this set, or a name
+            that is empty, has a dot in it or is `"__base__"`; nothing is changed then.
     """
     transformer = _transformer(model)
     hosts = [
         (_kind(slot), *host) for slot in config.slots for host in _hosts(transformer, slot, config.layers)
     ]
-    for _, name, host in hosts:
-        if hasattr(host, "adapter"):
-            raise ValueError(f"{name} already has an adapter: a slot takes one")
+    attribute = _attribute(name)
+    for _, place, host in hosts:
+        if hasattr(host, attribute):
+            raise ValueError(
+                f"{place} already has an adapter: a slot takes one of each set, and {name!r} has it"
+            )
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}
-    adapters = {id(p) for *_, adapter in _adapters(transformer) for p in adapter.parameters()}
+    present = [adapter for *_, adapter in _adapters(transformer)]
+    adapters = {id(p) for adapter in present for p in adapter.parameters()}
     for parameter in transformer.parameters():
         if id(parameter) not in trained_by_peft | adapters:
             parameter.requires_grad_(False)
-    width = transformer.config.n_embd
+    width, active = transformer.config.n_embd, _active(transformer) in (name, None)
     for kind, _, host in hosts:
         near = next((p for p in host.parameters() if p.is_floating_point()), transformer.wpe.weight)
         adapter = kind(width, config.bottleneck, config.activation, config.scale)
-        host.adapter = adapter.to(near.device, near.dtype).train(transformer.training)
-        # First in line, so that hooks which record hidden states see the adapted output.
-        host.register_forward_hook(adapt_output, prepend=True)
+        adapter.active = active
+        setattr(host, attribute, adapter.to(near.device, near.dtype).train(transformer.training))
+        if adapt_output not in host._forward_hooks.values():
+            # First in line, so that hooks which record hidden states see the adapted output.
+            host.register_forward_hook(adapt_output, prepend=True)
     return model
 
 
-def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write the model's adapters, and every other parameter that trains (the head), to `folder`.
-
-    Two files: the configuration as JSON and the weights as safetensors. LoRA factors are left to peft's own
-    `save_pretrained`.
+def set_adapters(model: nn.Module, name: str) -> None:
+    """Use the set of adapters of this name, and no other, for rows that `adapter_rows` gives none.
 
     Raises:
-        ValueError: the model has no adapters, or no GPT-2 inside.
+        ValueError: no set has the name; nothing is changed then.
+    """
+    transformer = _transformer(model)
+    _check_present(transformer, name)
+    for _, _, each, adapter in _adapters(transformer):
+        adapter.active = each == name
+
+
+def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = DEFAULT) -> None:
+    """Write a set of the model's adapters, and every other parameter that trains (the head), to `folder`.
+
+    Two files: the configuration as JSON and the weights as safetensors; the set's name isn't in them. LoRA factors are
+    left to peft's own `save_pretrained`.
+
+    Raises:
+        ValueError: the model has no adapters, none of this name, or no GPT-2 inside.
         OSError: the folder can't be written.
     """
     transformer = _transformer(model)
-    configs = _configs(transformer)
-    if not configs:
+    if not _adapters(transformer):
         raise ValueError("the model has no adapters to save: call add_adapters first")
+    _check_present(transformer, name)
+    configs = _configs(transformer, name)
     adapter_keys = set(_adapter_shapes(model, configs))
-    parameters = _plain_parameters(model)
+    parameters = _plain_parameters(model, name)
     trained = sorted(k for k, p in parameters.items() if p.requires_grad and k not in adapter_keys)
     description = {
         "format": FORMAT,
@@ -213,26 +244,29 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     os.replace(path / f"{CONFIG_FILE}.tmp", path / CONFIG_FILE)
 
 
-def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
-    """Load what `save_adapters` wrote, adding the adapters where the model has none, in place.
+def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = DEFAULT) -> nn.Module:
+    """Load what `save_adapters` wrote as the set of this name, adding it where the model has none so named, in place.
+
+    Whatever else trained is loaded too, the head above all, which all sets share.
 
     Returns:
         The model, its adapters and head trainable as `add_adapters` leaves them.
 
     Raises:
         FileNotFoundError: a file is missing in `folder`.
-        ValueError: the files are damaged, of another version, or don't fit the model (width, layers, other
-            adapters, a missing or extra key, a shape); nothing is changed then.
+        ValueError: the files are damaged, of another version, don't fit the model (width, layers, other
+            adapters, a missing or extra key, a shape), or hold another head than the one that other sets of the model
+            use; or a name as `add_adapters` refuses it. Nothing is changed then.
     """
     path = Path(folder)
     transformer = _transformer(model)
     configs, trained = _read_description(path / CONFIG_FILE, transformer)
     tensors = _read_tensors(path / WEIGHTS_FILE)
-    present = _configs(transformer)
+    present = _configs(transformer, name)
     if present and _by_slot(present) != _by_slot(configs):
         raise ValueError(f"{path}: the model has other adapters: {present}, the file {configs}")
     shapes = _adapter_shapes(model, configs)
-    parameters = _plain_parameters(model)
+    parameters = _plain_parameters(model, name)
     for key in trained:
         if key not in parameters:
             raise ValueError(
@@ -248,9 +282,19 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module
             raise ValueError(
                 f"{path / WEIGHTS_FILE}: {key} has shape {found}, the model needs {tuple(shape)}"
             )
+    others = sorted({each for _, _, each, _ in _adapters(transformer)} - {name})
+    changed = [
+        key
+        for key in trained
+        if others and not torch.equal(tensors[key].to(parameters[key]), parameters[key])
+    ]
+    if changed:
+        raise ValueError(
+            f"{path}: {', '.join(changed)} would change for {', '.join(others)} too: load into a model of its own"
+        )
     for config in [] if present else configs:
-        add_adapters(model, config)
-    parameters = _plain_parameters(model)
+        add_adapters(model, config, name)
+    parameters = _plain_parameters(model, name)
     with torch.no_grad():
         for key, tensor in tensors.items():
             parameters[key].copy_(tensor)
@@ -289,11 +333,95 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def adapt_output(host: Any, args: Any, output: Any) -> Any:
     """The forward hook of a host: adapts its output, the first of a tuple."""
-    if isinstance(host.adapter, ParallelAdapter):
-        return host.adapter(args[0], output)
     if isinstance(output, tuple):
-        return (host.adapter(output[0]), *output[1:])
-    return host.adapter(output)
+        return (adapted(host, output[0], *args[:1]), *output[1:])
+    return adapted(host, output, *args[:1])
+
+
+def adapts(host: nn.Module) -> bool:
+    """Whether a call of this module has its output adapted, as things are now."""
+    found, names = adapters_of(host), names_given(host)
+    return _in_use(found) is not None if names is None else not found.keys().isdisjoint(names)
+
+
+def adapted(
+    host: nn.Module,
+    x: Tensor,
+    read: Tensor | None = None,
+    residual: Tensor | None = None,
+    groups: Groups | None = None,
+) -> Tensor:
+    """x (..., width), a host's output, through the adapter in use, or each row through that of its set.
+
+    The rows are those of x seen as (M, width) where their groups are given or tokens are packed, else of its first
+    dimension. `read` is what the host read, for parallel adapters; a residual is added. Both have x's shape and order.
+    """
+    found, names = adapters_of(host), names_given(host)
+    if names is None:
+        return _through(_in_use(found), x, read, residual)
+    if not any(isinstance(each, ParallelAdapter) for each in found.values()):
+        read = None
+    order, groups = None, groups or packed.get()
+    if groups is None:
+        if len(names) != len(x):
+            raise ValueError(f"the batch has {len(x)} rows, and {len(names)} were given adapters")
+        order = order_of(tuple(names), x.device)
+        groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
+        if order.by_adapter is not None:
+            x = x.index_select(0, order.by_adapter)
+            read = None if read is None else read.index_select(0, order.by_adapter)
+    # Split, not sliced group by group: the gradients of the parts are then joined once.
+    sizes = [rows.stop - rows.start for _, rows in groups.rows()]
+    parts = (repeat(None) if t is None else t.flatten(0, -2).split(sizes) for t in (x, read, residual))
+    each = zip(map(found.get, groups.names), *parts, strict=False)
+    y = torch.cat(list(starmap(_through, each))).view(x.shape)
+    return y if order is None or order.back is None else y.index_select(0, order.back)
+
+
+def _in_use(found: dict[str, Any]) -> Any:
+    """Of a host's adapters the one in use; None where it is of a set that has none here."""
+    return next((each for each in found.values() if getattr(each, "active", True)), None)
+
+
+def _through(adapter: Any, x: Tensor, read: Tensor | None, residual: Tensor | None) -> Tensor:
+    """x through an adapter, if there is one, added to a residual, if there is one."""
+    if isinstance(adapter, ParallelAdapter):
+        x, adapter = adapter(read, x), None
+    if adapter is None:
+        return x if residual is None else residual + x
+    return adapter(x) if residual is None else adapter(x, residual=residual)
+
+
+def adapters_of(host: nn.Module) -> dict[str, Any]:
+    """The adapters behind a module by the names of their sets."""
+    if adapt_output not in host._forward_hooks.values():
+        return {}
+    prefix = f"{_attribute(DEFAULT)}_"
+    return {
+        key.removeprefix(prefix) if key.startswith(prefix) else DEFAULT: module
+        for key, module in host._modules.items()
+        if module is not None and f"{key}_".startswith(prefix)
+    }
+
+
+def _attribute(name: str) -> str:
+    """What a host has the adapter of this set as; ValueError for what can't be a set's name."""
+    if not isinstance(name, str) or not name or "." in name or name == BASE:
+        raise ValueError(
+            f"a set of adapters can't be named {name!r}: choose a word without dots, other than {BASE}"
+        )
+    return "adapter" if name == DEFAULT else f"adapter_{name}"
+
+
+def _active(transformer: GPT2Model) -> str | None:
+    """The name of the set in use; None where there is none."""
+    return next((name for _, _, name, adapter in _adapters(transformer) if adapter.active), None)
+
+
+def _check_present(transformer: GPT2Model, name: str) -> None:
+    names = dict.fromkeys(each for _, _, each, _ in _adapters(transformer))
+    if name not in names:
+        raise ValueError(f"no set of adapters is named {name!r}: the model has {', '.join(names) or 'none'}")
 
 
 def _kind(slot: str) -> type[Adapter]:
@@ -324,23 +452,24 @@ def _hosts(
     ]
 
 
-def _adapters(transformer: GPT2Model) -> list[tuple[str, int, Adapter]]:
-    """Slot, place in the slot (of a block: its index) and module of every adapter that `add_adapters` put in."""
+def _adapters(transformer: GPT2Model) -> list[tuple[str, int, str, Adapter]]:
+    """Slot, place in the slot (of a block: its index), set and module of every adapter that `add_adapters` put in."""
     return [
-        (slot, index, adapter)
+        (slot, index, name, adapter)
         for slot in SLOTS
         for index, (_, host) in enumerate(_hosts(transformer, slot))
-        if isinstance(adapter := getattr(host, "adapter", None), Adapter)
-        and isinstance(adapter, ParallelAdapter) == (slot == PARALLEL)
+        for name, adapter in adapters_of(host).items()
+        if isinstance(adapter, Adapter) and isinstance(adapter, ParallelAdapter) == (slot == PARALLEL)
     ]
 
 
-def _configs(transformer: GPT2Model) -> list[AdapterConfig]:
-    """The adapters of each slot as they are: one config for all blocks that have them alike."""
+def _configs(transformer: GPT2Model, name: str) -> list[AdapterConfig]:
+    """The adapters that a set has in each slot, as they are: one config for all blocks that have them alike."""
     layers: dict[tuple[str, int, str, float], list[int]] = {}
-    for slot, index, a in _adapters(transformer):
+    for slot, index, each, a in _adapters(transformer):
         alike = slot, a.down.out_features, activation_name(a.act) or "", a.scale
-        layers.setdefault(alike, []).append(index)
+        if each == name:
+            layers.setdefault(alike, []).append(index)
     everywhere = {slot: list(range(len(_hosts(transformer, slot)))) for slot in SLOTS}
     return [
         AdapterConfig(
@@ -355,7 +484,7 @@ def _by_slot(configs: list[AdapterConfig]) -> set[AdapterConfig]:
 
 
 def _adapter_shapes(model: nn.Module, configs: list[AdapterConfig]) -> dict[str, torch.Size]:
-    """Plain name and shape of every parameter the adapters of `configs` have, or would have, in `model`."""
+    """Plain name and shape of every parameter the adapters of `configs` have, or would have, in `model`, unnamed."""
     transformer = _transformer(model)
     root = next(name for name, module in _unwrap(model).named_modules() if module is transformer)
     prefix = f"{root}." if root else ""
@@ -374,16 +503,23 @@ def _adapter_shapes(model: nn.Module, configs: list[AdapterConfig]) -> dict[str,
     }
 
 
-def _plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names the model has without peft; those that peft saves by itself left out."""
+def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Parameters by the names the model has without peft and with this set of adapters alone, as the unnamed one.
+
+    Those that peft saves by itself are left out.
+    """
     root = _unwrap(model)
-    by_peft = {id(p) for m in root.modules() if isinstance(m, BaseTunerLayer) for p in _tuner_parameters(m)}
+    left_out = {id(p) for m in root.modules() if isinstance(m, BaseTunerLayer) for p in _tuner_parameters(m)}
     plain: dict[str, nn.Parameter] = {}
     for prefix, module in root.named_modules():
+        for each, adapter in adapters_of(module).items():
+            left_out |= {id(p) for p in adapter.parameters()}
+            if each == name:
+                plain |= dict(adapter.named_parameters(prefix=f"{prefix}.{_attribute(DEFAULT)}"))
         wrapped = isinstance(module, ModulesToSaveWrapper)
-        for name, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if id(parameter) not in by_peft and not wrapped:
-                plain[name.replace(".base_layer.", ".")] = parameter
+        for key, parameter in module.named_parameters(prefix=prefix, recurse=False):
+            if id(parameter) not in left_out and not wrapped:
+                plain[key.replace(".base_layer.", ".")] = parameter
     for prefix, module in root.named_modules():
         if isinstance(module, ModulesToSaveWrapper):  # one head, though the wrapper holds it twice
             plain = {k: p for k, p in plain.items() if not k.startswith(f"{prefix}.")}

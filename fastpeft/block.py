@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
 from fastpeft import ops
-from fastpeft.adapters import adapt_output
-from fastpeft.fused_adapter import FusedAdapter
+from fastpeft.adapters import adapted, adapts
 from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
@@ -100,11 +99,12 @@ class FusedBlock(GPT2Block):
         kept = args[0] if args else None  # the cache, which GPT2Model passes by position
         # Of the last block, keys and values of all tokens, and the rest of the pooled alone.
         pooled = packed.pooled if packed.last is self else None
-        if "adapter" in attn._modules or "adapter" in mlp._modules:
+        if adapts(attn) or adapts(mlp):
+            rest = packed.at(pooled)
             h, x = _normed(self.ln_1, hidden_states, site)
-            x = _added(attn, _at(pooled, x), h, packed=packed, kept=kept, pooled=pooled)
-            h, x = _normed(self.ln_2, x, site)
-            y = _added(mlp, x, h, packed=packed.at(pooled))
+            attended, _ = attn.forward(h, packed=packed, kept=kept, pooled=pooled)
+            h, x = _normed(self.ln_2, adapted(attn, attended, None, _at(pooled, x), rest.groups), site)
+            y = adapted(mlp, mlp.forward(h, packed=rest), h, x, rest.groups)
         else:
             h, residual = through([Stage(attn.c_attn, self.ln_1)], hidden_states, None, site, packed)
             stages = [
@@ -217,18 +217,6 @@ def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | Non
         return c_proj(x, residual=added, groups=packed.groups)
     y = _dropped(called(c_proj, x, packed), dropout)
     return y if residual is None else residual + y
-
-
-def _added(branch: Any, x: Tensor, h: Tensor, **given: Any) -> Tensor:
-    """`x + branch(h)` for a block's attention or MLP, in one operation with the adapter that the branch ends with."""
-    adapter = getattr(branch, "adapter", None)
-    if isinstance(adapter, FusedAdapter) and adapt_output in branch._forward_hooks.values():
-        return adapter(_first(branch.forward(h, **given)), residual=x)
-    return x + _first(branch(h, **given))
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _drops(dropout: nn.Module) -> float | None:

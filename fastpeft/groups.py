@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from functools import partial
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 BASE = "__base__"
 #: peft's hook before a module's forward, which gives it the call's `adapter_names`.
 hook = _adapter_names_pre_forward_hook
+
+
+def mark(module: Any, args: Any, adapter_names: Sequence[str]) -> None:
+    """The hook before a module's forward whose output bottleneck adapters adapt: it changes nothing, and is found."""
 
 
 class Groups(NamedTuple):
@@ -32,6 +37,10 @@ class Groups(NamedTuple):
     def at_pooled(self) -> Groups:
         """The groups of the rows that a head pools."""
         return Groups(self.names, self.pooled)
+
+
+#: The groups of the tokens while a packed GPT-2 runs whose rows use different adapters, for hooks to see.
+packed: ContextVar[Groups | None] = ContextVar("packed", default=None)
 
 
 class Order(NamedTuple):
@@ -63,7 +72,7 @@ def order_of(names: tuple[str, ...], device: torch.device) -> Order:
 
 
 def names_given(module: nn.Module) -> Sequence[str] | None:
-    """The `adapter_names` that peft's hook gives to a call of this module; None where it gives none."""
+    """The `adapter_names` that a hook gives to a call of this module; None where none does."""
     found = None
     hooks: dict[int, Any] = module._forward_pre_hooks
     for each in hooks.values():
@@ -73,5 +82,9 @@ def names_given(module: nn.Module) -> Sequence[str] | None:
 
 
 def is_names(candidate: Any) -> bool:
-    """Whether a hook is peft's, with the names of a batch's adapters."""
-    return type(candidate) is partial and candidate.func is hook and "adapter_names" in candidate.keywords
+    """Whether a hook has the names of a batch's adapters, peft's or ours."""
+    return (
+        type(candidate) is partial
+        and candidate.func in (hook, mark)
+        and "adapter_names" in candidate.keywords
+    )

@@ -21,10 +21,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
-from fastpeft import attention, ops
+from fastpeft import attention, groups, ops
 from fastpeft.block import Packed, called, projected
 from fastpeft.graphs import Graphs
-from fastpeft.groups import order_of
 from fastpeft.kernels.rows import rounded
 from fastpeft.modules import why_not_here
 from fastpeft.swap import Site, stands_for
@@ -193,9 +192,11 @@ class PackedModel(GPT2Model):
         chosen["attention_mask"] = torch.empty(1, 1, 1, 1, device=arguments["input_ids"].device)
         if not packed.whole:
             chosen |= _packed_rows(packed, arguments)
+        before = groups.packed.set(packed.groups)
         try:
             output = super().forward(**{**arguments, **chosen})
         finally:
+            groups.packed.reset(before)
             packed.walked.clear()  # a checkpoint's second forward comes after who knows what
         reason = "packed: no padding between the embeddings and the head"
         if graphs is not None:
@@ -305,7 +306,7 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         elif FULL * ids.numel() < count and read.pooled is None:
             return "the batch is nearly full"
     sequences, pooled = batch, read.pooled
-    order = None if names is None else order_of(tuple(names), ids.device)
+    order = None if names is None else groups.order_of(tuple(names), ids.device)
     by_adapter = None if order is None else order.by_adapter
     if by_adapter is not None:  # all below is of the grid with its rows in that order
         mask = None if mask is None else mask[by_adapter]
@@ -346,8 +347,7 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         return layout
     if by_adapter is not None:
         tokens = by_adapter[tokens // length] * length + tokens % length
-    groups = order.groups(sizes)
-    return layout._replace(tokens=tokens, groups=groups, moved=by_adapter is not None)
+    return layout._replace(tokens=tokens, groups=order.groups(sizes), moved=by_adapter is not None)
 
 
 def _as_graph(module: Any, packed: Packed, graphs: Graphs) -> Packed:

@@ -35,7 +35,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
-from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output
+from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output, adapters_of
 from fastpeft.groups import is_names, names_given
 from fastpeft.stock import Defined
 from fastpeft.swap import is_fused, stock_class
@@ -128,7 +128,7 @@ class _Seen(NamedTuple):
     places: list[dict[str, Any]]  # the `_parameters` that hold what trains, once for each
     names: list[str]  # its name there
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
-    layers: int  # how many LoRA layers there were
+    layers: int  # how many LoRA layers there were, and modules with bottleneck adapters behind them
     named: list[Any]  # the modules that a call gave `adapter_names`
     causal: list[tuple[bool, int]]  # what they have to say of themselves
     tables: list[dict[str, Any]]  # the `__dict__`s of the embeddings
@@ -180,7 +180,7 @@ class Trunk:
         return map(dict.get, self.seen.places, self.seen.names)
 
     def adapter_names(self) -> Sequence[str] | None:
-        """The adapters of a batch's rows, as peft's hooks give them now to every LoRA layer; None where they don't."""
+        """The adapters of a batch's rows, as hooks give them now wherever there are any; None where they don't."""
         named = self.seen.named
         return names_given(named[0]) if named else None
 
@@ -215,7 +215,7 @@ class Trunk:
             [place[0] for place in places],
             [place[1] for place in places],
             [vars(block.attn) for block in transformer.h],
-            sum(isinstance(m, LoraLayer) for m in called),
+            sum(isinstance(m, LoraLayer) or bool(adapters_of(m)) for m in called),
             [m for m in called if names_given(m) is not None],
             [(True, i) for i in range(len(transformer.h))],
             [vars(m) for m in called if isinstance(m, nn.Embedding)],
@@ -234,15 +234,17 @@ def _why_not_state(seen: _Seen) -> str | None:
         return "parameters of a class of their own"
     given = [names_given(module) for module in seen.named]
     if any(given):
-        if not all(is_fused(module) for module in seen.named):
+        if not all(is_fused(module) or type(module) in _HOSTS for module in seen.named):
             return "adapter_names for what isn't a LoRA layer that fastpeft fuses"
         if len(given) < seen.layers or any(names != given[0] for names in given):
-            return "adapter_names that aren't the same for all LoRA layers"
+            return "adapter_names that aren't the same for all LoRA layers and bottleneck adapters"
     if any(table["max_norm"] is not None or table["scale_grad_by_freq"] for table in seen.tables):
         return "embeddings with max_norm or scale_grad_by_freq"
     return None
 
 
+#: Behind these there may be bottleneck adapters, which names are for, and not for their own forward.
+_HOSTS = (nn.Dropout, nn.LayerNorm)
 _CAUSAL = itemgetter("is_causal", "layer_idx")
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 
