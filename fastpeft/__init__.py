@@ -34,7 +34,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, and with it others: the command line's `--help` needs no torch, and few need transformers' Trainer."""
+    """A public name, and others with it: the command line's `--help` needs no torch, few need transformers' Trainer."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     modules = ("adapter_rows", "adapters", "lm_head", "ops", "patching", "reporting")

@@ -44,7 +44,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from fastpeft.adapter_rows import adapter_rows
 from fastpeft.groups import BASE
 from fastpeft.heads import IGNORED
-from fastpeft.lm_head import lm_head_loss
+from fastpeft.lm_head import routed_lm_head_loss
 from fastpeft.modules import is_plain
 from fastpeft.packing import Reads
 from fastpeft.patching import patch
@@ -54,6 +54,18 @@ logger = logging.getLogger(__name__)
 
 #: What peft writes into a config beside what it is told.
 _ELSEWHERE = ("base_model_name_or_path", "peft_version")
+#: Names that peft has for something else, beside any part of "lora_".
+_PEFTS = {
+    "default",
+    BASE,
+    "base_model",
+    "model",
+    "base_layer",
+    "original_module",
+    "modules_to_save",
+    "lora_A",
+    "lora_B",
+}
 #: The names of what a run may train, and in them the run's.
 _TRAINED = re.compile(
     r"base_model\.model\.(?:transformer\.h\..+\.lora_[AB]|score\.modules_to_save)\.([^.]+)\.(?:weight|bias)"
@@ -214,7 +226,9 @@ class _SideBySide(Trainer):
             for run in self.runs:
                 rate = self.args.learning_rate if run.learning_rate is None else run.learning_rate
                 for decays in True, False:
-                    own = [p for n, p in trained.items() if _owner(n) == run.name and (n in decaying) == decays]
+                    own = [
+                        p for n, p in trained.items() if _owner(n) == run.name and (n in decaying) == decays
+                    ]
                     decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": own, "lr": rate, "weight_decay": decay})
             self.optimizer = kind([group for group in groups if group["params"]], **options)
@@ -257,8 +271,8 @@ class _SideBySide(Trainer):
         """Clip each run's gradient to its norm; a run whose loss or gradient isn't finite takes no further step."""
         parameters = [self._parameters[name] for name in self.live]
         norms = torch.stack([nn.utils.clip_grad_norm_(own, self.args.max_grad_norm) for own in parameters])
-        # The one wait for the device.
-        for name, loss, norm in zip(list(self.live), *torch.stack((self._losses, norms.to(self._losses))).tolist()):
+        found = torch.stack((self._losses, norms.to(self._losses))).tolist()  # the one wait for the device
+        for name, loss, norm in zip(list(self.live), *found, strict=True):
             if math.isfinite(loss) and math.isfinite(norm):
                 self._recent[name].append(loss)
             else:
@@ -321,7 +335,7 @@ class _SideBySide(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Tells a trainer when its state is there, and has it log wherever it saves: a checkpoint has no unlogged losses."""
+    """Tells a trainer when its state is there, and has it log where it saves: a checkpoint has no unlogged losses."""
 
     def __init__(self, trainer: _SideBySide) -> None:
         self._trainer = trainer
@@ -374,8 +388,12 @@ def _losses(head: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
         return F.cross_entropy(head(**given, use_cache=False).logits, targets, reduction="none")
     reads = Reads(positions=targets != IGNORED)
     hidden = head.transformer(**given, use_cache=False, reads=reads).last_hidden_state
-    layer = head.lm_head
-    return lm_head_loss(hidden, layer.weight, targets, bias=layer.bias, reduction="none")
+    weight, bias, site = head.lm_head.weight, head.lm_head.bias, head._fastpeft
+    losses, route = routed_lm_head_loss(
+        hidden, weight, targets, bias, IGNORED, "none", None, 0.0, site.backend
+    )
+    site.record(route)
+    return losses
 
 
 #: What a batch holds, and what its padding is, None for the model's own.
@@ -394,7 +412,9 @@ def _joined(batches: list[dict[str, Tensor]], size: int, padding: int) -> dict[s
     for key, fill in _FILL.items():
         parts = [batch.get(key, torch.ones_like(batch["input_ids"])) for batch in batches]
         if any(len(part) != size for part in parts):
-            raise ValueError(f"collate_fn made {len(parts[0])} rows of {size} examples: a row for each is needed")
+            raise ValueError(
+                f"collate_fn made {len(parts[0])} rows of {size} examples: a row for each is needed"
+            )
         value = padding if fill is None else fill
         joined[key] = torch.cat(
             [F.pad(p, (0, longest - p.shape[1]), value=value) if p.dim() > 1 else p for p in parts]
@@ -439,8 +459,9 @@ def _check(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: A
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several runs are named {', '.join(repeated)}: each needs a name of its own")
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     for run in runs:
-        _check_run(run)
+        _check_run(run, parts)
     if len({run.config.task_type for run in runs}) > 1:
         raise ValueError("the runs' configs have different task_types: peft wraps a model for one of them")
     _rehearse(model, runs)
@@ -448,10 +469,16 @@ def _check(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: A
 
 def _check_model(model: Any) -> None:
     if any(is_fused(module) for module in model.modules()):
-        raise ValueError("the model is patched already: fastpeft.unpatch(model) first, a sweep patches by itself")
+        raise ValueError(
+            "the model is patched already: fastpeft.unpatch(model) first, a sweep patches by itself"
+        )
     inner = getattr(model, "transformer", None)
     wrapped = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    if type(model) not in (GPT2LMHeadModel, GPT2ForSequenceClassification) or type(inner) is not GPT2Model or wrapped:
+    if (
+        type(model) not in (GPT2LMHeadModel, GPT2ForSequenceClassification)
+        or type(inner) is not GPT2Model
+        or wrapped
+    ):
         raise TypeError(
             f"a sweep takes a plain GPT2LMHeadModel or GPT2ForSequenceClassification, without adapters, got "
             f"{'one with adapters' if wrapped else type(model).__name__}: give the model that they go into"
@@ -461,9 +488,16 @@ def _check_model(model: Any) -> None:
         raise ValueError("the model's head is more than a linear layer: a sweep computes its loss by itself")
     if isinstance(model, GPT2ForSequenceClassification):
         if model.config.pad_token_id is None:
-            raise ValueError("config.pad_token_id is None: GPT-2 needs it to find the last token of each text")
-        if model.config.num_labels < 2 or model.config.problem_type not in (None, "single_label_classification"):
-            raise ValueError("a sweep classifies by one label a text: num_labels from 2, no other problem_type")
+            raise ValueError(
+                "config.pad_token_id is None: GPT-2 needs it to find the last token of each text"
+            )
+        if model.config.num_labels < 2 or model.config.problem_type not in (
+            None,
+            "single_label_classification",
+        ):
+            raise ValueError(
+                "a sweep classifies by one label a text: num_labels from 2, no other problem_type"
+            )
 
 
 def _check_arguments(arguments: TrainingArguments) -> None:
@@ -471,31 +505,31 @@ def _check_arguments(arguments: TrainingArguments) -> None:
         raise ValueError("a sweep runs in one process on one device: hide other GPUs by CUDA_VISIBLE_DEVICES")
     default = TrainingArguments(arguments.output_dir, use_cpu=arguments.use_cpu)
     for field in fields(arguments):
-        if field.init and field.name not in _KNOWN:
-            if getattr(arguments, field.name) != getattr(default, field.name, None):
-                raise ValueError(f"a sweep doesn't know TrainingArguments' {field.name}: leave it as it comes")
+        name = field.name
+        if name not in _KNOWN and getattr(arguments, name) != getattr(default, name):
+            raise ValueError(f"a sweep doesn't know TrainingArguments' {name}: leave it as it comes")
     for name, known in (("optim", _OPTIMISERS), ("train_sampling_strategy", _ORDERS)):
         if getattr(arguments, name) not in known:
             raise ValueError(f"{name}={getattr(arguments, name)!r}: a sweep takes one of {', '.join(known)}")
-    if arguments.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
-        raise ValueError(f"lr_scheduler_type={arguments.lr_scheduler_type!r} follows one metric, and runs have their own")
 
 
-def _check_run(run: Run) -> None:
-    if not re.fullmatch(r"[\w-]+", run.name, re.ASCII) or run.name in ("default", BASE) or run.name in "lora_":
+def _check_run(run: Run, parts: set[str]) -> None:
+    if not re.fullmatch(r"[\w-]+", run.name, re.ASCII) or run.name in parts | _PEFTS or run.name in "lora_":
         raise ValueError(
-            f"run name {run.name!r}: take letters, digits, - and _, and no name of peft's own, of which 'default' and "
-            "any part of 'lora_' are"
+            f"run name {run.name!r}: take letters, digits, - and _, and nothing that peft could take for a part of the "
+            "model's names or its own"
         )
     if type(run.config) is not LoraConfig:
-        raise TypeError(f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes LoraConfig")
+        raise TypeError(
+            f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes LoraConfig"
+        )
     for name, known in (("init_lora_weights", _INITS), ("layer_replication", (None,))):
         if (found := getattr(run.config, name)) not in known:
             raise ValueError(f"run {run.name}: {name}={found!r} would change the base, which the runs share")
 
 
 def _rehearse(model: Any, runs: list[Run]) -> None:
-    """Put the adapters on a model without memory, and see that each run trains nothing but LoRA and a head of its own."""
+    """Put the adapters on a model without memory, and see that each trains nothing but LoRA and a head of its own."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()), torch.device("meta"):
         warnings.simplefilter("ignore")  # they come again
         wrapped, twin = None, type(model)(copy.deepcopy(model.config))

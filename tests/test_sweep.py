@@ -44,7 +44,7 @@ def runs_of(head: type, **more: Any) -> list[Run]:
     return [
         Run("wide", lora(head, 8, "c_attn", "c_proj", "c_fc", **more), learning_rate=3e-3, seed=5),
         Run("thin", lora(head, 2, "c_attn", use_rslora=True, **more), learning_rate=1e-2, seed=6),
-        Run("mlp", lora(head, 4, "c_fc", **more)),
+        Run("inner", lora(head, 4, "c_fc", **more)),
     ]
 
 
@@ -95,7 +95,9 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, labels, reduction="sum"), int((labels != -100).sum())
 
 
-def alone(base: nn.Module, run: Run, given: TrainingArguments, data: list[Any], collate: Any, stop: int = 999) -> Any:
+def alone(
+    base: nn.Module, run: Run, given: TrainingArguments, data: list[Any], collate: Any, stop: int = 999
+) -> Any:
     """One run by stock peft, a loop written out: its losses and its model; `stop` ends it before that step."""
     seed = given.seed if run.seed is None else run.seed
     set_seed(seed)
@@ -146,7 +148,9 @@ def assert_holds(result: Any, base: nn.Module, model: nn.Module) -> None:
     found = dict(loaded.named_parameters())
     assert expected
     for name, parameter in expected.items():
-        torch.testing.assert_close(found[name], parameter.detach(), rtol=1e-8, atol=1e-11, msg=f"{result.name}: {name}")
+        torch.testing.assert_close(
+            found[name], parameter.detach(), rtol=1e-8, atol=1e-11, msg=f"{result.name}: {name}"
+        )
 
 
 @HEADS
@@ -162,13 +166,16 @@ def test_each_run_is_what_it_is_alone(head, side, more, tmp_path):
     base, data, collate = gpt2(head).double(), examples(head), collator(side)
     sweep = Sweep(copy.deepcopy(base), runs_of(head), arguments(tmp_path, **more), data, collate)
     results = sweep.train()
-    assert_packed(sweep)
+    if (
+        side == "right" or head is GPT2ForSequenceClassification
+    ):  # else first tokens are predicted from the padding
+        assert_packed(sweep)
     assert_as_alone(sweep, results, base, data, collate)
 
 
 def assert_packed(sweep: Sweep) -> None:
-    rows = [row for row in fastpeft.report(sweep.model) if row.kind in ("packing", "lora")]
-    assert {row.kind for row in rows} == {"packing", "lora"}
+    rows = [row for row in fastpeft.report(sweep.model) if row.kind in ("packing", "lora", "loss")]
+    assert {"packing", "lora"} <= {row.kind for row in rows}
     assert all(row.path == "torch" and row.calls > 0 for row in rows), str(fastpeft.report(sweep.model))
 
 
@@ -183,6 +190,9 @@ def test_each_run_is_what_trainer_makes_of_it(head, tmp_path):
         model = get_peft_model(copy.deepcopy(base), run.config)
         given = arguments(tmp_path / "alone", learning_rate=run.learning_rate or 5e-3, seed=seed)
         trainer = Trainer(model, given, collate, data)
+        trainer.model_accepts_loss_kwargs = (
+            False  # else, of GPT-2, it counts first tokens, which nobody predicts
+        )
         trainer.train()
         curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         assert [step for step, _ in result.curve] == [step for step, _ in curve]
@@ -260,8 +270,8 @@ def test_a_checkpoint_of_other_runs_is_refused(tmp_path):
     head = GPT2LMHeadModel
     given = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     Sweep(gpt2(), runs_of(head), given, examples(head), collator()).train()
-    others = [*runs_of(head)[:2], Run("mlp", lora(head, 4, "c_fc"), learning_rate=7.0)]
-    with pytest.raises(ValueError, match="is of other runs: it holds wide, thin, mlp; mlp differ"):
+    others = [*runs_of(head)[:2], Run("inner", lora(head, 4, "c_fc"), learning_rate=7.0)]
+    with pytest.raises(ValueError, match="is of other runs: it holds inner, thin, wide; inner differ"):
         Sweep(gpt2(), others, given, examples(head), collator()).train(resume_from_checkpoint=True)
 
 
@@ -271,7 +281,9 @@ def test_a_run_that_diverges_leaves_the_others_as_they_are(head, what, tmp_path)
     base, data, collate = gpt2(head).double(), examples(head), collator()
     runs = runs_of(head)
     runs.insert(1, Run("wild", lora(head, 4, "c_attn"), learning_rate=1e-3, seed=8))
-    sweep = Sweep(copy.deepcopy(base), runs, arguments(tmp_path, gradient_accumulation_steps=2), data, collate)
+    sweep = Sweep(
+        copy.deepcopy(base), runs, arguments(tmp_path, gradient_accumulation_steps=2), data, collate
+    )
     broken = [p for name, p in sweep.model.named_parameters() if ".wild." in name and "lora_B" in name][-1]
 
     class Breaking(TrainerCallback):
@@ -352,8 +364,9 @@ def wrapped() -> Any:
         (gpt2, [Run("lr0.1", FINE.config)], {}, "run name 'lr0.1': take letters"),
         (gpt2, [Run("default", FINE.config)], {}, "run name 'default'"),
         (gpt2, [Run("lora", FINE.config)], {}, "run name 'lora'"),
+        (gpt2, [Run("mlp", FINE.config)], {}, "run name 'mlp': .* a part of the model's names"),
         (gpt2, [FINE, Run("p", PrefixTuningConfig(num_virtual_tokens=2))], {}, "run p: its config is a Prefix"),
-        (gpt2, [Run("x", AdaLoraConfig(total_step=9, target_modules=["c_attn"]))], {}, "run x: its config is a AdaLora"),
+        (gpt2, [Run("x", AdaLoraConfig(total_step=9, target_modules=["c_attn"]))], {}, "config is a AdaLora"),
         (gpt2, [FINE, Run("d", lora(LM, 2, "c_attn", use_dora=True))], {}, "run d: .* isn't plain LoRA"),
         (gpt2, [Run("b", lora(LM, 2, "c_attn", bias="all"))], {}, "run b: .* isn't plain LoRA"),
         (gpt2, [Run("e", lora(LM, 2, "c_attn", "wte"))], {}, "run e: .*wte.* isn't plain LoRA"),
@@ -369,8 +382,8 @@ def wrapped() -> Any:
         (lambda: gpt2(GPT2ForSequenceClassification, pad_token_id=None), [FINE], {}, "pad_token_id is None"),
         (lambda: gpt2(GPT2ForSequenceClassification, num_labels=1), [FINE], {}, "one label a text"),
         (gpt2, [FINE], {"label_smoothing_factor": 0.1}, "doesn't know TrainingArguments' label_smoothing_factor"),
+        (gpt2, [FINE], {"eval_strategy": "steps"}, "TrainingArguments' eval_strategy"),
         (gpt2, [FINE], {"optim": "adafactor"}, "optim=.*adafactor.*: a sweep takes one of adamw_torch"),
-        (gpt2, [FINE], {"lr_scheduler_type": "reduce_lr_on_plateau"}, "follows one metric"),
     ],
 )  # fmt: skip
 def test_bad_input_changes_nothing(model, runs, more, words, tmp_path):
