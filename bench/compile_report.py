@@ -36,6 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, low_rank, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
+from fastpeft.kernels.groups import Groups
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {
@@ -103,6 +104,7 @@ def cases(arch: int) -> Iterator[Case]:
             if variant == "single":  # without dropout: a forward's
                 yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} gelu alone")
     yield from head_cases(arch)
+    yield from grouped_cases(arch)
     for dtype in ("bf16", "fp16", "fp32"):
         yield Case("dropout", arch, dtype, dropout.STRIP, 0)
         for width in (1024, 2048):
@@ -149,6 +151,32 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
 
 
+def grouped_cases(arch: int) -> Iterator[Case]:
+    """The configurations for rows of many adapters; their ranks pick no code but that of the rank-r passes."""
+    mixed, forms = "bf16+fp32", ("pointer", "descriptor") if arch >= 90 else ("pointer",)
+    for form, variant in itertools.product(forms, ("split", "dropout")):
+        plain = f"{form} {variant}" + (" transposed" if variant == "dropout" else "")
+        tiles = functools.partial(tiling.linear_tiles, arch, form, variant, grouped=True)
+        for tile in tiles(epilogue=False):
+            yield Case("linear", arch, mixed, tile, 16, f"{plain} grouped")
+        for tile in tiles(epilogue=True):
+            epilogue = "gelu" if variant == "split" else "residual"  # which adds the drawing of a mask
+            yield Case("linear", arch, mixed, tile, 16, f"{form} {variant} {epilogue} grouped")
+        for tile in tiles(epilogue=True, derivative=True):
+            yield Case("linear", arch, mixed, tile, 16, f"{form} {variant} transposed gelu grouped")
+    for rank in RANKS:
+        for strip in tiling.SHRINK[rank]:
+            yield Case("shrink", arch, mixed, strip, rank, "dropout grouped")
+        yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout gelu grouped")
+    for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
+        for tile in tiling.linear_tiles_float32(precision == "tf32", epilogue=True, grouped=True):
+            for variant in ("split gelu", "dropout transposed gelu", "dropout residual"):
+                yield Case("linear", arch, precision, tile, 16, f"pointer {variant} grouped")
+        for rank in EXTREMES:
+            yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout grouped")
+            yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout gelu grouped")
+
+
 def head_cases(arch: int) -> Iterator[Case]:
     """The configurations of the language model's head: all in the first form, and the costliest in the others."""
     forms = ("descriptor", "pointer") if arch >= 90 else ("pointer",)
@@ -178,6 +206,8 @@ def recorded(case: Case) -> launch.Launch:
         return torch.empty(shape, dtype=names[factors or dtype], device="meta")
 
     rank, drop, gelu = case.rank, "dropout" in case.variant, "gelu" in case.variant.split()
+    grouped = meta_groups() if "grouped" in case.variant else None
+    many = () if grouped is None else (len(grouped.ranks),)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     mask = Dropout(0.1, seed) if drop else None
     weights = factor(rank, K), factor(K, rank)
@@ -191,15 +221,15 @@ def recorded(case: Case) -> launch.Launch:
             if "transposed" in case.variant:  # dx
                 given |= {"a": rows(N, rank).T} if how.single else {"u": rows(M, rank)}
                 epilogue = low_rank.Epilogue(pre=rows(M, K) if gelu else None)
-                operands = rows(M, N), rows(K, N).T, None, factor(rank, K)
+                operands = rows(M, N), rows(K, N).T, None, factor(*many, rank, K)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
                 stores = "h" if "alone" in case.variant else "yh" if gelu else "y"
                 residual = rows(M, N) if "residual" in case.variant else None
                 epilogue = low_rank.Epilogue(stores, residual=residual)
-                operands = rows(M, K), rows(K, N), rows(N), factor(N, rank).T
+                operands = rows(M, K), rows(K, N), rows(N), factor(*many, N, rank).mT
             kind |= {"epilogue": epilogue, "a": given.get("a")}
-            given |= {"epilogue": epilogue, "dropout": mask, "tickets": tickets}
+            given |= {"epilogue": epilogue, "dropout": mask, "tickets": tickets, "groups": grouped}
             low_rank.Linear(*operands, how, **kind)(*operands, 2.0, **given)
         elif case.kernel.startswith("head"):
             form = case.variant.split()
@@ -216,8 +246,9 @@ def recorded(case: Case) -> launch.Launch:
                 given = rows(M, K), weight, labels, smoothing, rows(V), losses
                 lm_head.head_losses(*given, "stored" in form, how)
         elif case.kernel == "shrink":
-            operands = rows(M, K), factor(rank, K).T
-            low_rank.Shrink(*operands, tiling.Strip(*case.tile), drops=drop)(*operands, mask)
+            operands = rows(M, K), factor(*many, rank, K).mT
+            prepared = low_rank.Shrink(*operands, tiling.Strip(*case.tile), drops=drop)
+            prepared(*operands, mask, groups=grouped)
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)
         elif case.kernel == "layer_norm_shrink":
@@ -228,11 +259,11 @@ def recorded(case: Case) -> launch.Launch:
             layer_norm.backward(wide, wide, wide[0], wide, 1e-5)
         elif case.kernel == "gradient":
             dy, xa, x, dxa = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
-            d_b, d_a = factor(N, rank), factor(rank, K)
-            prepared = low_rank.Gradients(
+            d_b, d_a = factor(*many, N, rank), factor(*many, rank, K)
+            gradients = low_rank.Gradients(
                 dy, x, rank, d_b.dtype, d_a.dtype, drops=drop, activated=gelu, splits=16
             )
-            prepared(dy, xa, x, dxa, d_b, d_a, 2.0, new_tickets(seed, 60), mask)
+            gradients(dy, xa, x, dxa, d_b, d_a, 2.0, new_tickets(seed, 60), mask, grouped)
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)
             activation, *more = case.variant.split()
@@ -249,6 +280,15 @@ def recorded(case: Case) -> launch.Launch:
                 adapter.backward(*some, True, strip, strip, 16)
     wanted = f"{case.kernel}_kernel"
     return next(each for each in launches if each.kernel.__name__.replace("_descriptor", "") == wanted)
+
+
+def meta_groups() -> Groups:
+    """Eight adapters that all drop, in shape only."""
+    each, more = (
+        torch.empty(8, dtype=torch.int32, device="meta"),
+        torch.empty(M, dtype=torch.int32, device="meta"),
+    )
+    return Groups(more, more[:9], each, each.to(torch.float32), each.clone())
 
 
 def source(recorded: launch.Launch) -> ASTSource:

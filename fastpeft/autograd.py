@@ -66,6 +66,7 @@ class LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         y = mm(x, weight, bias)
         saved: list[Tensor | None] = []
+        whole = ctx.needs_input_grad[1]  # else where x is dropped, backward needn't drop again
         for part, lora_a, lora_b in zip(parts, factors[::2], factors[1::2], strict=True):
             wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
             a, b = lora_a.to(wide), lora_b.to(wide)
@@ -78,9 +79,8 @@ class LoraLinear(torch.autograd.Function):
                 updated.addmm_(xa_t.T, b.T, alpha=_scaled(part))
             else:
                 updated.copy_(torch.addmm(updated.to(wide), xa_t.T, b.T, alpha=_scaled(part)))
-            saved += (None if mask is None else dropped, mask, lora_a, lora_b, xa_t)
-        # Where x is dropped and the weight frozen, backward needn't drop again.
-        whole = ctx.needs_input_grad[1] or not all(part.dropout_p > 0.0 for part in parts)
+            saved += (None if whole or mask is None else dropped, mask, lora_a, lora_b, xa_t)
+        whole = whole or not all(part.dropout_p > 0.0 for part in parts)
         ctx.save_for_backward(x if whole else None, weight, *saved)
         ctx.parts, ctx.exact = parts, exact
         ctx.set_materialize_grads(False)
@@ -104,7 +104,8 @@ class LoraLinear(torch.autograd.Function):
             if need_x or need_a:
                 dxa_t = mm(lora_b.to(wide).T, dy_wide.T).mul_(_scaled(part))
             if need_a:
-                dropped = part.of(x) if mask is None else dropped
+                if dropped is None:
+                    dropped = part.of(x) if mask is None else masks.apply(mask, part.of(x))
                 d_lora_a = mm(dxa_t, dropped.to(wide)).to(lora_a.dtype)
             if need_b:
                 d_lora_b = mm(xa_t, dy_wide).mul_(_scaled(part)).T.to(lora_b.dtype)
@@ -131,13 +132,12 @@ class LoraLinear(torch.autograd.Function):
         dx, end = dy @ weight.T, 0
         for i, part in enumerate(ctx.parts):
             dropped, mask, lora_a, lora_b, xa_t = saved[5 * i : 5 * i + 5]
-            keep = None
-            if mask is None:
-                dropped = part.of(x)
-            else:
+            dropped, keep = part.of(x) if dropped is None else dropped, None
+            if mask is not None:
                 if torch.is_grad_enabled():  # how x became what dropout left isn't saved
                     refuse_second_derivative()
                 keep = masks.apply(mask, torch.ones_like(dropped))
+                dropped = dropped * keep
             a, b = lora_a.to(xa_t.dtype), lora_b.to(xa_t.dtype)
             part_dy, d = part.of(dy).to(xa_t.dtype), dropped.to(xa_t.dtype)
             dxa = _scaled(part) * (part_dy @ b)
@@ -163,6 +163,34 @@ class LoraLinear(torch.autograd.Function):
 
 def _scaled(part: Part) -> float:
     return part.scaling * reference.keep_scale(part.dropout_p)
+
+
+class Stacked(torch.autograd.Function):
+    """Factors, (rows, columns) each, in one tensor (groups, most rows, most columns), unset past one's own.
+
+    A group that isn't `there` has none. Of different dtypes they are float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, there: Sequence[bool], *factors: Tensor) -> Tensor:  # type: ignore[override]
+        first = factors[0]
+        dtype = first.dtype if all(f.dtype == first.dtype for f in factors) else torch.float32
+        most = (max(f.shape[0] for f in factors), max(f.shape[1] for f in factors))
+        stacked = first.new_empty(len(there), *most, dtype=dtype)
+        ctx.like = [(f.shape, f.dtype) for f in factors]
+        ctx.there = there
+        torch._foreach_copy_(Stacked._views(ctx, stacked), factors)
+        return stacked
+
+    @staticmethod
+    def _views(ctx: Any, stacked: Tensor) -> list[Tensor]:
+        groups = (group for group, there in zip(stacked.unbind(), ctx.there, strict=True) if there)
+        return [group[: shape[0], : shape[1]] for group, (shape, _) in zip(groups, ctx.like, strict=True)]
+
+    @staticmethod
+    def backward(ctx: Any, d_stacked: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        views = Stacked._views(ctx, d_stacked)
+        return None, *(view.to(dtype) for view, (_, dtype) in zip(views, ctx.like, strict=True))
 
 
 class Linear(torch.autograd.Function):

@@ -17,7 +17,7 @@ from fastpeft import ops
 from fastpeft.adapters import adapt_output
 from fastpeft.fused_adapter import FusedAdapter
 from fastpeft.groups import Groups
-from fastpeft.lora import FusedLoraLinear, LoraPlan, dropout_p, for_kernels
+from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
 from fastpeft.swap import Site, stands_for
 
@@ -153,12 +153,10 @@ def _at_once(
     stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed
 ) -> tuple[Tensor, Tensor | None, int] | None:
     """What comes of the first stages, the residual, and how many they were; None where none gain by going at once."""
-    if packed.groups is not None:
-        return None
-    plans: list[LoraPlan] = []
+    plans: list[Any] = []
     width, walked = x.shape[-1], packed.walked[0] if packed.walked else None
     for stage in stages:
-        plan = for_kernels(stage.layer, x, width, walked)
+        plan = for_kernels(stage.layer, x, width, walked, packed.groups)
         if plan is None:
             break
         plans.append(plan)
@@ -182,7 +180,7 @@ def _at_once(
     return None
 
 
-def _links(stages: list[Stage], plans: list[LoraPlan]) -> list[ops.Link] | None:
+def _links(stages: list[Stage], plans: list[Any]) -> list[ops.Link] | None:
     """The stages as one operation takes them; None where something between them isn't what it knows."""
     links = []
     for i, (_, norm, act, dropout) in enumerate(stages):

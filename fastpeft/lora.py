@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import ops
 from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
-from fastpeft.plan import Plan
+from fastpeft.plan import Plan, like
 from fastpeft.swap import Site, stands_for
 
 
@@ -83,14 +83,12 @@ class FusedLoraLinear(LoraLinear):
     ) -> Tensor:
         """`forward`, of rows that use different adapters."""
         site, names = self._fastpeft, kwargs.pop("adapter_names", ())
-        reason = (
-            (torch.compiler.is_compiling() and "traced")
-            or why_not_here()
-            or ((args or kwargs) and "called with extra arguments")
-            or (groups is None and len(names) != len(x) and "an error")  # for stock to raise
-            or why_not_lora(self, names if groups is None else groups.names)
-            or why_not_tensors(x, self.base_layer.weight)
-        )
+        if args or kwargs:
+            reason: str | None = "called with extra arguments"
+        elif groups is None and len(names) != len(x):
+            reason = "an error"  # for stock to raise
+        else:
+            reason = why_not_grouped(self, names if groups is None else groups.names, x)
         if reason:
             site.record(ops.Route("stock", reason))
             stock = super().forward
@@ -108,22 +106,11 @@ class FusedLoraLinear(LoraLinear):
             groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
             if order.by_adapter is not None:
                 x = x.index_select(0, order.by_adapter)
-        base = self.base_layer
-        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-        updates = [
-            ops.Update(
-                rows,
-                self.lora_A[name].weight,
-                self.lora_B[name].weight,
-                self.scaling[name],
-                dropout_p(self.lora_dropout[name]),
-            )
-            for name, rows in groups.rows()
-            if name in self.lora_A and rows.stop > rows.start
-        ]
+        call = GroupedCall(self, groups)
+        options = site.backend, site.exact, site.strict
         try:
-            y, route = ops.grouped_lora_linear(
-                x, weight, base.bias, updates, site.backend, site.exact, None if order else residual
+            y, route = ops.routed_lora_linear(
+                x, call.layer, *options, None if order else residual, call.before(())
             )
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
@@ -131,6 +118,53 @@ class FusedLoraLinear(LoraLinear):
         if order is None:
             return y
         return ops.added(y if order.back is None else y.index_select(0, order.back), residual)
+
+
+class GroupedCall:
+    """What a `LoraPlan` is, of a call whose rows use different adapters, which are others at the next."""
+
+    def __init__(self, module: Any, groups: Groups) -> None:
+        base, self._site = module.base_layer, module._fastpeft
+        factors = module.lora_A._modules, module.lora_B._modules
+        updates = [
+            ops.Update(
+                factors[0][name].weight,
+                factors[1][name].weight,
+                module.scaling[name],
+                dropout_p(module.lora_dropout[name]),
+            )
+            if name in factors[0]
+            else None
+            for name in groups.names
+        ]
+        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        self.layer = ops.Grouped(weight, base.bias, updates, groups.bounds)
+        self._key = like(weight), like(base.bias), *(u and (*map(like, u[:2]), u[3] > 0.0) for u in updates)
+        self._projection: ops.Projection | None = None
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of what the layer takes, K, and of what it makes, N."""
+        k, n = self.layer.weight.shape
+        return k, n
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is an update, and all have shapes that go together with the layer's."""
+        there = [(u.lora_a.shape, u.lora_b.shape) for u in self.layer.updates if u is not None]
+        k, n = self.widths
+        return bool(there) and all(a[1:] == (k,) and b == (n, a[0]) for a, b in there)
+
+    def before(self, others: Sequence[Any]) -> ops.Decided:
+        """What was found out about a chain of such a layer and of such others behind it."""
+        return self._site.grouped.once((self._key, *(each._key for each in others)), ops.Decided)
+
+    def projection(self) -> ops.Projection:
+        """What the call computes, for kernels."""
+        if self._projection is None:
+            self._projection = self.layer.stacked(self.layer.weight.device)
+        assert self._projection is not None
+        return self._projection
 
 
 class LoraPlan(Plan):
@@ -230,11 +264,20 @@ def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None
     return plan
 
 
-def for_kernels(layer: Any, x: Tensor, width: int, walked: Any) -> LoraPlan | None:
-    """`planned`, where kernels may do what the layer does beside other work; else None."""
+def for_kernels(
+    layer: Any, x: Tensor, width: int, walked: Any, groups: Groups | None
+) -> LoraPlan | GroupedCall | None:
+    """`planned`, or a call by `groups`, where kernels may do what the layer does beside other work; else None."""
     if type(layer) is not FusedLoraLinear:
         return None
     site = layer._fastpeft
+    if groups is not None:
+        if ops.choose(site.backend, site.exact, x.device).path != "triton":
+            return None
+        if why_not_grouped(layer, groups.names, x):
+            return None
+        call = GroupedCall(layer, groups)
+        return call if width == call.widths[0] and call.fits else None
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked)
@@ -275,6 +318,15 @@ def dropout_p(dropout: nn.Module) -> float:
 def _active(module: Any) -> list[str]:
     """The adapters that a call of this layer adds up."""
     return [name for name in module.active_adapters if name in module.lora_A]
+
+
+def why_not_grouped(module: Any, names: Sequence[str], x: Tensor) -> str | None:
+    """Why a call of this LoRA layer on rows of x that use these adapters must run stock; else None."""
+    if torch.compiler.is_compiling():
+        return "traced"
+    reason = why_not_here() or why_not_lora(module, names)
+    reason = reason or why_not_tensors(x, module.base_layer.weight)
+    return reason or (None if x.shape[-1:] == (module.in_features,) else "an error")  # for stock to raise
 
 
 def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:

@@ -6,7 +6,6 @@ import importlib.metadata
 import numbers
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from fastpeft import autograd, reference
 from fastpeft.backends import BACKENDS
 from fastpeft.kernels.memo import Memo
 from fastpeft.kernels.rows import as_rows, as_taken, rows_in
+from fastpeft.projections import Grouped, Projection, Update
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -28,27 +28,6 @@ class Route(NamedTuple):
 
     path: str
     reason: str
-
-
-class Projection(NamedTuple):
-    """A linear layer with its LoRA update, as `lora_linear` takes it."""
-
-    weight: Tensor
-    bias: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    dropout_p: float
-
-
-class Update(NamedTuple):
-    """The LoRA update of some rows of a batch, as `grouped_lora_linear` takes it."""
-
-    rows: slice
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    dropout_p: float
 
 
 class Residual(NamedTuple):
@@ -231,22 +210,28 @@ def adapter(
 
 def routed_lora_linear(
     x: Tensor,
-    projection: Projection,
+    layer: Projection | Grouped,
     backend: str,
     exact: bool,
     strict: bool = False,
     residual: Residual | None = None,
     decided: Decided | None = None,
 ) -> tuple[Tensor, Route]:
-    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record."""
-    if decided is None:
-        _check_lora_linear(x, projection)
-        route = route_for(backend, exact, x.device)
-    else:
-        route = decided.chosen(backend, exact, x.device)
+    """`lora_linear`, added to a residual if there is one, with the route it took, which modules record.
+
+    Of a `Grouped` layer each group of rows has an update of its own; it isn't traced.
+    """
+    if decided is None or decided.route is None:
+        for each in [layer] if isinstance(layer, Projection) else layer.apart():
+            _check_lora_linear(x, each)
+    route = (route_for if decided is None else decided.chosen)(backend, exact, x.device)
     if decided is None or _autocasts(x):
-        x, projection = _as_autocast(x, projection)
+        x, layer = _as_autocast(x, layer)
+    projection: Projection | None = None
     if route.path == "triton":
+        projection = layer.stacked(x.device) if isinstance(layer, Grouped) else layer
+        route = route if projection is not None else Route("torch", "no row has an update")
+    if projection is not None:
         import fastpeft.kernels.launch as launch
         import fastpeft.kernels.lora_linear as kernels
 
@@ -255,7 +240,7 @@ def routed_lora_linear(
             found = _confirmed(route, backend, strict, rows, None, [Link(projection)], ["y"]).route
             if found.path == "triton":
                 (seed,) = _new_seeds(x, projection.dropout_p)
-                y = kernels.lora_linear(rows, *projection, seed)
+                y = kernels.lora_linear(rows, *projection[:6], seed)
                 return added(_unrowed(y, x), residual), found
         else:
             rows = as_taken(x)
@@ -268,45 +253,28 @@ def routed_lora_linear(
                 return y if residual_rows is not None else added(y, residual), found
         route = found
     rows = as_rows(x)
-    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
-    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
+    if isinstance(layer, Projection) and (torch.compiler.is_compiling() or transformed()):
+        weight, bias, lora_a, lora_b, scaling, dropout_p, _ = (
+            layer  # the compiler fuses the plain formula by itself
+        )
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         y = (F.linear(x, weight.T, bias) + update).to(x.dtype)
     else:
-        y = lora_rows(rows, projection, exact)
+        y = _by_torch(rows, layer, exact)
     return added(_unrowed(y, x), residual), route
 
 
-def lora_rows(rows: Tensor, projection: Projection, exact: bool) -> Tensor:
+def _by_torch(rows: Tensor, layer: Projection | Grouped, exact: bool) -> Tensor:
     """A LoRA layer of rows (M, K) on the PyTorch path."""
-    weight, bias, lora_a, lora_b, *part = projection
-    return autograd.LoraLinear.apply(rows, weight, bias, (autograd.Part(None, *part),), exact, lora_a, lora_b)
-
-
-def grouped_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    updates: Sequence[Update],
-    backend: str,
-    exact: bool,
-    residual: Residual | None = None,
-) -> tuple[Tensor, Route]:
-    """`routed_lora_linear` with an update for each group of rows: `y = x W + b`, plus an update where one has the row.
-
-    The rows are those of x (M, K), or of x (..., K) seen so; those of the updates rise and have none in common. The
-    frozen product is one; an update's gradients come from its own rows alone.
-    """
-    for _, lora_a, lora_b, scaling, dropout_p in updates:
-        _check_lora_linear(x, Projection(weight, bias, lora_a, lora_b, scaling, dropout_p))
-    route = route_for(backend, exact, x.device)
-    factors = [t for update in updates for t in (update.lora_a, update.lora_b)]
-    x, weight, bias, *factors = as_autocast(x, weight, bias, *factors)
-    check_dtypes(x=x, weight=weight, bias=bias)
-    parts = [autograd.Part(rows, float(scaling), float(p)) for rows, _, _, scaling, p in updates]
-    y = autograd.LoraLinear.apply(as_rows(x), weight, bias, parts, exact, *factors)
-    return added(_unrowed(y, x), residual), route
+    parts: Sequence[autograd.Part]
+    if isinstance(layer, Grouped):
+        weight, bias, *_ = layer
+        parts, factors = layer.parts()
+    else:
+        weight, bias, *factors, scaling, dropout_p, _ = layer
+        parts = (autograd.Part(None, scaling, dropout_p),)
+    return autograd.LoraLinear.apply(rows, weight, bias, parts, exact, *factors)
 
 
 def _unrowed(y: Tensor, x: Tensor) -> Tensor:
@@ -388,13 +356,14 @@ def _for_kernels(links: list[Link], stores: list[str], how: How, seeds: Sequence
 
     found = []
     for i, (projection, norm, _, residual_p) in enumerate(links):
-        weight, bias, lora_a, lora_b, scaling, dropout_p = projection
+        weight, bias, lora_a, lora_b, scaling, dropout_p, groups = projection
         inner, outer = seeds[2 * i], seeds[2 * i + 1]
         call = kernels.Call(
             scaling,
             None if inner is None else kernels.Dropout(dropout_p, inner),
             stores[i],
             None if outer is None else kernels.Dropout(residual_p or 0.0, outer),
+            groups,
         )
         before = None
         if norm is not None:
@@ -418,7 +387,7 @@ def _confirmed(
     from fastpeft.kernels import lora_chain, tuning
 
     tensors = [t for link in links for t in link.projection[:4]]
-    rank = max(link.projection.lora_a.shape[0] for link in links)
+    rank = max(link.projection.lora_b.shape[-1] for link in links)
     unsupported = why_not_products(backend, rows, rank, *tensors, residual)
     alone = len(links) == 1 and links[0].norm is None
     if not alone and (unsupported or not _fit(rows, residual, links)):
@@ -440,7 +409,7 @@ def _confirmed(
         for projection, norm, activates, residual_p in _with(links, tensors):
             if norm is not None:
                 residual, x = x, norm(x)
-            x = lora_rows(as_rows(x), projection, False)
+            x = _by_torch(as_rows(x), projection, False)
             x = reference.gelu_new(x) if activates else x
             x = x if residual_p is None else added(x, Residual(as_rows(residual), residual_p))
         return x
@@ -455,7 +424,12 @@ def _confirmed(
 
     drops = tuple((link.projection.dropout_p, link.residual_p) for link in links)
     given = (rows, residual, *tensors)
-    slower = partial(tuning.slower_than, "lora_chain", given, drops, through_kernels, through_pytorch)
+
+    def slower() -> str | None:
+        if any(link.projection.groups for link in links):  # by torch there is a product for every group
+            return None
+        return tuning.slower_than("lora_chain", given, drops, through_kernels, through_pytorch)
+
     return Confirmed(confirm(route, backend, strict, unsupported, ready, slower), how)
 
 
@@ -477,7 +451,7 @@ def _fit(rows: Tensor, residual: Tensor | None, links: list[Link]) -> bool:
     if any(t is not None and t.dtype != rows.dtype for t in held):
         return False
     for (weight, _, lora_a, lora_b, *_), norm, _, residual_p in links:
-        ranks, ends = (lora_a.shape[0], lora_b.shape[1]), (lora_a.shape[1], lora_b.shape[0])
+        ranks, ends = (lora_a.shape[-2], lora_b.shape[-1]), (lora_a.shape[-1], lora_b.shape[-2])
         if ends != tuple(weight.shape) or ranks[0] != ranks[1] or ends[0] != width:
             return False
         if norm is not None and norm.weight.shape != (width,):
@@ -536,7 +510,9 @@ def _norm_served(
         return "stock"
     if x.shape[-1] > kernels.MAX_WIDTH or launch.unsupported(x, 1) or kernels.ready(x, weight):
         return "stock"
-    if following is None or following.dropout_p == 0.0 or not _shrinks(x, weight, bias, following, strict):
+    if following is None or following.dropout_p == 0.0 or following.groups:
+        return "alone"
+    if not _shrinks(x, weight, bias, following, strict):
         return "alone"
     return "shrunk"
 
@@ -750,12 +726,18 @@ def _drawn(x: Tensor, count: int) -> Sequence[Tensor]:
     return torch.randint(2**63 - 1, (count, 2), device=x.device).unbind()
 
 
-def _as_autocast(x: Tensor, projection: Projection) -> tuple[Tensor, Projection]:
+def _as_autocast(x: Tensor, layer: Any) -> tuple[Tensor, Any]:
     """x and the layer as autocast would have them; TypeError where weight or bias still differ from x."""
-    x, weight, bias, lora_a, lora_b = as_autocast(x, *projection[:4])
+    if isinstance(layer, Grouped):
+        updates = [u and Update._make((*as_autocast(*u[:2]), *u[2:])) for u in layer.updates]
+        x, weight, bias = as_autocast(x, *layer[:2])
+        layer = Grouped(weight, bias, updates, layer.bounds)
+    else:
+        x, weight, bias, lora_a, lora_b = as_autocast(x, *layer[:4])
+        numbers = float(layer.scaling), float(layer.dropout_p)
+        layer = Projection(weight, bias, lora_a, lora_b, *numbers, layer.groups)
     check_dtypes(x=x, weight=weight, bias=bias)
-    scaling, dropout_p = float(projection.scaling), float(projection.dropout_p)
-    return x, Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
+    return x, layer
 
 
 def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -774,7 +756,7 @@ def _autocasts(x: Tensor) -> bool:
 
 
 def _check_lora_linear(x: Tensor, projection: Projection) -> None:
-    weight, bias, lora_a, lora_b, scaling, dropout_p = projection
+    weight, bias, lora_a, lora_b, scaling, dropout_p, _ = projection
     _check_number("scaling", scaling)
     check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
     k, n = weight.shape if weight.dim() == 2 else (-1, -1)

@@ -35,7 +35,7 @@ class Plan(ABC):
         self._kinds = list(map(type, parts))
         self._attributes = list(map(vars, parts))
         self.tensors = self.read()
-        self._like = list(map(_like, self.tensors))
+        self._like = list(map(like, self.tensors))
         #: What was found out about its operation.
         self.decided = ops.Decided()
 
@@ -64,7 +64,7 @@ class Plan(ABC):
         first = self.tensors[0]
         assert first is not None
         return (
-            list(map(_like, self.tensors)) == self._like
+            list(map(like, self.tensors)) == self._like
             and type(x) is Tensor
             and x.device == first.device
             and self.takes(x)
@@ -77,7 +77,8 @@ class Plan(ABC):
         return x.dtype == first.dtype or torch.is_autocast_enabled(x.device.type)
 
 
-def _like(tensor: Any) -> Any:
+def like(tensor: Any) -> Any:
+    """What a call's plan is for, of a tensor."""
     if tensor is None:
         return None
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft import ops
+from fastpeft.kernels.memo import Memo
 
 _Fused = TypeVar("_Fused", bound=type[nn.Module])
 #: The fused class of every stock class that has one.
@@ -28,10 +29,13 @@ class Site:
     last: ops.Route | None = None
     calls: int = 0
     plan: Any = None  # what its last call found out, for the next to compare
+    grouped: Memo = field(
+        default_factory=lambda: Memo(64)
+    )  # the same of calls whose rows use different adapters
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which begin without a plan: it is of this module."""
-        return {**vars(self), "plan": None}
+        return {**vars(self), "plan": None, "grouped": Memo(64)}
 
     def record(self, route: ops.Route) -> None:
         """Note a call; not while compiling, where a changing counter would recompile each call."""

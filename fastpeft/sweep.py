@@ -41,10 +41,10 @@ from transformers import (
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastpeft.adapter_rows import adapter_rows
 from fastpeft.groups import BASE
 from fastpeft.heads import IGNORED
 from fastpeft.lm_head import routed_lm_head_loss
+from fastpeft.mixing import adapter_rows
 from fastpeft.modules import is_plain
 from fastpeft.packing import Reads
 from fastpeft.patching import patch

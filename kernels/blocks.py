@@ -86,11 +86,19 @@ def grouped_order(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP
 
 
 @triton.jit
-def clear_tickets(tickets_ptr, TICKETS: tl.constexpr):
-    """The first program zeroes the tickets of a kernel launched later; nothing where `tickets_ptr` is None."""
+def clear_tickets(tickets_ptr, TICKETS: tl.constexpr, adapters=None):
+    """The first program zeroes the tickets of a kernel launched later, of every adapter where there are several.
+
+    Nothing where `tickets_ptr` is None.
+    """
     if tickets_ptr is not None:  # noqa: SIM102 - this is decided when compiling, the next when running
         if tl.program_id(0) == 0:
-            tl.store(tickets_ptr + tl.arange(0, TICKETS), tl.zeros((TICKETS,), dtype=tl.int32))
+            if adapters is None:
+                tl.store(tickets_ptr + tl.arange(0, TICKETS), tl.zeros((TICKETS,), dtype=tl.int32))
+            else:
+                for g in range(adapters):
+                    own = tickets_ptr + g * TICKETS + tl.arange(0, TICKETS)
+                    tl.store(own, tl.zeros((TICKETS,), dtype=tl.int32))
 
 
 @triton.jit

@@ -129,7 +129,7 @@ def shrink(
     seed: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """h, the LayerNorm of x and of its shape, and xa (M, R), both in x's dtype."""
-    k, rank = x.shape[-1], lora_a.shape[0]
+    rank, k = lora_a.shape
     m, h = x.numel() // max(k, 1), torch.empty_like(x, memory_format=torch.contiguous_format)
     xa = x.new_empty(m, rank)
     strip, precision = tiling.layer_norm_shrink(x, rank), input_precision(x.dtype)

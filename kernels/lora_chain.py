@@ -38,8 +38,8 @@ class Norm(NamedTuple):
 class Link(NamedTuple):
     """A layer of a chain, with what stands before and behind it.
 
-    The layer is its weight (K, N), bias (N,) or None, lora_a (R, K) and lora_b (N, R). `prepared` is what was called
-    before for such operands, with such a call.
+    The layer is its weight (K, N), bias (N,) or None, lora_a (R, K) and lora_b (N, R), both stacked where the call has
+    groups, with which no norm shrinks. `prepared` is what was called before for such operands, with such a call.
     """
 
     layer: tuple[Tensor, Tensor | None, Tensor, Tensor]
@@ -90,7 +90,7 @@ def _forward(
         y, xa, h = prepared.forward(x, *layer, call, residual if adds else None, xa)
         if saved is not None:
             weight, _, lora_a, lora_b = layer
-            _, dropout, _, residual_dropout = call
+            _, dropout, _, residual_dropout, _ = call
             saved += (
                 x if pre is None else pre, weight, lora_a, lora_b, xa, dropout and dropout.seed,
                 residual_dropout and residual_dropout.seed, *(_NO_NORM if norm is None else (residual, norm.weight)),
@@ -123,7 +123,7 @@ class _Chain(torch.autograd.Function):
         with on_device_of(x):
             y, carried = _forward(x, residual, links, saved)
         ctx.save_for_backward(*saved)
-        ctx.links = links  # of whose tensors backward reads none
+        ctx.links = links  # of whose tensors backward reads none but those of groups, which nobody trains
         ctx.reached, through_residual = _reached(ctx.needs_input_grad, links)
         if carried is not None and not through_residual:
             ctx.mark_non_differentiable(carried)
@@ -154,7 +154,7 @@ def _backward(ctx: Any, dy: Tensor, d_residual: Tensor | None, *saved: Tensor | 
     d: Tensor | None = dy if dy.dim() == 2 else dy.contiguous()
     with on_device_of(dy):
         for i in range(len(links) - 1, -1, -1):
-            _, (scaling, dropout, _, residual_dropout), prepared, norm, adds = links[i]
+            _, (scaling, dropout, _, residual_dropout, groups), prepared, norm, adds = links[i]
             x, weight, lora_a, lora_b, xa, seed, residual_seed, normed, norm_weight = saved[_SAVED * i :][
                 :_SAVED
             ]
@@ -169,7 +169,7 @@ def _backward(ctx: Any, dy: Tensor, d_residual: Tensor | None, *saved: Tensor | 
             mask = None if dropout is None else Dropout(dropout.p, seed)
             tensors = d, x, weight, lora_a, lora_b, xa, scaling, mask
             activated = i > 0 and links[i - 1].call.stores == "yh"
-            d, *others = gradients(prepared.backward, *tensors, needs, activated)
+            d, *others = gradients(prepared.backward, *tensors, needs, activated, groups)
             found += reversed(others)
             if norm is not None and d is not None:
                 d, d_residual = layer_norm.backward(d, normed, norm_weight, d_residual, norm.eps), None
@@ -192,7 +192,7 @@ def exercise(x: Tensor, residual: Tensor | None, links: Sequence[Link]) -> None:
         weight, _, lora_a, lora_b = layer
         for need_x in (True, False):  # without dx another kernel leaves dxa
             given = dy, x if pre is None else pre, weight, lora_a, lora_b, xa, 1.0, call.dropout
-            prepared.backward(*given, need_x, True, True, pre is not None)
+            prepared.backward(*given, need_x, True, True, pre is not None, call.groups)
         x, pre = (y, None) if h is None else (h, y)
 
 
@@ -202,7 +202,8 @@ def ready(x: Tensor, residual: Tensor | None, links: Sequence[Link]) -> str | No
     Launches and draws nothing. The first call of a kind compiles; a failure warns once and is remembered.
     """
     kinds = [
-        (*describe(*link.layer), link.call.dropout is None, link.call.residual_dropout is None, link.call.stores,
+        (*describe(*link.layer[:2]), *describe(*link.layer[2:], rows=link.call.groups is not None),
+         link.call.dropout is None, link.call.residual_dropout is None, link.call.stores,
          link.adds, link.norm and (*describe(*link.norm[:2]), link.norm.shrinks))
         for link in links
     ]  # fmt: skip

@@ -8,6 +8,7 @@ with keep the dropout mask and s the scaling times dropout's 1 / (1 - p). A GELU
 its own: `h = gelu(y)` is stored with y, or instead of it where no backward follows, and where x is `gelu(pre)`, dx is
 multiplied by gelu'(pre) before it is stored.
 Nor does a dropout with its residual: y becomes `residual + dropout(y)`, and dy is dropped before all of the above.
+Rows may belong to many adapters (`groups`): then A, B, s and p are each row's adapter's, and dA and dB stacked.
 Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). The kernels of `low_rank` do it
 all: y and dx are one GEMM with a rank-r term each, dA and dB one pass over x and dy.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from . import low_rank
 from .blocks import input_precision
 from .dropout import Dropout, keep_scale
+from .groups import Groups
 from .memo import Memo
 from .rows import as_rows, rows_in, sample_rows
 
@@ -34,6 +36,7 @@ class Call(NamedTuple):
     dropout: Dropout | None = None  # of x, before lora_a
     stores: str = "y"  # of y and gelu(y), as `low_rank.Epilogue` has it
     residual_dropout: Dropout | None = None  # of y, before a residual
+    groups: Groups | None = None  # with which factors are stacked, and scaling and dropout's p unread
 
 
 class Layer:
@@ -62,20 +65,20 @@ class Layer:
         Where a `residual` (M, N), contiguous, is given, y is `residual + dropout(y)`; an xa that is given isn't
         computed again. A contiguous x may have more leading dimensions, which y and gelu(y) then have too.
         """
-        scaling, dropout, stores, residual_dropout = call
+        scaling, dropout, stores, residual_dropout, groups = call
         n = weight.shape[1]
         if n == 0 or rows_in(x) == 0:
             y, h = (x.new_empty(*x.shape[:-1], n) if name in stores else None for name in "yh")
-            return y, x.new_zeros(rows_in(x), len(lora_a)) if xa is None else xa, h
+            return y, x.new_zeros(rows_in(x), lora_b.shape[-1]) if xa is None else xa, h
         epilogue = low_rank.Epilogue(stores, None, residual)
         if self._updated is None:
             self._updated = low_rank.Updated(
-                sample_rows(x), weight, bias, lora_a, lora_b.T,
-                inner=dropout is not None, outer=residual_dropout is not None, epilogue=epilogue,
+                sample_rows(x), weight, bias, lora_a, lora_b.mT,
+                inner=dropout is not None, outer=residual_dropout is not None, epilogue=epilogue, groups=groups,
             )  # fmt: skip
         return self._updated(
             x, weight, bias, lora_a, lora_b, _scaled(scaling, dropout), dropout, residual_dropout,
-            u=xa, epilogue=epilogue,
+            u=xa, epilogue=epilogue, groups=groups,
         )  # fmt: skip
 
     def backward(
@@ -92,6 +95,7 @@ class Layer:
         need_a: bool,
         need_b: bool,
         activated: bool = False,
+        groups: Groups | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dx (M, K), d_lora_a (R, K) and d_lora_b (N, R), each None unless needed.
 
@@ -112,29 +116,31 @@ class Layer:
             updated = shrink = gradients = None
             if need_a or need_b:
                 dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
-                tall = rows, sample_rows(x), len(lora_a)
+                tall = rows, sample_rows(x), lora_b.shape[-1]
                 gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated)
             count = 0 if gradients is None else gradients.tickets
             if need_x:
-                given = rows, weight.T, None, lora_b.T, lora_a
-                updated = low_rank.Updated(*given, outer=drops, tickets=count, epilogue=epilogue)
+                given = rows, weight.T, None, lora_b.mT, lora_a
+                updated = low_rank.Updated(
+                    *given, outer=drops, tickets=count, epilogue=epilogue, groups=groups
+                )
             elif need_a:
-                shrink = low_rank.Shrink(rows, lora_b, tickets=count)
+                shrink = low_rank.Shrink(rows, lora_b, tickets=count, groups=groups)
             return updated, shrink, gradients, count
 
         key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)
         updated, shrink, gradients, count = self._backwards.once(key, prepare)
-        tickets = dy.new_empty(count, dtype=torch.int32) if count else None
+        tickets = low_rank.tickets_for(dy, count, groups)
         dx, dxa = None, xa
         if updated is not None:
             given = dy, weight, None, lora_b, lora_a, scaling, None, dropout
-            dx, dxa, _ = updated(*given, tickets=tickets, epilogue=epilogue)
+            dx, dxa, _ = updated(*given, tickets=tickets, epilogue=epilogue, groups=groups)
         elif shrink is not None:
-            dxa = shrink(dy, lora_b, None, tickets)
+            dxa = shrink(dy, lora_b, None, tickets, groups)
         elif tickets is not None:
             tickets.zero_()
         if gradients is not None:
-            gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout)
+            gradients(dy, xa, x, dxa, d_lora_b, d_lora_a, scaling, tickets, dropout, groups)
         return dx, d_lora_a, d_lora_b
 
 
@@ -154,13 +160,14 @@ def gradients(
     dropout: Dropout | None,
     needed: Sequence[bool],
     activated: bool = False,
+    groups: Groups | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Those of x, weight, bias, lora_a and lora_b, each None unless needed; `backward` is like `Layer.backward`."""
     need_x, need_weight, need_bias, need_a, need_b = needed
     dx = d_weight = d_bias = d_lora_a = d_lora_b = None
     if need_x or need_a or need_b:
         given = dy, x, weight, lora_a, lora_b, xa, scaling, dropout
-        dx, d_lora_a, d_lora_b = backward(*given, need_x, need_a, need_b, activated)
+        dx, d_lora_a, d_lora_b = backward(*given, need_x, need_a, need_b, activated, groups)
     if need_weight:
         kept = torch.nn.functional.gelu(x, approximate="tanh") if activated else x
         d_weight = as_rows(kept).T @ as_rows(dy)

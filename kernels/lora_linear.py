@@ -79,7 +79,7 @@ def _gradients(ctx, dy, _):
     *tensors, seed = ctx.saved_tensors
 
     def backward(*given: Any) -> list[Tensor | None]:
-        *operands, scaling, _, need_x, need_a, need_b, _ = given
+        *operands, scaling, _, need_x, need_a, need_b, _, _ = given
         found = iter(_backward(*operands, scaling, ctx.dropout_p, seed, need_x, need_a, need_b))
         return [next(found) if need else None for need in (need_x, need_a, need_b)]
 

@@ -34,6 +34,7 @@ from .blocks import (
     ticket_count,
 )
 from .dropout import Dropout, keep_tile, mask_arguments
+from .groups import GROUP_ARGUMENTS, Groups, adapters_in, group_arguments, rank_in, share_count, share_of
 from .launch import Launcher, fixed, launchers
 from .rows import rows_in, sample_rows
 
@@ -41,10 +42,25 @@ from .rows import rows_in, sample_rows
 
 
 @triton.jit
+def plus_ranks(
+    acc, u_ptr, f_ptr, R, rank, stride_fr, stride_fn, scaling, rows, offs_n, mask_n, first,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """`acc + u (scaling · f)`, of the BLOCK_R ranks from `first` on that lie below `rank`."""
+    offs_r = first + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < rank
+    u = tl.load(u_ptr + rows[:, None].to(tl.int64) * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
+    f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
+    f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
+    return dot_apart(u, rounded(f.to(tl.float32) * scaling, u.dtype), acc, INPUT_PRECISION)
+
+
+@triton.jit
 def initial(
-    bias_ptr, u_ptr, f_ptr, seed_ptr,
-    R,
-    stride_fr, stride_fn,
+    bias_ptr, u_ptr, f_ptr, seed_ptr, of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr,
+    M, R,
+    stride_fg, stride_fr, stride_fn,
     scaling, drop_below,
     start_m, start_n, rows, offs_n, mask_n,
     DROPOUT: tl.constexpr,
@@ -56,17 +72,31 @@ def initial(
     """What a tile's accumulator starts from: `bias + u (scaling · f)`, or `keep ⊙ (u f)` with no bias.
 
     u (M, R) contiguous, f (R, N) by strides; RANK is R padded to a power of two. f takes the scaling, for
-    then a float32 f is rounded once.
+    then a float32 f is rounded once. With `of_row_ptr`, f (G, R, N), its rank, the scaling and the dropout's threshold
+    are those of each row's adapter.
     """
     BLOCK_R: tl.constexpr = 16  # the loop below needs the shared memory that more would take
     acc = start_from(bias_ptr, offs_n, mask_n, BLOCK_M, BLOCK_N)
-    for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
-        offs_r = r + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < R
-        u = tl.load(u_ptr + rows[:, None].to(tl.int64) * R + offs_r[None, :], mask=mask_r[None, :], other=0.0)
-        f_ptrs = f_ptr + offs_r[:, None].to(tl.int64) * stride_fr + offs_n[None, :].to(tl.int64) * stride_fn
-        f = tl.load(f_ptrs, mask=mask_r[:, None] & mask_n[None, :], other=0.0)
-        acc = dot_apart(u, rounded(f.to(tl.float32) * scaling, u.dtype), acc, INPUT_PRECISION)
+    if of_row_ptr is None:
+        for r in tl.range(0, RANK, BLOCK_R, num_stages=1):
+            acc = plus_ranks(
+                acc, u_ptr, f_ptr, R, R, stride_fr, stride_fn, scaling, rows, offs_n, mask_n, r,
+                INPUT_PRECISION, BLOCK_R,
+            )  # fmt: skip
+    else:
+        of_row = tl.load(of_row_ptr + rows)
+        first, end = adapters_in(of_row_ptr, start_m, M, BLOCK_M)
+        for g in tl.range(first, end, num_stages=1):
+            rank, scaling = rank_in(starts_ptr, ranks_ptr, g), tl.load(scalings_ptr + g)
+            f_g = f_ptr + g * tl.cast(stride_fg, tl.int64)
+            for r in tl.range(0, rank, BLOCK_R, num_stages=1):
+                updated = plus_ranks(
+                    acc, u_ptr, f_g, R, rank, stride_fr, stride_fn, scaling, rows, offs_n, mask_n, r,
+                    INPUT_PRECISION, BLOCK_R,
+                )  # fmt: skip
+                acc = tl.where((of_row == g)[:, None], updated, acc)
+        if DROPOUT:
+            drop_below = tl.load(below_ptr + of_row, mask=of_row >= 0, other=0)[:, None]
     if DROPOUT:
         acc = tl.where(keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N), acc, 0.0)
     return acc
@@ -135,11 +165,12 @@ def plus_residual(
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "drop_below"])
+@triton.jit(do_not_specialize=["M", "drop_below", "adapters"])
 def linear_kernel(
     x_ptr, w_ptr, bias_ptr, a_ptr, u_ptr, f_ptr, pre_ptr, residual_ptr, y_ptr, h_ptr, seed_ptr, tickets_ptr,
+    of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr, adapters,
     M, N, K, R,
-    stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, stride_fr, stride_fn,
+    stride_xm, stride_xk, stride_wk, stride_wn, stride_ar, stride_ak, stride_fg, stride_fr, stride_fn,
     scaling, drop_below, drop_scale,
     SINGLE: tl.constexpr,
     DROPOUT: tl.constexpr,
@@ -156,10 +187,11 @@ def linear_kernel(
     """`y = x w + bias + keep ⊙ (u (scaling · f))`, one tile a program; SINGLE computes u = x aᵀ on the way.
 
     With `pre_ptr`, y is multiplied by gelu'(pre); with `h_ptr`, `h = gelu(y)` is stored too, or alone without `y_ptr`.
-    With `residual_ptr` the mask falls on y instead, scaled by `drop_scale`, and the residual is added.
+    With `residual_ptr` the mask falls on y instead, scaled by `drop_scale`, and the residual is added. With
+    `of_row_ptr` the update is each row's adapter's, u given.
     """
     MASKED_UPDATE: tl.constexpr = DROPOUT and residual_ptr is None
-    clear_tickets(tickets_ptr, TICKETS)
+    clear_tickets(tickets_ptr, TICKETS, adapters)
     pid_m, pid_n = grouped_order(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -176,7 +208,8 @@ def linear_kernel(
         a_ptrs = a_ptr + offs_k[:, None].to(tl.int64) * stride_ak + offs_r[None, :].to(tl.int64) * stride_ar
     else:
         acc = initial(
-            bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
+            bias_ptr, u_ptr, f_ptr, seed_ptr, of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr,
+            M, R, stride_fg, stride_fr, stride_fn, scaling, drop_below,
             start_m, start_n, rows, offs_n, mask_n, MASKED_UPDATE, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
 
@@ -218,11 +251,12 @@ def linear_kernel(
         tl.store(h_ptr + offsets, gelu(y), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "drop_below"])
+@triton.jit(do_not_specialize=["M", "drop_below", "adapters"])
 def linear_descriptor_kernel(
     x_desc, w_desc, bias_ptr, u_ptr, f_ptr, pre_ptr, residual_ptr, y_desc, h_desc, seed_ptr,
+    of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr, adapters,
     M, N, K, R,
-    stride_fr, stride_fn,
+    stride_fg, stride_fr, stride_fn,
     scaling, drop_below, drop_scale,
     DROPOUT: tl.constexpr,
     W_TRANSPOSED: tl.constexpr,
@@ -248,7 +282,8 @@ def linear_descriptor_kernel(
         mask_m = offs_m < M
         rows = tl.where(mask_m, offs_m, 0)
         acc = initial(
-            bias_ptr, u_ptr, f_ptr, seed_ptr, R, stride_fr, stride_fn, scaling, drop_below,
+            bias_ptr, u_ptr, f_ptr, seed_ptr, of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr,
+            M, R, stride_fg, stride_fr, stride_fn, scaling, drop_below,
             start_m, start_n, rows, offs_n, mask_n, MASKED_UPDATE, INPUT_PRECISION, BLOCK_M, BLOCK_N, RANK,
         )  # fmt: skip
         for k in range(0, K, BLOCK_K):
@@ -269,29 +304,23 @@ def linear_descriptor_kernel(
             h_desc.store([start_m, start_n], gelu(y))
 
 
-@triton.jit(do_not_specialize=["M", "drop_below"])
-def shrink_kernel(
-    t_ptr, f_ptr, u_ptr, seed_ptr, tickets_ptr,
-    M, C, R,
+@triton.jit
+def shrunk(
+    t_ptr, f_ptr, seed_ptr,
+    C, rank,
     stride_tm, stride_tc, stride_fc, stride_fr,
-    drop_below,
+    drop_below, start_m, rows,
     DROPOUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
     MASKED_C: tl.constexpr,
-    TICKETS: tl.constexpr,
 ):  # fmt: skip
-    """`u = (keep ⊙ t) f`: t (M, C), f (C, R), u (M, R); a program for every BLOCK_M rows."""
-    clear_tickets(tickets_ptr, TICKETS)
-    start_m = tl.program_id(0) * BLOCK_M
-    offs_m = start_m + tl.arange(0, BLOCK_M)
+    """`(keep ⊙ t) f` of BLOCK_M rows, in float32: zeros from `rank` on, where t is finite."""
     offs_c = tl.arange(0, BLOCK_C)
     offs_r = tl.arange(0, RANK)
-    mask_m, mask_r = offs_m < M, offs_r < R
-    rows = tl.where(mask_m, offs_m, 0)
-
+    mask_r = offs_r < rank
     acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
     t_ptrs = t_ptr + rows[:, None].to(tl.int64) * stride_tm + offs_c[None, :].to(tl.int64) * stride_tc
     f_ptrs = f_ptr + offs_c[:, None].to(tl.int64) * stride_fc + offs_r[None, :].to(tl.int64) * stride_fr
@@ -304,6 +333,54 @@ def shrink_kernel(
         acc = dot(t, rounded(f, t.dtype), acc, INPUT_PRECISION)
         t_ptrs += BLOCK_C * tl.cast(stride_tc, tl.int64)
         f_ptrs += BLOCK_C * tl.cast(stride_fc, tl.int64)
+    return acc
+
+
+@triton.jit(do_not_specialize=["M", "drop_below", "adapters"])
+def shrink_kernel(
+    t_ptr, f_ptr, u_ptr, seed_ptr, tickets_ptr,
+    of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr, adapters,
+    M, C, R,
+    stride_tm, stride_tc, stride_fg, stride_fc, stride_fr,
+    drop_below,
+    DROPOUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    RANK: tl.constexpr,
+    MASKED_C: tl.constexpr,
+    TICKETS: tl.constexpr,
+):  # fmt: skip
+    """`u = (keep ⊙ t) f`: t (M, C), f (C, R), u (M, R); a program for every BLOCK_M rows.
+
+    With `of_row_ptr`, f (G, C, R) is each row's adapter's, and u is zero past its rank.
+    """
+    clear_tickets(tickets_ptr, TICKETS, adapters)
+    start_m = tl.program_id(0) * BLOCK_M
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_r = tl.arange(0, RANK)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    rows = tl.where(mask_m, offs_m, 0)
+
+    if of_row_ptr is None:
+        acc = shrunk(
+            t_ptr, f_ptr, seed_ptr, C, R, stride_tm, stride_tc, stride_fc, stride_fr, drop_below, start_m, rows,
+            DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK, MASKED_C,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros((BLOCK_M, RANK), dtype=tl.float32)
+        of_row = tl.load(of_row_ptr + rows)
+        first, end = adapters_in(of_row_ptr, start_m, M, BLOCK_M)
+        for g in tl.range(first, end, num_stages=1):
+            rank = rank_in(starts_ptr, ranks_ptr, g)
+            if DROPOUT:
+                drop_below = tl.load(below_ptr + g)
+            u = shrunk(
+                t_ptr, f_ptr + g * tl.cast(stride_fg, tl.int64), seed_ptr, tl.where(rank > 0, C, 0), rank,
+                stride_tm, stride_tc, stride_fc, stride_fr, drop_below, start_m, rows,
+                DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK, MASKED_C,
+            )  # fmt: skip
+            acc = tl.where((of_row == g)[:, None] & (offs_r < rank)[None, :], u, acc)
 
     u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
     tl.store(u_ptrs, rounded(acc, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
@@ -312,27 +389,29 @@ def shrink_kernel(
 @triton.jit
 def column_gradient(
     t_ptr, u_ptr, df_ptr, partials_ptr, ticket_ptr, seed_ptr,
-    M, C, R, rows,
+    C, R, rank, first, length, rows, number, count,
     stride_tm, stride_tc, stride_dc, stride_dr,
     scaling, drop_below, start_c,
     ACTIVATED: tl.constexpr,
     DROPOUT: tl.constexpr,
+    GROUPED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`df = scaling · (keep ⊙ t)ᵀ u` for BLOCK_C columns from `start_c` on, by the programs of one grid column.
+    """`df = scaling · (keep ⊙ t)ᵀ u` for BLOCK_C columns from `start_c` on, by `count` programs, this being `number`.
 
-    t (M, C), or gelu(t) where ACTIVATED, u (M, R), df (C, R) by strides; `partials_ptr` (programs, BLOCK_C, R) is
-    this grid column's alone.
+    t (M, C), or gelu(t) where ACTIVATED, u (M, R), df (C, R) by strides; each program sums `rows` of the `length` rows
+    from `first` on. `partials_ptr` (count, BLOCK_C, R) is these programs' alone. GROUPED: df is zero from `rank` on.
     """
-    pid_m, num_pid_m = tl.program_id(1), tl.num_programs(1)
     own_c = tl.arange(0, BLOCK_C)
     offs_c = start_c + own_c
     offs_r = tl.arange(0, RANK)
-    mask_c, mask_r = offs_c < C, offs_r < R
-    start_m, end_m = pid_m * rows, tl.minimum((pid_m + 1) * rows, M)
+    mask_c, mask_r = offs_c < C, offs_r < rank
+    if not GROUPED:  # all of a grid column's programs
+        number, count = tl.program_id(1), tl.num_programs(1)
+    start_m, end_m = first + number * rows, first + tl.minimum((number + 1) * rows, length)
     offs_m = start_m + tl.arange(0, BLOCK_M)
 
     acc = tl.zeros((BLOCK_C, RANK), dtype=tl.float32)
@@ -350,18 +429,30 @@ def column_gradient(
         t_ptrs += BLOCK_M * tl.cast(stride_tm, tl.int64)
         u_ptrs += BLOCK_M * R
 
-    mask = mask_c[:, None] & mask_r[None, :]
-    partials_ptrs = partials_ptr + own_c[:, None] * R + offs_r[None, :]
-    tl.store(partials_ptrs + pid_m * BLOCK_C * R, acc, mask=mask)
-    if arrive_last(ticket_ptr, num_pid_m):
-        total = sum_in_order(partials_ptrs, mask, BLOCK_C * R, num_pid_m) * scaling
-        df_ptrs = df_ptr + offs_c[:, None] * stride_dc + offs_r[None, :] * stride_dr
-        tl.store(df_ptrs, rounded(total, df_ptr.dtype.element_ty), mask=mask)
+    mask = mask_c[:, None] & (offs_r < R)[None, :]
+    if GROUPED:
+        acc = tl.where(mask_r[None, :], acc, 0.0)  # an infinite t times a padding zero is NaN
+    if GROUPED and count == 1:
+        store_columns(df_ptr, acc * scaling, offs_c, offs_r, stride_dc, stride_dr, mask)
+    else:
+        partials_ptrs = partials_ptr + own_c[:, None] * R + offs_r[None, :]
+        tl.store(partials_ptrs + number * BLOCK_C * R, acc, mask=mask)
+        if arrive_last(ticket_ptr, count):
+            total = sum_in_order(partials_ptrs, mask, BLOCK_C * R, count) * scaling
+            store_columns(df_ptr, total, offs_c, offs_r, stride_dc, stride_dr, mask)
 
 
-@triton.jit(do_not_specialize=["M", "drop_below"])
+@triton.jit
+def store_columns(df_ptr, total, offs_c, offs_r, stride_dc, stride_dr, mask):
+    """Columns of a gradient (C, R), in its dtype."""
+    df_ptrs = df_ptr + offs_c[:, None] * stride_dc + offs_r[None, :] * stride_dr
+    tl.store(df_ptrs, rounded(total, df_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "drop_below", "adapters"])
 def gradient_kernel(
     dy_ptr, xa_ptr, db_ptr, x_ptr, dxa_ptr, da_ptr, partials_ptr, tickets_ptr, seed_ptr,
+    of_row_ptr, starts_ptr, ranks_ptr, scalings_ptr, below_ptr, adapters,
     M, N, K, R, tiles_b, rows,
     stride_ym, stride_yn, stride_xm, stride_xk,
     scaling, drop_below,
@@ -375,22 +466,39 @@ def gradient_kernel(
     """`db = scaling · dyᵀ xa` and `da = scaling · dxaᵀ (keep ⊙ x)`, with gelu(x) for x where ACTIVATED.
 
     The first `tiles_b` columns of the grid have BLOCK_C columns of dy each, the others of x; a program sums `rows`
-    of the rows of its columns.
+    of the rows of its columns. With `starts_ptr` they are rows of one adapter, and db (G, N, R) and da (G, R, K) each
+    adapter's.
     """
+    GROUPED: tl.constexpr = starts_ptr is not None
     pid_c = tl.program_id(0)
     ticket_ptr = tickets_ptr + pid_c
     partials_ptr += (pid_c * tl.num_programs(1)).to(tl.int64) * BLOCK_C * R
+    if GROUPED:
+        g, number, count = share_of(tl.program_id(1), starts_ptr, adapters, rows)
+        if g < 0 or number >= count:
+            return
+        ticket_ptr += g * tl.num_programs(0)
+        partials_ptr += (tl.program_id(1) - number).to(tl.int64) * BLOCK_C * R
+        rank, scaling = tl.load(ranks_ptr + g), tl.load(scalings_ptr + g)
+        first = tl.load(starts_ptr + g)
+        length = tl.where(rank > 0, tl.load(starts_ptr + g + 1) - first, 0)
+        db_ptr += g.to(tl.int64) * N * R
+        da_ptr += g.to(tl.int64) * K * R
+        if DROPOUT:
+            drop_below = tl.load(below_ptr + g)
+    else:
+        number, count, rank, first, length = None, None, R, 0, M
     if pid_c < tiles_b:
         column_gradient(
-            dy_ptr, xa_ptr, db_ptr, partials_ptr, ticket_ptr, seed_ptr, M, N, R, rows,
+            dy_ptr, xa_ptr, db_ptr, partials_ptr, ticket_ptr, seed_ptr, N, R, rank, first, length, rows, number, count,
             stride_ym, stride_yn, R, 1, scaling, drop_below, pid_c * BLOCK_C,
-            False, False, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
+            False, False, GROUPED, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
         )  # fmt: skip
     else:
         column_gradient(
-            x_ptr, dxa_ptr, da_ptr, partials_ptr, ticket_ptr, seed_ptr, M, K, R, rows,
+            x_ptr, dxa_ptr, da_ptr, partials_ptr, ticket_ptr, seed_ptr, K, R, rank, first, length, rows, number, count,
             stride_xm, stride_xk, 1, K, scaling, drop_below, (pid_c - tiles_b) * BLOCK_C,
-            ACTIVATED, DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
+            ACTIVATED, DROPOUT, GROUPED, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK,
         )  # fmt: skip
 
 
@@ -408,7 +516,8 @@ class Epilogue(NamedTuple):
 PLAIN = Epilogue()
 
 _COMMON = (
-    "bias_ptr", "u_ptr", "f_ptr", "pre_ptr", "residual_ptr", "seed_ptr", "M", "scaling", "drop_below", "drop_scale"
+    "bias_ptr", "u_ptr", "f_ptr", "pre_ptr", "residual_ptr", "seed_ptr", "M", "scaling", "drop_below", "drop_scale",
+    *GROUP_ARGUMENTS,
 )  # fmt: skip
 _POINTERS = ("x_ptr", "w_ptr", "a_ptr", "y_ptr", "h_ptr", "tickets_ptr")
 _DESCRIPTORS = ("x_desc", "w_desc", "y_desc", "h_desc")
@@ -418,9 +527,10 @@ class Linear:
     """`y = x weight + bias + keep ⊙ (u (scaling · f))`, u, which is `x aᵀ` where `a` (R, K) is given, and h = gelu(y).
 
     There is no bias with dropout: the mask falls on all that the accumulator starts from; with a residual it falls on y
-    instead, and on nothing else. It is prepared for operands of one kind, and called with any that differ from those in
-    values and in the number of rows. Then x may have more leading dimensions, if it is contiguous, and the factors may
-    come transposed: a kernel knows them by their addresses.
+    instead, and on nothing else. With `groups` f is (G, R, N), and the scaling and the mask are each adapter's. It is
+    prepared for operands of one kind, and called with any that differ from those in values, in the number of rows and
+    in groups. Then x may have more leading dimensions, if it is contiguous, and the factors may come transposed: a
+    kernel knows them by their addresses.
     """
 
     def __init__(
@@ -436,7 +546,7 @@ class Linear:
         tickets: int = 0,
         epilogue: Epilogue = PLAIN,
     ) -> None:
-        k, n, rank, tile = x.shape[1], weight.shape[1], f.shape[0], how.tile
+        k, n, rank, tile = x.shape[1], weight.shape[1], f.shape[-2], how.tile
         precision = input_precision(x.dtype)
         key = (
             "linear", how, precision, k, n, rank, epilogue.stores, *fixed(x, weight, bias, f, a),
@@ -446,7 +556,8 @@ class Linear:
         def launcher() -> Launcher:
             args = {
                 "N": n, "K": k, "R": rank,
-                "stride_fr": f.stride(0), "stride_fn": f.stride(1),
+                "stride_fg": f.stride(0) if f.dim() == 3 else None,
+                "stride_fr": f.stride(-2), "stride_fn": f.stride(-1),
                 "DROPOUT": drops, "INPUT_PRECISION": precision,
                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
                 "RANK": tiling.padded_rank(rank), "GROUP_M": 8,
@@ -481,6 +592,7 @@ class Linear:
         dropout: Dropout | None = None,
         tickets: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
+        groups: Groups | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """(y, u, h); of y and h, what isn't stored is None, and the others have x's leading dimensions."""
         m, tile = rows_in(x), self._how.tile
@@ -497,7 +609,7 @@ class Linear:
             operands = self._described(x, weight, y, h)
         seed, drop_below, drop_scale = mask_arguments(dropout)
         common = bias, u, f, pre, residual, seed, m, scaling, drop_below, drop_scale
-        self._launch((tiles, 1, 1), *operands, *common)
+        self._launch((tiles, 1, 1), *operands, *common, *group_arguments(groups))
         return y, u, h
 
     def _described(
@@ -516,7 +628,10 @@ class Linear:
 
 
 class Shrink:
-    """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R). It is prepared as `Linear` is."""
+    """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R). It is prepared as `Linear` is.
+
+    With `groups` f is (G, C, R), and u zero past each adapter's rank.
+    """
 
     def __init__(
         self,
@@ -526,39 +641,57 @@ class Shrink:
         *,
         drops: bool = False,
         tickets: int = 0,
+        groups: Groups | None = None,
     ) -> None:
-        """The strip is the table's, or the one measured to be fastest, unless it is given."""
-        (c, rank), precision = f.shape, input_precision(t.dtype)
+        """The strip is the table's, or the one measured to be fastest, with these groups, unless it is given."""
+        (c, rank), precision = f.shape[-2:], input_precision(t.dtype)
 
         def run(each: tiling.Strip) -> Tensor:
-            return Shrink(t, f, each, drops=drops)(t, f, measured(t) if drops else None)
+            return Shrink(t, f, each, drops=drops)(t, f, measured(t) if drops else None, groups=groups)
 
-        strip = strip or tuning.fastest("shrink", t, (rank, drops), tiling.shrink(t, rank), run)
+        kind = rank, drops, groups is not None
+        strip = strip or tuning.fastest("shrink", t, kind, tiling.shrink(t, rank), run)
         key = ("shrink", strip, precision, c, rank, *fixed(t, f), drops, tickets)
 
         def launcher() -> Launcher:
             args = {
                 "C": c, "R": rank,
                 "stride_tm": t.stride(0), "stride_tc": t.stride(1),
-                "stride_fc": f.stride(0), "stride_fr": f.stride(1),
+                "stride_fg": f.stride(0) if f.dim() == 3 else None,
+                "stride_fc": f.stride(-2), "stride_fr": f.stride(-1),
                 "DROPOUT": drops, "INPUT_PRECISION": precision,
                 "BLOCK_M": strip.block_m, "BLOCK_C": strip.block_c, "RANK": tiling.padded_rank(rank),
                 "MASKED_C": c % strip.block_c != 0, "TICKETS": tickets or 1,
             }  # fmt: skip
-            changing = ("t_ptr", "f_ptr", "u_ptr", "seed_ptr", "tickets_ptr", "M", "drop_below")
+            changing = (
+                "t_ptr",
+                "f_ptr",
+                "u_ptr",
+                "seed_ptr",
+                "tickets_ptr",
+                "M",
+                "drop_below",
+                *GROUP_ARGUMENTS,
+            )
             return Launcher(shrink_kernel, changing, args, strip.num_warps, strip.num_stages)
 
         self._launch = launchers.once(key, launcher)
         self._rows, self._rank = strip.block_m, rank
 
     def __call__(
-        self, t: Tensor, f: Tensor, dropout: Dropout | None = None, tickets: Tensor | None = None
+        self,
+        t: Tensor,
+        f: Tensor,
+        dropout: Dropout | None = None,
+        tickets: Tensor | None = None,
+        groups: Groups | None = None,
     ) -> Tensor:
         """u."""
         m = rows_in(t)
         u = t.new_empty(m, self._rank)
         seed, drop_below, _ = mask_arguments(dropout)
-        self._launch((-(-m // self._rows), 1, 1), t, f, u, seed, tickets, m, drop_below)
+        changing = t, f, u, seed, tickets, m, drop_below, *group_arguments(groups)
+        self._launch((-(-m // self._rows), 1, 1), *changing)
         return u
 
 
@@ -570,9 +703,9 @@ def measured(t: Tensor) -> Dropout:
 class Updated:
     """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
-    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What the epilogue changes, and
-    h, are as in `Linear`. A u that is given is not computed again. It is prepared for operands of one kind, for as many
-    rows as tiles are chosen for (`tiling.steps`).
+    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What the epilogue changes, h and
+    `groups`, with which a is (G, R, K), are as in `Linear`. A u that is given is not computed again. It is prepared for
+    operands of one kind, for as many rows as tiles are chosen for (`tiling.steps`).
     """
 
     def __init__(
@@ -588,6 +721,7 @@ class Updated:
         tickets: int = 0,
         epilogue: Epilogue = PLAIN,
         how: tiling.Linear | None = None,
+        groups: Groups | None = None,
     ) -> None:
         drops = inner, outer
         shape = epilogue.pre is not None, epilogue.residual is not None, epilogue.stores
@@ -600,17 +734,20 @@ class Updated:
                     "outer": outer,
                     "tickets": tickets,
                     "epilogue": epilogue,
+                    "groups": groups,
                 }
                 prepared = Updated(x, weight, bias, a, f, **kind, how=each)
-                uncleared = x.new_empty(tickets, dtype=torch.int32) if tickets else None
-                return prepared(x, weight, bias, a, f, 1.0, *masks, tickets=uncleared, epilogue=epilogue)
+                given: dict[str, Any] = {"epilogue": epilogue, "groups": groups}
+                given["tickets"] = tickets_for(x, tickets, groups)
+                return prepared(x, weight, bias, a, f, 1.0, *masks, **given)
 
-            rank, n = f.shape
+            rank, n = f.shape[-2:]
+            grouped = groups is not None
             how = tuning.fastest(
                 "updated",
                 x,
-                (n, rank, drops, weight.stride(1) == 1, a.dtype, shape),
-                tiling.linear(x, weight, rank, *drops, shape != (False, False, "y"), shape[0]),
+                (n, rank, drops, weight.stride(1) == 1, a.dtype, shape, grouped),
+                tiling.linear(x, weight, rank, *drops, shape != (False, False, "y"), shape[0], grouped),
                 run,
             )
         given = x, weight, bias, f, how
@@ -618,7 +755,7 @@ class Updated:
         if how.single:  # the loop has no room to round a wider factor
             self._linear = Linear(*given, a=a.to(x.dtype), drops=outer, tickets=tickets, epilogue=epilogue)
         else:
-            self._shrink = Shrink(x, a.T, drops=inner, tickets=tickets)
+            self._shrink = Shrink(x, a.mT, drops=inner, tickets=tickets, groups=groups)
             self._linear = Linear(*given, drops=outer, epilogue=epilogue)
 
     def __call__(
@@ -635,6 +772,7 @@ class Updated:
         tickets: Tensor | None = None,
         epilogue: Epilogue = PLAIN,
         u: Tensor | None = None,
+        groups: Groups | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """(y, u, h), for at least one row."""
         given = x, weight, bias, f, scaling
@@ -643,22 +781,29 @@ class Updated:
                 a = a.to(x.dtype)
             return self._linear(*given, a=a, dropout=outer, tickets=tickets, epilogue=epilogue)
         if u is None:
-            u = self._shrink(x, a, inner, tickets)
-        return self._linear(*given, u=u, dropout=outer, epilogue=epilogue)
+            u = self._shrink(x, a, inner, tickets, groups)
+        return self._linear(*given, u=u, dropout=outer, epilogue=epilogue, groups=groups)
+
+
+def tickets_for(x: Tensor, count: int, groups: Groups | None) -> Tensor | None:
+    """So many tickets, for each of several adapters, which a kernel is to clear; None where there are none."""
+    adapters = 1 if groups is None else len(groups.ranks)
+    return x.new_empty(count * adapters, dtype=torch.int32) if count else None
 
 
 _GRADIENT = (
     "dy_ptr", "xa_ptr", "db_ptr", "x_ptr", "dxa_ptr", "da_ptr", "partials_ptr", "tickets_ptr", "seed_ptr",
-    "M", "rows", "scaling", "drop_below",
+    "M", "rows", "scaling", "drop_below", *GROUP_ARGUMENTS,
 )  # fmt: skip
 
 
 class Gradients:
     """Fills `d_lora_b` (N, R) with `scaling · dyᵀ xa` and `d_lora_a` (R, K) with `scaling · dxaᵀ (keep ⊙ x)`.
 
-    dy (M, N), x (M, K), xa and dxa (M, R); where `activated`, x is the pre-activation, and gelu(x) stands for it. It is
-    prepared as `Linear` is, for those of the two that are needed, in these dtypes; `tickets` are so many that an
-    earlier launch must have cleared.
+    dy (M, N), x (M, K), xa and dxa (M, R); where `activated`, x is the pre-activation, and gelu(x) stands for it. With
+    `groups` the gradients are (G, N, R) and (G, R, K), zeros past each adapter's rank, and each has the same bits in
+    any company. It is prepared as `Linear` is, for those of the two that are needed, in these dtypes; `tickets` are so
+    many, as `tickets_for` has them, that an earlier launch must have cleared.
     """
 
     def __init__(
@@ -693,6 +838,7 @@ class Gradients:
         self._launch = launchers.once(key, launcher)
         self._strip, self._tiles, self._rank = strip, tiles, rank
         self._splits = splits or tiling.splits(x.device, max(tiles, 1), rank)
+        self._rows = tiling.group_rows(self._splits, strip)
         self.tickets = ticket_count(tiles)
 
     def __call__(
@@ -706,16 +852,22 @@ class Gradients:
         scaling: float,
         tickets: Tensor,
         dropout: Dropout | None = None,
+        groups: Groups | None = None,
     ) -> None:
         """Fill what is given, contiguous."""
         m, strip = rows_in(dy), self._strip
         if self._tiles == 0:
             return
-        rows = -(-m // (self._splits * strip.block_m)) * strip.block_m
-        splits = -(-m // rows)
+        if groups is None:
+            rows = tiling.run(m, self._splits, strip)
+            splits = -(-m // rows)
+        else:
+            rows = self._rows
+            splits = share_count(m, len(groups.ranks), rows)
         db = d_lora_a if d_lora_b is None else d_lora_b
         da = d_lora_b if d_lora_a is None else d_lora_a
         partials = x.new_empty(self._tiles, splits, strip.block_c, self._rank, dtype=torch.float32)
         seed, drop_below, _ = mask_arguments(dropout)
         pointers = dy, xa, db, x, dxa, da, partials, tickets, seed
-        self._launch((self._tiles, splits, 1), *pointers, m, rows, scaling, drop_below)
+        changing = *pointers, m, rows, scaling, drop_below, *group_arguments(groups)
+        self._launch((self._tiles, splits, 1), *changing)

@@ -143,6 +143,12 @@ _NOT_WITH_EPILOGUE = {
 #: Tiles that the derivative of a GELU makes spill, beside those: with it this one fills all 255 registers.
 _NOT_WITH_DERIVATIVE = {90: {("descriptor split", Tile(128, 256, 64, 8, 3))}}
 
+#: Tiles that spill where rows belong to many adapters, beside those: what is whose is chosen between two accumulators.
+_NOT_GROUPED = {
+    arch: {(f"{form} split", Tile(128, 256, 64, 8, 3)) for form in ("pointer", "descriptor")}
+    for arch in (90, 100)
+}
+
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
 SHRINK = {
     16: (Strip(64, 64, 4, 4), Strip(32, 128, 4, 3)),
@@ -163,6 +169,9 @@ GRADIENT = {
     256: Strip(64, 64, 8, 3),
 }
 GRADIENT_FLOAT32 = Strip(32, 32, 8, 3)
+
+#: A batch of many adapters is split, for their gradients, as one of so many rows would be.
+GROUPED_ROWS = 8192
 
 #: The adapter's strips by padded bottleneck, tallest first, and those of its gradients.
 ADAPTER = {
@@ -229,23 +238,25 @@ def padded_rank(rank: int) -> int:
 
 
 def linear_tiles(
-    arch: int, form: str, variant: str, epilogue: bool, derivative: bool = False
+    arch: int, form: str, variant: str, epilogue: bool, derivative: bool = False, grouped: bool = False
 ) -> tuple[Tile, ...]:
     """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, with an epilogue or without.
 
-    `derivative`: whether the epilogue is the derivative of a GELU.
+    `derivative`: whether the epilogue is the derivative of a GELU. `grouped`: whether rows belong to several adapters.
     """
     excluded = _NOT_WITH_EPILOGUE[arch] if epilogue else set()
     if derivative:
         excluded = excluded | _NOT_WITH_DERIVATIVE.get(arch, set())
+    if grouped:
+        excluded = excluded | _NOT_GROUPED.get(arch, set())
     tiles = LINEAR[arch].get(variant, ())
     return tuple(tile for tile in tiles if (f"{form} {variant}", tile) not in excluded)
 
 
-def linear_tiles_float32(tf32: bool, epilogue: bool) -> tuple[Tile, ...]:
-    """The same on float32: with an epilogue the larger would spill."""
+def linear_tiles_float32(tf32: bool, epilogue: bool, grouped: bool = False) -> tuple[Tile, ...]:
+    """The same on float32: with an epilogue, or several adapters, the larger would spill."""
     tiles = LINEAR_TF32 if tf32 else LINEAR_FLOAT32
-    return tiles[1:] if epilogue else tiles
+    return tiles[1:] if epilogue or grouped else tiles
 
 
 def linear(
@@ -256,11 +267,13 @@ def linear(
     outer: bool,
     epilogue: bool,
     derivative: bool = False,
+    grouped: bool = False,
 ) -> list[Linear]:
     """The ways to run `u = (inner ⊙ x) aᵀ, y = x W + outer ⊙ (u f) + …`, the one to take first.
 
     `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
-    `epilogue`: whether a GELU, its `derivative` or a residual follows, with another tensor as large as y.
+    `epilogue`: whether a GELU, its `derivative` or a residual follows, with another tensor as large as y. `grouped`:
+    whether rows belong to several adapters, of which u is computed beforehand.
     """
     arch = architecture(x.device)
     described = (
@@ -271,9 +284,9 @@ def linear(
         and (_describable(weight) or _describable(weight.T))
     )
     shape = steps(x.shape[0]), weight.shape[1], x.shape[1], padded_rank(rank)
-    options = inner, outer, epilogue, derivative
+    options = inner, outer, epilogue, derivative, grouped
     if x.dtype == torch.float32:
-        tiles = _cheapest_first(linear_tiles_float32(tf32_allowed(), epilogue), *shape[:2], arch)
+        tiles = _cheapest_first(linear_tiles_float32(tf32_allowed(), epilogue, grouped), *shape[:2], arch)
         return [Linear(tile, False, False, 0) for tile in tiles]
     return _linear(arch, described, shape, options)
 
@@ -288,16 +301,19 @@ def _linear(
     arch: Architecture,
     descriptor: bool,
     shape: tuple[int, int, int, int],
-    options: tuple[bool, bool, bool, bool],
+    options: tuple[bool, bool, bool, bool, bool],
 ) -> list[Linear]:
     """`linear` on 16-bit numbers, of `shape` (rows, N, K, padded rank), with tensor descriptors where they can be."""
-    (m, n, k, padded), (inner, outer, epilogue, derivative) = shape, options
+    (m, n, k, padded), (inner, outer, epilogue, derivative, grouped) = shape, options
     form = "descriptor" if descriptor else "pointer"
     tiles = _cheapest_first(
-        linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue, derivative), m, n, arch
+        linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue, derivative, grouped),
+        m,
+        n,
+        arch,
     )
     split = [Linear(tile, descriptor, False, arch.multiprocessors) for tile in tiles]
-    if inner:
+    if inner or grouped:
         return split
     tiles = _cheapest_first(
         linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", epilogue, derivative),
@@ -408,6 +424,20 @@ def splits(device: torch.device, programs: int, rank: int) -> int:
     Two runs a multiprocessor hide more latency, but at larger ranks their partial sums cost more than that.
     """
     return max(1, architecture(device).multiprocessors * (2 if rank <= 32 else 1) // programs)
+
+
+def run(m: int, splits: int, strip: Strip) -> int:
+    """How many of m rows go into each of at most so many runs of a sum over rows, in whole steps."""
+    return -(-m // (splits * strip.block_m)) * strip.block_m
+
+
+def group_rows(splits: int, strip: Strip) -> int:
+    """The same where rows belong to many adapters: of each one's own rows, whatever the others have.
+
+    As if `GROUPED_ROWS` were to be split: then an adapter's sum has the same bits in any company. Partial sums of
+    more rows cost no larger a share, of fewer nothing, for a run by itself has none.
+    """
+    return run(GROUPED_ROWS, splits, strip)
 
 
 def _tallest_first(strips: tuple[Strip, ...], t: Tensor) -> list[Strip]:

@@ -82,8 +82,8 @@ def choose_tile(
         ):
             pytest.skip(f"not in the table of sm_{arch}")
 
-    def chosen(x, weight, rank, inner, outer, epilogue, derivative):
-        single = variant.startswith("single") and not inner
+    def chosen(x, weight, rank, inner, outer, epilogue, derivative, grouped):
+        single = variant.startswith("single") and not inner and not grouped
         return [tiling.Linear(tile, form == "descriptor", single, programs=3)]
 
     monkeypatch.setattr(tiling, "linear", chosen)

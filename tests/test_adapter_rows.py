@@ -166,10 +166,10 @@ def test_each_adapter_drops_by_its_own_law():
     """Of y = keep / (1 - p), with every factor the identity."""
     x, eye, zeros = torch.ones(3, 200, 64), torch.eye(64), torch.zeros(64, 64)
     laws = (0.0, 0.2, 0.75)
-    updates = [ops.Update(slice(200 * i, 200 * i + 200), eye, eye, 1.0, p) for i, p in enumerate(laws)]
+    layer = ops.Grouped(zeros, None, [ops.Update(eye, eye, 1.0, p) for p in laws], (0, 200, 400, 600))
     masks = []
     for _ in range(2):
-        y, _ = ops.grouped_lora_linear(x, zeros, None, updates, "auto", False)
+        y, _ = ops.routed_lora_linear(x, layer, "auto", False)
         for i, p in enumerate(laws):
             assert set(y[i].unique().tolist()) == {0.0, 1 / (1 - p)} - ({0.0} if p == 0.0 else set())
             assert abs((y[i] == 0).double().mean().item() - p) < 5 * (p * (1 - p) / 12800) ** 0.5 + 1e-12

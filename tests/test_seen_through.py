@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
+from functools import partial
 
 import pytest
 import torch
@@ -438,7 +439,19 @@ def test_adapter_names():
 
     model = classifier()
     model.add_adapter("b", copy.deepcopy(model.peft_config["default"]))
-    assert_the_same(use, model, batch(LENGTHS), "has a hook that looks on")
+    patched = assert_the_same(use, model, batch(LENGTHS))
+    assert packing_row(patched).calls == 1
+    layer = "transformer.h.0.attn.c_attn"  # peft's hook is known by identity, and hides no other beside it
+
+    def watched(model, inputs):
+        watcher = partial(lambda module, args, kwargs, adapter_names: None, adapter_names=["b"])
+        found = model.base_model.model.get_submodule(layer)
+        handle = found.register_forward_pre_hook(watcher, with_kwargs=True)
+        result = use(model, inputs)
+        handle.remove()
+        return result
+
+    assert_the_same(watched, model, batch(LENGTHS), "has a hook that looks on")
 
 
 def test_an_alora_batch_of_one_row():

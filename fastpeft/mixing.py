@@ -33,7 +33,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """
     if isinstance(names, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of adapters' names, one for each row; got {names!r}")
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    modules = list(model.modules())
+    layers = [module for module in modules if isinstance(module, LoraLayer)]
     known = sorted({name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)})
     unknown = sorted(set(names) - {*known, groups.BASE})
     if unknown:
@@ -42,14 +43,14 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         )
     if any(groups.names_given(layer) for layer in layers):
         raise ValueError("the rows of this model's batches have adapters already: leave that context first")
-    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if any(vars(module).get("gradient_checkpointing") for module in modules):
         raise ValueError(
             "under gradient checkpointing the forward runs again after the context has ended: call "
             "model.gradient_checkpointing_disable() first"
         )
     given = partial(groups.hook, adapter_names=list(names))
     with ExitStack() as stack:
-        for module in model.modules():
+        for module in modules:
             if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                 stack.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
         yield

@@ -1,0 +1,106 @@
+"""A linear layer as the LoRA operations take it: with one update for all rows, or one for each group of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastpeft import autograd, reference
+
+
+class Projection(NamedTuple):
+    """A linear layer with its LoRA update; with `groups` factors are stacked, one for each."""
+
+    weight: Tensor
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float  # of groups the largest
+    groups: Any = None  # kernels.groups.Groups, in which each has its scaling and dropout
+
+
+class Update(NamedTuple):
+    """The LoRA update of a group of rows."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    dropout_p: float
+
+
+class Grouped(NamedTuple):
+    """A linear layer with an update for each group of rows: `y = x W + b`, plus the update of the group it is in.
+
+    The rows are those of x (M, K), or of x (..., K) seen so. Group i has rows `bounds[i]` to `bounds[i + 1]`, and no
+    update where `updates[i]` is None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    updates: Sequence[Update | None]
+    bounds: tuple[int, ...]
+
+    def apart(self) -> list[Projection]:
+        """The layer with each of its updates."""
+        return [Projection(self.weight, self.bias, *update) for update in self.updates if update is not None]
+
+    def parts(self) -> tuple[list[autograd.Part], list[Tensor]]:
+        """The updates as the PyTorch path takes them, and their factors; those without rows left out."""
+        parts: list[autograd.Part] = []
+        factors: list[Tensor] = []
+        for update, start, stop in zip(self.updates, self.bounds, self.bounds[1:], strict=False):
+            if update is not None and start < stop:
+                lora_a, lora_b, scaling, dropout_p = update
+                parts.append(autograd.Part(slice(start, stop), float(scaling), float(dropout_p)))
+                factors += (lora_a, lora_b)
+        return parts, factors
+
+    def stacked(self, device: torch.device) -> Projection | None:
+        """The layer as the kernels take it, of which the stacked factors are copies; None where nothing is updated."""
+        from fastpeft.kernels.groups import Groups
+
+        there = [update for update in self.updates if update is not None]
+        if not there:
+            return None
+        lora_a, lora_b = (
+            autograd.Stacked.apply([update is not None for update in self.updates], *factors)
+            for factors in ([u.lora_a for u in there], [u.lora_b for u in there])
+        )
+        ranks = tuple(0 if u is None else u.lora_a.shape[0] for u in self.updates)
+        drops = tuple(0.0 if u is None else float(u.dropout_p) for u in self.updates)
+        scalings = tuple(
+            0.0 if u is None else float(u.scaling) * reference.keep_scale(p)
+            for u, p in zip(self.updates, drops, strict=True)
+        )
+        groups = Groups(*_rows(self.bounds, device), *_laws(ranks, scalings, drops, device))
+        return Projection(self.weight, self.bias, lora_a, lora_b, 1.0, max(drops), groups)
+
+
+@functools.lru_cache(maxsize=8)
+def _rows(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The group of each row, and where each group's begin; asked for by every layer of a call."""
+    with torch.inference_mode(False):  # training may use them too
+        starts = torch.tensor(bounds, dtype=torch.int32)
+        of_row = torch.arange(len(bounds) - 1, dtype=torch.int32).repeat_interleave(starts.diff())
+        return of_row.to(device), starts.to(device)
+
+
+@functools.lru_cache(maxsize=64)
+def _laws(
+    ranks: tuple[int, ...], scalings: tuple[float, ...], drops: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Each group's rank, scaling, and threshold below which random numbers drop."""
+    from fastpeft.kernels.dropout import threshold
+
+    with torch.inference_mode(False):
+        below = torch.tensor([threshold(p) for p in drops], dtype=torch.int32) if any(drops) else None
+        return (
+            torch.tensor(ranks, dtype=torch.int32, device=device),
+            torch.tensor(scalings, dtype=torch.float32, device=device),
+            None if below is None else below.to(device),
+        )
