@@ -256,8 +256,9 @@ def together(record: dict[str, Any]) -> Iterator[Table]:
             adapters = "1 adapter" if point["adapters"] == 1 else f"{point['adapters']} adapters"
             name = f"{point['batch']} rows, {adapters}, {point['dtype']}"
         for variant, row in point["variants"].items():
-            cells = [failed(row), "", "", ""]
-            if "failed" not in row:
+            if "failed" in row:
+                cells = [failed(row), "", "", ""]
+            else:
                 speedup = row.get("speedup")
                 over = speedup and speedup["over"] != variant
                 cells = [
