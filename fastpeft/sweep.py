@@ -83,6 +83,7 @@ _KNOWN = {
     "dataloader_pin_memory", "disable_tqdm", "report_to", "run_name", "log_level", "logging_strategy",
     "logging_first_step", "logging_steps", "logging_dir", "logging_nan_inf_filter", "save_strategy", "save_steps",
     "save_total_limit", "remove_unused_columns", "label_names", "project", "trackio_space_id",
+    "per_device_eval_batch_size", "ddp_find_unused_parameters",  # which nothing here asks about
 }  # fmt: skip
 
 
