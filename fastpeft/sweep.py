@@ -14,7 +14,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -139,13 +139,16 @@ class Sweep:
     ) -> None:
         runs = list(runs)
         _check(model, runs, arguments, dataset)
+        filled = [_filled(run, arguments) for run in runs]
         wrapped: Any = None
-        for run in runs:
-            set_seed(arguments.seed if run.seed is None else run.seed)
+        for run in filled:
+            set_seed(run.seed)
             wrapped = _with_adapter(model, wrapped, run)
-        wrapped.set_requires_grad([run.name for run in runs])
+        wrapped.set_requires_grad([run.name for run in filled])
         self.model: PeftModel = patch(wrapped)  # type: ignore[assignment]
-        self.trainer = _SideBySide(self.model, runs, arguments, dataset, collate_fn or default_data_collator)
+        self.trainer = _SideBySide(
+            self.model, filled, arguments, dataset, collate_fn or default_data_collator
+        )
 
     def train(self, resume_from_checkpoint: str | bool | None = None) -> list[Result]:
         """Train the runs and save each one's adapter in a folder of its name in `output_dir`.
@@ -162,20 +165,23 @@ class Sweep:
         trainer = self.trainer
         with trainer.rows:
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
-        self.model.save_pretrained(trainer.args.output_dir)
-        stopped = _stopped(trainer.state)
+        folder = Path(str(trainer.args.output_dir))
+        self.model.save_pretrained(str(folder))
+        history: list[Any] = trainer.state.log_history
+        stopped = _stopped(history)
         results = []
         for run in trainer.runs:
             key = f"loss_{run.name}"
-            curve = [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
-            folder = Path(trainer.args.output_dir, run.name)
+            curve = [(entry["step"], entry[key]) for entry in history if key in entry]
             loss = curve[-1][1] if curve else None
-            results.append(Result(run.name, loss, curve, folder, stopped.get(run.name)))
+            results.append(Result(run.name, loss, curve, folder / run.name, stopped.get(run.name)))
         return results
 
 
 class _SideBySide(Trainer):
     """Trainer, of a batch that is one of each run's in turn."""
+
+    model: Any  # a PeftModel
 
     def __init__(
         self, model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any, collate_fn: Any
@@ -185,7 +191,7 @@ class _SideBySide(Trainer):
         arguments.logging_nan_inf_filter = False
         super().__init__(model, arguments, collate_fn, dataset, callbacks=[_Watch(self)])
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of all accumulated batches
-        self.runs = runs
+        self.runs: list[Any] = runs  # all of whose fields are filled
         self.live = [run.name for run in runs]
         self.rows = ExitStack()  # holds the context in which the rows of a batch are the runs'
         self._given: tuple[str, ...] = ()
@@ -198,11 +204,10 @@ class _SideBySide(Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Of batches that hold a run's examples after another's."""
         args, sampler = self.args, self._get_train_sampler(self.train_dataset)
-        seeds = [args.seed if run.seed is None else run.seed for run in self.runs]
         loader: Any = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=len(self.runs) * args.train_batch_size,
-            sampler=_Orders(sampler, seeds, args.train_batch_size),
+            sampler=_Orders(sampler, [run.seed for run in self.runs], args.train_batch_size),
             collate_fn=self._collated,
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
@@ -225,13 +230,12 @@ class _SideBySide(Trainer):
             trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             groups = []
             for run in self.runs:
-                rate = self.args.learning_rate if run.learning_rate is None else run.learning_rate
                 for decays in True, False:
                     own = [
                         p for n, p in trained.items() if _owner(n) == run.name and (n in decaying) == decays
                     ]
                     decay = self.args.weight_decay if decays else 0.0
-                    groups.append({"params": own, "lr": rate, "weight_decay": decay})
+                    groups.append({"params": own, "lr": run.learning_rate, "weight_decay": decay})
             self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
@@ -305,9 +309,10 @@ class _SideBySide(Trainer):
 
     def begin(self) -> None:
         """Take up what the state says: a fresh one is told the runs, one of a checkpoint has them and who stopped."""
-        if not self.state.log_history:
-            self.state.log_history.append({"step": 0, "runs": self._told()})
-        stopped = _stopped(self.state)
+        history: list[Any] = self.state.log_history
+        if not history:
+            history.append({"step": 0, "runs": self._told()})
+        stopped = _stopped(history)
         self.live = [run.name for run in self.runs if run.name not in stopped]
         self._recent = {name: [] for name in self.live}
         self._given = ()
@@ -317,17 +322,15 @@ class _SideBySide(Trainer):
         told = {}
         for run in self.runs:
             config = {k: v for k, v in run.config.to_dict().items() if k not in _ELSEWHERE}
-            rate = self.args.learning_rate if run.learning_rate is None else run.learning_rate
-            seed = self.args.seed if run.seed is None else run.seed
-            told[run.name] = {"learning_rate": rate, "seed": seed, "config": config}
+            told[run.name] = {"learning_rate": run.learning_rate, "seed": run.seed, "config": config}
         found: dict[str, Any] = json.loads(json.dumps(told, default=lambda value: sorted(value)))
         return found
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer's own would load the first adapter to train and the others not to."""
         folder = Path(resume_from_checkpoint)
-        state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
-        was = next((entry["runs"] for entry in state.log_history if "runs" in entry), {})
+        history: list[Any] = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
+        was: dict[str, Any] = next((entry["runs"] for entry in history if "runs" in entry), {})
         if was != self._told():
             raise ValueError(f"{folder} is of other runs: {_differing(was, self._told())}")
         for run in self.runs:
@@ -430,14 +433,22 @@ def _owner(parameter: str) -> str:
     return found[1]
 
 
-def _stopped(state: TrainerState) -> dict[str, str]:
+def _stopped(history: list[Any]) -> dict[str, str]:
     """The runs that have stopped, and why."""
-    return {name: why for entry in state.log_history for name, why in entry.get("stopped", {}).items()}
+    return {name: why for entry in history for name, why in entry.get("stopped", {}).items()}
 
 
 def _differing(was: dict[str, Any], now: dict[str, Any]) -> str:
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     return f"it holds {', '.join(was) or 'none'}; {', '.join(names)} differ"
+
+
+def _filled(run: Run, arguments: TrainingArguments) -> Any:
+    """The run with what it leaves to the arguments."""
+    left = {
+        name: getattr(arguments, name) for name in ("learning_rate", "seed") if getattr(run, name) is None
+    }
+    return replace(run, **left)
 
 
 def _with_adapter(model: Any, wrapped: Any, run: Run) -> Any:
@@ -501,7 +512,7 @@ def _check_model(model: Any) -> None:
             )
 
 
-def _check_arguments(arguments: TrainingArguments) -> None:
+def _check_arguments(arguments: Any) -> None:
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise ValueError("a sweep runs in one process on one device: hide other GPUs by CUDA_VISIBLE_DEVICES")
     default = TrainingArguments(arguments.output_dir, use_cpu=arguments.use_cpu)

@@ -153,9 +153,9 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
     assert "| auto, triton | 20.0 | 0.50 (0.40-0.80) | 300 | 91 | 1.0 | 9.0 | 2.0 | 8.0 |" in text
     assert "| together | 20.0 | 0.50 (0.40-0.80) | 300 | 91 |" in text
     assert (
-        "|  | fastpeft, side by side | 3.0 | 2048 | 0.50 (0.40-0.80) over peft, one after another |" in text
+        "|  | fastpeft, side by side | 500.0 | 2048 | 0.50 (0.40-0.80) over peft, one after another |" in text
     )
-    assert "| 64 rows, 8 adapters, fp32 | fastpeft, adapter_names | 3.0 | 2048 |" in text
+    assert "| 64 rows, 8 adapters, fp32 | fastpeft, adapter_names | 500.0 | 2048 |" in text
     assert "over peft, one after another | 1.31 |" in text
     assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |  |" in text
     page = (results / "report.html").read_text()

@@ -152,7 +152,7 @@ def _recorded(
     encoded: Encoded,
     arguments: Arguments,
     folder: Path,
-    trainer: Trainer,
+    trainer: Any,
     judge: Judge,
     history: list[dict[str, Any]],
     train_seconds: float,
