@@ -8,7 +8,8 @@ A training step is all of one: batch, loss, backward, each run's gradient clippe
 forward pass without gradients, of rows that take the adapters in turn: by `adapter_names` patched and not, and patched
 with one adapter for all rows.
 
-Rounds, ratios and figures as in throughput.py. Before a point is timed its variants' results are held together.
+Rounds, ratios and figures as in throughput.py. Before a point is timed, logits by both `adapter_names` are compared, or
+reports show that patched sides ran fused code.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from check import Wrong
 from peft import LoraConfig, get_peft_model
 from throughput import Batch
 from torch import nn
-from transformers import GPT2Config, Trainer, TrainingArguments
+from transformers import GPT2Config, Trainer, TrainingArguments, set_seed
 
 import fastpeft
 
@@ -59,13 +60,15 @@ def trainers(base: nn.Module, runs: list[fastpeft.Run], variant: str, **patching
     """What trains these runs on a frozen base: a Trainer each, or one for all."""
     device = next(base.parameters()).device
     folder = tempfile.mkdtemp()
-    given = TrainingArguments(folder, use_cpu=device.type == "cpu", report_to="none", disable_tqdm=True)
+    options: dict[str, Any] = {"learning_rate": runs[0].learning_rate, "use_cpu": device.type == "cpu"}
+    given = TrainingArguments(folder, **options, report_to="none", disable_tqdm=True)
     if variant == "together":
         sweep = fastpeft.Sweep(variants.twin(base), runs, given, [0])
         fastpeft.patch(sweep.model, **patching)
         return [sweep.trainer]
     found = []
     for run in runs:
+        set_seed(run.seed or 0)  # as a sweep does
         model = get_peft_model(variants.twin(base), copy.deepcopy(run.config))
         if variant == "fastpeft_apart":
             fastpeft.patch(model, **patching)

@@ -78,7 +78,7 @@ _ORDERS = ("random", "sequential", "group_by_length")
 _KNOWN = {
     "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "weight_decay",
     "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_grad_norm", "gradient_accumulation_steps", "seed",
-    "data_seed", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16", "use_cpu",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16", "use_cpu",
     "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
     "dataloader_pin_memory", "disable_tqdm", "report_to", "run_name", "log_level", "logging_strategy",
     "logging_first_step", "logging_steps", "logging_dir", "logging_nan_inf_filter", "save_strategy", "save_steps",
@@ -295,7 +295,8 @@ class _SideBySide(Trainer):
             entry[f"loss_{name}"] = fmean(recent)
         self.state.log_history.append(entry)  # where a checkpoint keeps it
         self.live.remove(name)
-        self.control.should_training_stop = not self.live
+        if not self.live:
+            self.control.should_training_stop = True
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Of the losses each run's own, and their mean."""
