@@ -56,16 +56,8 @@ logger = logging.getLogger(__name__)
 _ELSEWHERE = ("base_model_name_or_path", "peft_version")
 #: Names that peft has for something else, beside any part of "lora_".
 _PEFTS = {
-    "default",
-    BASE,
-    "base_model",
-    "model",
-    "base_layer",
-    "original_module",
-    "modules_to_save",
-    "lora_A",
-    "lora_B",
-}
+    "default", BASE, "base_model", "model", "base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"
+}  # fmt: skip
 #: The names of what a run may train, and in them the run's.
 _TRAINED = re.compile(
     r"base_model\.model\.(?:transformer\.h\..+\.lora_[AB]|score\.modules_to_save)\.([^.]+)\.(?:weight|bias)"
@@ -499,15 +491,15 @@ def _check_model(model: Any) -> None:
     head = model.score if isinstance(model, GPT2ForSequenceClassification) else model.lm_head
     if type(head) is not nn.Linear or not is_plain(head):
         raise ValueError("the model's head is more than a linear layer: a sweep computes its loss by itself")
+    if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
+        raise ValueError(
+            "call model.gradient_checkpointing_disable() first: rows of runs don't go through it"
+        )
+    config: Any = model.config
     if isinstance(model, GPT2ForSequenceClassification):
-        if model.config.pad_token_id is None:
-            raise ValueError(
-                "config.pad_token_id is None: GPT-2 needs it to find the last token of each text"
-            )
-        if model.config.num_labels < 2 or model.config.problem_type not in (
-            None,
-            "single_label_classification",
-        ):
+        if config.pad_token_id is None:
+            raise ValueError("config.pad_token_id is None: GPT-2 finds the last token of each text by it")
+        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
             raise ValueError(
                 "a sweep classifies by one label a text: num_labels from 2, no other problem_type"
             )

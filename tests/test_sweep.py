@@ -356,6 +356,12 @@ def wrapped() -> Any:
     return get_peft_model(gpt2(), lora(LM, 2, "c_attn"))
 
 
+def checkpointed() -> Any:
+    model: Any = gpt2()
+    model.gradient_checkpointing_enable()
+    return model
+
+
 @pytest.mark.parametrize(
     ("model", "runs", "more", "words"),
     [
@@ -381,6 +387,7 @@ def wrapped() -> Any:
         (lambda: fastpeft.patch(gpt2()), [FINE], {}, "patched already: fastpeft.unpatch"),
         (lambda: gpt2(GPT2ForSequenceClassification, pad_token_id=None), [FINE], {}, "pad_token_id is None"),
         (lambda: gpt2(GPT2ForSequenceClassification, num_labels=1), [FINE], {}, "one label a text"),
+        (checkpointed, [FINE], {}, "gradient_checkpointing_disable"),
         (gpt2, [FINE], {"label_smoothing_factor": 0.1}, "doesn't know TrainingArguments' label_smoothing_factor"),
         (gpt2, [FINE], {"eval_strategy": "steps"}, "TrainingArguments' eval_strategy"),
         (gpt2, [FINE], {"optim": "adafactor"}, "optim=.*adafactor.*: a sweep takes one of adamw_torch"),
