@@ -358,7 +358,7 @@ def wrapped() -> Any:
 
 def checkpointed() -> Any:
     model: Any = gpt2()
-    model.gradient_checkpointing_enable()
+    model.transformer.gradient_checkpointing = True
     return model
 
 
