@@ -1,6 +1,6 @@
 """Compile every shipped kernel configuration to machine code, without a GPU, and read back what it costs.
 
-    python bench/compile_report.py [--arch 80,86,89,90,100,120] [--json FILE]
+    python bench/compile_report.py [--arch 80,86,89,90,100,120] [--kernel NAME] [--variant WORD] [--json FILE]
 
 For each architecture and kernel: registers a thread, spill loads and stores, shared memory of a block against the
 limit, tensor-core instructions in the main loop, blocks a multiprocessor holds. For the GEMM also the length of
@@ -552,25 +552,30 @@ def main() -> None:
     parser.add_argument(
         "--arch", default=",".join(map(str, ARCHITECTURES)), help="comma-separated, like 80,90"
     )
+    parser.add_argument("--kernel", default="", help="only those whose names begin so")
+    parser.add_argument("--variant", default="", help="only those whose variant has this word")
     parser.add_argument(
-        "--kernel", default="", help="only those whose names begin so; FILE keeps the others' rows"
+        "--json", type=Path, help="also write the rows there, in place of those it has of these"
     )
-    parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--workers", type=int, default=2, help="compilations at a time")
     arguments = parser.parse_args()
     rows = []
     print(HEAD)
-    archs, chosen = [int(arch) for arch in arguments.arch.split(",")], arguments.kernel
-    every = [case for arch in archs for case in cases(arch) if case.kernel.startswith(chosen)]
+    archs = [int(arch) for arch in arguments.arch.split(",")]
+
+    def chosen(arch: int, kernel: str, config: str) -> bool:
+        asked = kernel.startswith(arguments.kernel) and arguments.variant in ("", *config.split())
+        return asked and arch in archs
+
+    every = [case for arch in archs for case in cases(arch) if chosen(arch, case.kernel, case.config)]
     for line in report(every, arguments.workers):
         rows.append(line)
         print(text(line), flush=True)
     bad = sum(bool(faults(line)) for line in rows)
     print(f"{len(rows)} configurations, {bad} with a fault; triton {triton.__version__}")
     if arguments.json:
-        if chosen:  # the rows of other kernels stay, those of these come last
-            found = json.loads(arguments.json.read_text())["rows"]
-            rows = [line for line in found if not line["kernel"].startswith(chosen)] + rows
+        found = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+        rows = [r for r in found if not chosen(r["arch"], r["kernel"], r["config"])] + rows
         arguments.json.write_text(json.dumps({"triton": triton.__version__, "rows": rows}, indent=1) + "\n")
 
 

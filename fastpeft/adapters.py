@@ -22,9 +22,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
 from fastpeft import reference
 
-SLOTS = ("post_embed", "post_attn", "post_mlp", "post_block", "pre_head")
+PARALLEL = "parallel_mlp"
+SLOTS = ("post_embed", "post_attn", "post_mlp", PARALLEL, "post_block", "pre_head")
 #: Of the slots in blocks: the host's name below its block.
-_BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", "post_block": ""}
+_BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", PARALLEL: ".mlp", "post_block": ""}
 CONFIG_FILE = "fastpeft_adapters.json"
 WEIGHTS_FILE = "fastpeft_adapters.safetensors"
 FORMAT = 1
@@ -37,15 +38,16 @@ class AdapterConfig:
     Args:
         slots: any of `post_embed` (after the embeddings' dropout), `post_attn` (the attention's output,
             after its dropout and before the residual), `post_mlp` (likewise), `post_block` (after the
-            block's last residual) and `pre_head` (after the final LayerNorm).
+            block's last residual) and `pre_head` (after the final LayerNorm); or, instead of `post_mlp`,
+            `parallel_mlp` (what the MLP reads, its update added to what the MLP returns).
         bottleneck: width of the bottleneck, at least 1.
         activation: `relu`, `gelu`, `gelu_tanh` or `silu`.
         scale: factor of the adapter's update before its residual.
         layers: indices of the blocks that get them, for slots in blocks; None for all.
 
     Raises:
-        ValueError: an unknown or repeated slot, no slot, an unknown activation, a bottleneck below 1, layers that
-            aren't indices in rising order, or layers of a slot that is in none.
+        ValueError: an unknown or repeated slot, no slot, both slots of the MLP, an unknown activation, a bottleneck
+            below 1, layers that aren't indices in rising order, or layers of a slot that is in none.
     """
 
     slots: tuple[str, ...] = ("post_attn",)
@@ -60,6 +62,10 @@ class AdapterConfig:
         unknown = [slot for slot in slots if slot not in SLOTS]
         if unknown or not slots or len(set(slots)) < len(slots):
             raise ValueError(f"slots must be one or more of {', '.join(SLOTS)}, each once; got {slots}")
+        if {"post_mlp", PARALLEL} <= set(slots):
+            raise ValueError(
+                f"post_mlp and {PARALLEL} are both the MLP's, which takes one adapter; got {slots}"
+            )
         if self.activation not in reference.ACTIVATIONS:
             raise ValueError(
                 f"unknown activation {self.activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
@@ -92,8 +98,19 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width) → (..., width)."""
-        update = self.up(self.act(self.down(x.to(self.down.weight.dtype))))
-        return x + (self.scale * update).to(x.dtype)
+        return x + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What is added: x (..., width) → (..., width), in x's dtype."""
+        return (self.scale * self.up(self.act(self.down(x.to(self.down.weight.dtype))))).to(x.dtype)
+
+
+class ParallelAdapter(Adapter):
+    """`output + scale · up(act(down(x)))`, of what a layer reads and returns (He et al., 2022)."""
+
+    def forward(self, x: Tensor, output: Tensor) -> Tensor:  # type: ignore[override]
+        """x and output (..., width) → (..., width)."""
+        return output + self.update(x)
 
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
@@ -141,8 +158,10 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
             then.
     """
     transformer = _transformer(model)
-    hosts = [host for slot in config.slots for host in _hosts(transformer, slot, config.layers)]
-    for name, host in hosts:
+    hosts = [
+        (_kind(slot), *host) for slot in config.slots for host in _hosts(transformer, slot, config.layers)
+    ]
+    for _, name, host in hosts:
         if hasattr(host, "adapter"):
             raise ValueError(f"{name} already has an adapter: a slot takes one")
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}
@@ -151,9 +170,9 @@ def add_adapters(model: nn.Module, config: AdapterConfig) -> nn.Module:
         if id(parameter) not in trained_by_peft | adapters:
             parameter.requires_grad_(False)
     width = transformer.config.n_embd
-    for _, host in hosts:
+    for kind, _, host in hosts:
         near = next((p for p in host.parameters() if p.is_floating_point()), transformer.wpe.weight)
-        adapter = Adapter(width, config.bottleneck, config.activation, config.scale)
+        adapter = kind(width, config.bottleneck, config.activation, config.scale)
         host.adapter = adapter.to(near.device, near.dtype).train(transformer.training)
         # First in line, so that hooks which record hidden states see the adapted output.
         host.register_forward_hook(adapt_output, prepend=True)
@@ -270,9 +289,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 def adapt_output(host: Any, args: Any, output: Any) -> Any:
     """The forward hook of a host: adapts its output, the first of a tuple."""
+    if isinstance(host.adapter, ParallelAdapter):
+        return host.adapter(args[0], output)
     if isinstance(output, tuple):
         return (host.adapter(output[0]), *output[1:])
     return host.adapter(output)
+
+
+def _kind(slot: str) -> type[Adapter]:
+    return ParallelAdapter if slot == PARALLEL else Adapter
 
 
 def _transformer(model: nn.Module) -> GPT2Model:
@@ -306,6 +331,7 @@ def _adapters(transformer: GPT2Model) -> list[tuple[str, int, Adapter]]:
         for slot in SLOTS
         for index, (_, host) in enumerate(_hosts(transformer, slot))
         if isinstance(adapter := getattr(host, "adapter", None), Adapter)
+        and isinstance(adapter, ParallelAdapter) == (slot == PARALLEL)
     ]
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from fastpeft.backends import BACKENDS
 from fastpeft.compare import joining, preflight
@@ -22,14 +22,22 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # importing what draws boxes takes as long as all the rest of an answer
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 _METHODS_HELP = (
-    f"Methods to compare, joined by commas: {', '.join(PLACES)}; with options after a colon, as in "
-    "lora:r=4,dropout=0.1,adapter-mlp:bottleneck=16,layers=6-11. Without it, "
-    + "; ".join(f"{','.join(methods)} for {task}" for task, methods in DEFAULT_METHODS.items())
-    + "."
+    "Methods to compare, joined by commas, with options after a colon: "
+    "lora:r=4,dropout=0.1,prefix:tokens=10. They are listed below."
+)
+#: Each on a line of its own: help is wrapped at hyphens, which names have. An escape keeps the lines as they are.
+_METHODS_LISTED = "\n".join(
+    [
+        "\b\nMethods, and what each trains beside a classifier's head:",
+        *(f"  {name:<17} {place.trains.partition(' (')[0]}" for name, place in PLACES.items()),
+        "Without --methods:",
+        *(f"  {task:<9} {','.join(methods)}" for task, methods in DEFAULT_METHODS.items()),
+    ]
 )
 _MODEL_HELP = (
     f"A GPT-2: a folder, a name on the Hugging Face Hub, or {IMDB_SMALL}, a small one that is trained on "
@@ -62,7 +70,7 @@ def _methods(text: str | None) -> tuple[str, ...]:
     return found
 
 
-@app.command()
+@app.command(epilog=_METHODS_LISTED)
 def compare(
     out: Annotated[
         Path, typer.Option(help="Folder of the results; an interrupted comparison goes on in it.")
@@ -128,9 +136,10 @@ def compare(
         str, typer.Option(help=f"What runs the fused paths: {', '.join(BACKENDS)}.")
     ] = Arguments.backend,
 ) -> None:
-    """Train fine-tuning methods side by side on one split of your texts, and say which is worth its parameters.
+    """Train methods side by side and say which is worth its cost.
 
-    Shows a table, and writes results.json, report.html, plots and the trained weights to --out.
+    Each trains on one split of your texts. Shows a table, and writes results.json, report.html, plots and the
+    trained weights to --out.
     """
     arguments = Arguments(
         out=out,
@@ -153,11 +162,14 @@ def compare(
     )
     preflight.check(arguments)
     # Imported here: `--help`, a mistyped option and a missing file needn't wait for torch and all that needs it.
+    from rich.console import Console
+
     from fastpeft.compare.machine import processes
     from fastpeft.compare.progress import Reporter
     from fastpeft.compare.runner import compare as run
     from fastpeft.compare.runner import finished_runs
 
+    gc.freeze()  # what is imported stays: collections, one before each run, needn't look through it
     _quieten()
     leads = processes().is_main_process
     try:
@@ -180,6 +192,8 @@ def compare(
 
 
 def _show(results: dict[str, Any], out: Path) -> None:
+    from rich.console import Console
+
     from fastpeft.compare.runner import REPORT_FILE
     from fastpeft.compare.table import table
 
@@ -193,7 +207,10 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="The --out folders of finished comparisons.")],
     out: Annotated[Path, typer.Option(help="Folder of the joined report.")] = Path("fastpeft-report-joined"),
 ) -> None:
-    """Join comparisons that were judged by the same texts into one report, with what differs between them."""
+    """Join comparisons into one report, with what differs between them.
+
+    They have to be judged by the same texts.
+    """
     preflight.check_folder(out, preflight.RESULTS_FILE)
     results = joining.join(folders)
     from fastpeft.compare.runner import write
@@ -204,7 +221,13 @@ def report(
 
 @app.command()
 def inspect(model: Annotated[str, typer.Option(help=_MODEL_HELP)] = IMDB_SMALL) -> None:
-    """Show versions, devices, and what fastpeft would fuse in a model with LoRA and adapters on it."""
+    """Show versions, devices, and what fastpeft would fuse in a model.
+
+    The model gets LoRA and adapters to be looked at.
+    """
+    preflight.check_model(model)
+    from rich.console import Console
+
     console = Console(stderr=True)
     with console.status("Importing torch, transformers and peft") as status:
         from fastpeft.compare.inspection import inspection

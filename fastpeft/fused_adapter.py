@@ -59,6 +59,7 @@ class _AdapterPlan(Plan):
     def __init__(self, module: Any, x: Tensor) -> None:
         self._places = module.down._parameters, module.up._parameters
         self._act, self._dtype = module.act, x.dtype
+        self._stock, self._forward = module._fastpeft_stock, module._fastpeft_stock.forward
         self.activation = activation_name(module.act) or ""
         acts = [module.act] if isinstance(module.act, nn.Module) else []
         super().__init__(module, [module], [module.down, module.up, *acts])
@@ -66,13 +67,14 @@ class _AdapterPlan(Plan):
     def read(self) -> list[Tensor | None]:
         """Weights and biases, down and up."""
         down, up = self._places
-        return [down["weight"], down["bias"], up["weight"], up["bias"]]
+        return [each.get(name, False) for each in (down, up) for name in ("weight", "bias")]
 
     def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         """As `Plan.holds`, for x of the width that the adapter takes."""
         act = module.act
         return (
             act is self._act
+            and self._stock.forward is self._forward
             and (type(act) is not nn.GELU or activation_name(act) == self.activation)
             and type(getattr(module, "scale", 1.0)) in (float, int)
             and super().holds(module, x, walked)
@@ -105,6 +107,9 @@ def _planned(module: Any, x: Tensor) -> _AdapterPlan | None:
 
 def why_not_adapter(module: Any) -> str | None:
     """Why this adapter, as it is now, must run stock; None where fusion computes the same."""
+    stock = getattr(module, "_fastpeft_stock", None)
+    if stock is not None and stock.forward is not type(module)._fastpeft_forward:
+        return f"the forward of {stock.__name__} was replaced"
     for part in (module.down, module.up):
         if type(part) is not nn.Linear:
             return f"its projections are {type(part).__name__}, not nn.Linear"

@@ -27,6 +27,7 @@ from fastpeft import ops
 from fastpeft.deferred import Product, defer, reading
 from fastpeft.modules import is_plain, why_not_here, why_not_tensors
 from fastpeft.packing import PackedModel, Reads
+from fastpeft.stock import Defined
 from fastpeft.swap import stands_for, stock_class
 from fastpeft.trunk import why_not_module
 
@@ -105,8 +106,6 @@ _HEADS: dict[type[nn.Module], tuple[Callable[[Any, dict[str, Any]], Reads | str 
 HEADS = tuple(_HEADS)
 #: The heads whose loss, the language model's, is computed without logits.
 LANGUAGE_MODELS = (GPT2LMHeadModel, GPT2DoubleHeadsModel)
-#: As it was when fastpeft was imported: who replaces it for all linear layers is seen.
-_LINEAR = nn.Linear.forward
 
 
 class _Deferring:
@@ -134,14 +133,14 @@ class _Deferring:
 def _fused(stock: Any) -> type[nn.Module]:
     """The class of a head that tells its GPT-2 what it reads, and defers its logits where it has labels."""
     reads_of, parts = _HEADS[stock]
-    own = stock.forward
+    own, defined = stock.forward, Defined((stock, "forward"))
     names = list(inspect.signature(own).parameters)[1:]
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         # Unpatched since, by whoever holds this method; or somebody replaced stock's own.
-        if traced or "_fastpeft" not in vars(self) or stock.forward is not own:
+        if traced or "_fastpeft" not in vars(self) or defined.replaced():
             return stock.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         reads = _reads(self, given)
@@ -159,7 +158,12 @@ def _fused(stock: Any) -> type[nn.Module]:
         ids = given.get("input_ids")
         if type(self.transformer) is not PackedModel:
             return None
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or given.get("past_key_values") is not None:
+        if (
+            type(ids) is not Tensor
+            or ids.is_meta
+            or ids.dim() != 2
+            or given.get("past_key_values") is not None
+        ):
             return None
         return _why_not_parts(self, parts) or reads_of(self, given)
 
@@ -171,8 +175,6 @@ def why_not_head(head: Any) -> str | None:
     layer = head.lm_head
     if stock_class(type(layer)) is not nn.Linear or not is_plain(layer):
         return "lm_head is more than a linear layer"
-    if nn.Linear.forward is not _LINEAR:
-        return "the forward of Linear was replaced"
     if layer.weight.requires_grad or (layer.bias is not None and layer.bias.requires_grad):
         return "lm_head trains"
     return None

@@ -88,7 +88,7 @@ class FusedLoraLinear(LoraLinear):
         elif groups is None and len(names) != len(x):
             reason = "an error"  # for stock to raise
         else:
-            reason = why_not_grouped(self, names if groups is None else groups.names, x)
+            reason = why_not_grouped(self, names if groups is None else groups.names, x, x.shape[-1])
         if reason:
             site.record(ops.Route("stock", reason))
             stock = super().forward
@@ -103,15 +103,16 @@ class FusedLoraLinear(LoraLinear):
         order = None
         if groups is None:
             order = order_of(tuple(names), x.device)
-            groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
+            groups = order.groups([x[:1].numel() // x.shape[-1]] * len(x))
             if order.by_adapter is not None:
                 x = x.index_select(0, order.by_adapter)
         call = GroupedCall(self, groups)
         options = site.backend, site.exact, site.strict
         try:
-            y, route = ops.routed_lora_linear(
-                x, call.layer, *options, None if order else residual, call.before(())
-            )
+            decided = (
+                call.before(()) if call.fits else None
+            )  # what doesn't is for the operation to complain of
+            y, route = ops.routed_lora_linear(x, call.layer, *options, None if order else residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
@@ -139,7 +140,11 @@ class GroupedCall:
         ]
         weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
         self.layer = ops.Grouped(weight, base.bias, updates, groups.bounds)
-        self._key = like(weight), like(base.bias), *(u and (*map(like, u[:2]), u[3] > 0.0) for u in updates)
+        self.updated = [u for u in updates if u is not None]
+        ranks, dtypes = [len(u.lora_a) for u in self.updated], {t.dtype for u in self.updated for t in u[:2]}
+        # What kernels are prepared for, which isn't how many adapters there are.
+        drops = any(u.dropout_p > 0.0 for u in self.updated)
+        self._key = like(weight), like(base.bias), max(ranks, default=0), frozenset(dtypes), drops
         self._projection: ops.Projection | None = None
 
     @property
@@ -150,10 +155,9 @@ class GroupedCall:
 
     @property
     def fits(self) -> bool:
-        """Whether there is an update, and all have shapes that go together with the layer's."""
-        there = [(u.lora_a.shape, u.lora_b.shape) for u in self.layer.updates if u is not None]
+        """Whether the updates, if there are any, have shapes that go together with the layer's."""
         k, n = self.widths
-        return bool(there) and all(a[1:] == (k,) and b == (n, a[0]) for a, b in there)
+        return all(a.shape[1:] == (k,) and b.shape == (n, len(a)) for a, b, *_ in self.updated)
 
     def before(self, others: Sequence[Any]) -> ops.Decided:
         """What was found out about a chain of such a layer and of such others behind it."""
@@ -194,7 +198,8 @@ class LoraPlan(Plan):
     def read(self) -> list[Tensor | None]:
         """Weight and bias of the frozen layer, lora_a and lora_b, and the latter's bias, which there mustn't be."""
         base, lora_a, lora_b = self._places
-        return [base["weight"], base["bias"], lora_a["weight"], lora_b["weight"], lora_b.get("bias")]
+        held = [(base, "weight"), (base, "bias"), (lora_a, "weight"), (lora_b, "weight"), (lora_b, "bias")]
+        return [each.get(name, False) for each, name in held]
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -240,7 +245,7 @@ def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None
 
     Where a `width` is given, the call is on a tensor of that width that comes of x. `walked` is as in `Plan.holds`.
     """
-    if torch.compiler.is_compiling() or x.dim() == 0:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() == 0:
         return None
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
@@ -274,10 +279,10 @@ def for_kernels(
     if groups is not None:
         if ops.choose(site.backend, site.exact, x.device).path != "triton":
             return None
-        if why_not_grouped(layer, groups.names, x):
+        if why_not_grouped(layer, groups.names, x, width):
             return None
         call = GroupedCall(layer, groups)
-        return call if width == call.widths[0] and call.fits else None
+        return call if call.updated and call.fits else None
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked)
@@ -320,13 +325,17 @@ def _active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def why_not_grouped(module: Any, names: Sequence[str], x: Tensor) -> str | None:
-    """Why a call of this LoRA layer on rows of x that use these adapters must run stock; else None."""
+def why_not_grouped(module: Any, names: Sequence[str], x: Tensor, width: int) -> str | None:
+    """Why a call of this LoRA layer on rows that use these adapters must run stock; else None.
+
+    The rows are of this width and come of x.
+    """
     if torch.compiler.is_compiling():
         return "traced"
+    base = module.base_layer
     reason = why_not_here() or why_not_lora(module, names)
-    reason = reason or why_not_tensors(x, module.base_layer.weight)
-    return reason or (None if x.shape[-1:] == (module.in_features,) else "an error")  # for stock to raise
+    reason = reason or why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None))
+    return reason or (None if width == module.in_features else "an error")  # for stock to raise
 
 
 def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:

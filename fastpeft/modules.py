@@ -5,13 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import NewGELUActivation
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import gemm, ops, reference
+from fastpeft.adapters import Adapter
+from fastpeft.stock import Defined
 from fastpeft.swap import Site, stands_for
+
+#: What a call of a fused layer stands for, and what runs between a call and the forward.
+_LAYERS = Defined(
+    (nn.Module, "__call__"), (F, "linear"), (F, "dropout"), (torch, "addmm"),
+    *((kind, "forward") for kind in (LoraLinear, Adapter, Conv1D, nn.Linear, nn.Dropout, nn.Identity)),
+    *((kind, "forward") for kind in (NewGELUActivation, GELUActivation, nn.GELU, nn.ReLU, nn.SiLU)),
+)  # fmt: skip
+#: Modes to which it is all the same whose operators run: `torch.device(...)` and torch.set_default_device.
+HARMLESS_MODES: set[type] = {DeviceContext}
 
 
 @stands_for(NewGELUActivation)
@@ -21,8 +37,10 @@ class FusedGelu(NewGELUActivation):
     _fastpeft: Site
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._fastpeft.exact:
-            self._fastpeft.record(ops.Route("stock", "exact=True keeps stock's arithmetic"))
+        reason = "exact=True keeps stock's arithmetic" if self._fastpeft.exact else _why_not_operators()
+        reason = reason or why_not_tensors(input)
+        if reason:
+            self._fastpeft.record(ops.Route("stock", reason))
             return super().forward(input)
         self._fastpeft.record(ops.Route("torch", "one pass"))
         return reference.gelu_new(input)
@@ -72,7 +90,9 @@ def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
     width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
     if x.shape[-1:] != (width,):
         return "an error"  # for stock to raise
-    return why_not_tensors(x, *(t for t in (module.weight, module.bias) if t is not None))
+    return _why_not_operators() or why_not_tensors(
+        x, *(t for t in (module.weight, module.bias) if t is not None)
+    )
 
 
 def why_not_frozen(module: Any) -> str | None:
@@ -87,10 +107,30 @@ def why_not_frozen(module: Any) -> str | None:
 
 
 def why_not_here() -> str | None:
-    """Why no module may be fused in this call, whatever it is: something looks at what is inside."""
+    """Why no module may be fused in this call, whatever it is: something looks at what is inside, or replaced it."""
     if torch.compiler.is_compiling():
-        return None
-    return "global module hooks" if _has_any_global_hook() else ops.transformed()
+        return _replaced()
+    return "global module hooks" if _has_any_global_hook() else _why_not_operators() or ops.transformed()
+
+
+def _why_not_operators() -> str | None:
+    """Why a call has to run stock's own operators: they were replaced, or a mode is handed each of them."""
+    if torch.compiler.is_compiling():
+        return _replaced()
+    if torch._C._len_torch_dispatch_stack() and not _harmless(_get_current_dispatch_mode_stack()):
+        return "a dispatch mode looks on"
+    if torch._C._len_torch_function_stack() and not _harmless(_get_current_function_mode_stack()):
+        return "a function mode looks on"
+    return _LAYERS.replaced()
+
+
+def _harmless(modes: list[Any]) -> bool:
+    return HARMLESS_MODES.issuperset(map(type, modes))
+
+
+@torch.compiler.assume_constant_result  # what is compiled stays as it was traced, as stock does
+def _replaced() -> str | None:
+    return _LAYERS.replaced()
 
 
 def is_plain(module: nn.Module, but_for: Any = None) -> bool:

@@ -221,7 +221,7 @@ def routed_lora_linear(
 
     Of a `Grouped` layer each group of rows has an update of its own; it isn't traced.
     """
-    if decided is None or decided.route is None:
+    if decided is None:
         for each in [layer] if isinstance(layer, Projection) else layer.apart():
             _check_lora_linear(x, each)
     route = (route_for if decided is None else decided.chosen)(backend, exact, x.device)

@@ -248,6 +248,8 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
         return reason
     if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
         return _NO_IDS
+    if ids.is_meta:
+        return "ids without data"
     placed = mask is None and arguments.get("position_ids") is not None
     # Checkpointing turns the cache off, before or after it counts.
     if placed and module.gradient_checkpointing and _caches(module, arguments):

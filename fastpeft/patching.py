@@ -14,7 +14,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2B
 from transformers.pytorch_utils import Conv1D
 
 from fastpeft import ops, probe
-from fastpeft.adapters import Adapter
+from fastpeft.adapters import Adapter, ParallelAdapter
 from fastpeft.fused_adapter import FusedAdapter, why_not_adapter
 from fastpeft.graphs import Graphs
 from fastpeft.heads import HEADS, LANGUAGE_MODELS, why_not_head
@@ -190,6 +190,8 @@ def _decide(module: Any, probing: bool) -> tuple[str, bool, str | None] | None:
         return "lora", False, f"{kind.__module__}.{kind.__name__} isn't peft's lora.Linear"
     if isinstance(module, FusedAdapter) or kind is Adapter:
         return "adapter", True, why_not_adapter(module)
+    if kind is ParallelAdapter:
+        return "adapter", False, "it reads another tensor than the one it is added to"
     if isinstance(module, Adapter):
         return "adapter", False, f"{kind.__module__}.{kind.__name__} isn't fastpeft's Adapter"
     if probe.looks_like_adapter(module):

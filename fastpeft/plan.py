@@ -41,7 +41,10 @@ class Plan(ABC):
 
     @abstractmethod
     def read(self) -> list[Tensor | None]:
-        """The parameters that the call takes, as they are now; the first has the dtype and device of what comes in."""
+        """The parameters that the call takes, as they are now; the first has the dtype and device of what comes in.
+
+        False stands for one that its module doesn't hold as a parameter, but perhaps as an attribute.
+        """
 
     def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         """Whether a call of `module` on what is like x but for its shape is still of the kind that was planned.
@@ -61,10 +64,11 @@ class Plan(ABC):
                 return False
             self._walked = walked
         self.tensors = self.read()
-        first = self.tensors[0]
-        assert first is not None
+        first, now = self.tensors[0], list(map(like, self.tensors))
         return (
-            list(map(like, self.tensors)) == self._like
+            now == self._like
+            and False not in now
+            and first is not None
             and type(x) is Tensor
             and x.device == first.device
             and self.takes(x)
@@ -79,6 +83,6 @@ class Plan(ABC):
 
 def like(tensor: Any) -> Any:
     """What a call's plan is for, of a tensor."""
-    if tensor is None:
-        return None
+    if tensor is None or tensor is False:
+        return tensor
     return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()

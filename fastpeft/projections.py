@@ -77,7 +77,7 @@ class Grouped(NamedTuple):
             0.0 if u is None else float(u.scaling) * reference.keep_scale(p)
             for u, p in zip(self.updates, drops, strict=True)
         )
-        groups = Groups(*_rows(self.bounds, device), *_laws(ranks, scalings, drops, device))
+        groups = Groups._make((*_rows(self.bounds, device), *_laws(ranks, scalings, drops, device)))
         return Projection(self.weight, self.bias, lora_a, lora_b, 1.0, max(drops), groups)
 
 

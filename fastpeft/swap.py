@@ -61,6 +61,7 @@ def stands_for(stock: type[nn.Module]) -> Callable[[_Fused], _Fused]:
             stock.__module__,
         )
         fused._fastpeft_stock = stock  # type: ignore[attr-defined]
+        fused._fastpeft_forward = stock.forward  # type: ignore[attr-defined]  # what it was found to compute
         fused.__reduce_ex__ = _reduce_ex  # type: ignore[method-assign, assignment]
         _FUSED[stock] = fused
         return fused

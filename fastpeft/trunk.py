@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from itertools import chain, repeat
-from operator import contains, is_, itemgetter
+from operator import itemgetter
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from peft.peft_model import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
 from peft.tuners.lora import Linear as LoraLinear
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt2.modeling_gpt2 import (
     GPT2MLP,
     GPT2Attention,
@@ -33,8 +35,9 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
-from fastpeft.adapters import Adapter, adapt_output
+from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output
 from fastpeft.groups import is_names, names_given
+from fastpeft.stock import Defined
 from fastpeft.swap import is_fused, stock_class
 
 _ACTIVATIONS = ("gelu_new", "gelu", "gelu_fast", "quick_gelu", "relu", "silu", "tanh")
@@ -42,14 +45,18 @@ _ACTIVATIONS = ("gelu_new", "gelu", "gelu_fast", "quick_gelu", "relu", "silu", "
 _CALLED: set[Any] = {
     GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, GPT2SequenceSummary,
     Conv1D, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Identity,
-    LoraLinear, LoraEmbedding, DoraLinearLayer, ModulesToSaveWrapper, Adapter,
+    LoraLinear, LoraEmbedding, DoraLinearLayer, ModulesToSaveWrapper, Adapter, ParallelAdapter,
     nn.GELU, nn.ReLU, nn.SiLU, *(type(ACT2FN[name]) for name in _ACTIVATIONS),
 }  # fmt: skip
 _HELD = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}  # never called
 #: These aren't only treated one by one: packing has a forward of its own for them.
 _REPLACED = {GPT2Model, GPT2Block, GPT2Attention, GPT2MLP}
-#: The forwards that classes had when fastpeft was imported: who replaces one for a whole class is seen.
-_FORWARDS = [(kind, kind.forward) for kind in _CALLED]
+#: What a packed call has a way of its own for, or relies on.
+_DEFINED = Defined(
+    *((kind, "forward") for kind in _CALLED),
+    (modeling_gpt2, "create_causal_mask"), (modeling_gpt2, "eager_attention_forward"),
+    (F, "scaled_dot_product_attention"), (F, "layer_norm"), (F, "embedding"),
+)  # fmt: skip
 
 
 def _code_of(function: Any, name: str) -> CodeType | None:
@@ -120,10 +127,11 @@ class _Seen(NamedTuple):
     attributes: list[dict[str, Any]]  # their `__dict__`s
     places: list[dict[str, Any]]  # the `_parameters` that hold what trains, once for each
     names: list[str]  # its name there
-    trained: list[Any]  # the parameter itself
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
     layers: int  # how many LoRA layers there were
     named: list[Any]  # the modules that a call gave `adapter_names`
+    causal: list[tuple[bool, int]]  # what they have to say of themselves
+    tables: list[dict[str, Any]]  # the `__dict__`s of the embeddings
     offender: Any  # the module that keeps the trunk stock, if one does
 
 
@@ -148,9 +156,9 @@ class Trunk:
 
     def why_not(self, transformer: Any) -> str | None:
         """Why this GPT-2 isn't plain now; None where it is."""
-        for kind, forward in _FORWARDS:
-            if kind.forward is not forward:
-                return f"the forward of {kind.__name__} was replaced"
+        reason = _DEFINED.replaced()
+        if reason:
+            return reason
         seen = self.seen
         if (
             seen is not None
@@ -158,7 +166,7 @@ class Trunk:
             and seen.handles == RemovableHandle.next_id
             and seen.holders == seen.children
             and list(map(type, seen.called)) == seen.kinds
-            and not any(map(contains, seen.attributes, repeat("forward")))
+            and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
         ):
             if seen.offender is None:
                 return _why_not_state(seen)
@@ -206,10 +214,11 @@ class Trunk:
             list(map(vars, called)),
             [place[0] for place in places],
             [place[1] for place in places],
-            [parameters[name] for parameters, name in places],
             [vars(block.attn) for block in transformer.h],
             sum(isinstance(m, LoraLayer) for m in called),
             [m for m in called if names_given(m) is not None],
+            [(True, i) for i in range(len(transformer.h))],
+            [vars(m) for m in called if isinstance(m, nn.Embedding)],
             offender,
         )
         if offender is None:
@@ -219,10 +228,9 @@ class Trunk:
 
 def _why_not_state(seen: _Seen) -> str | None:
     """What a trunk of known modules is nevertheless kept stock by; None where nothing does."""
-    if list(map(_CAUSAL, seen.attentions)) != [(True, i) for i in range(len(seen.attentions))]:
+    if list(map(_CAUSAL, seen.attentions)) != seen.causal:
         return "an attention isn't causal, or its layer_idx isn't its place"
-    trained = list(map(dict.get, seen.places, seen.names))
-    if not all(map(is_, trained, seen.trained)) and not _PLAIN.issuperset(map(type, trained)):
+    if not _PLAIN.issuperset(map(type, map(dict.get, seen.places, seen.names))):
         return "parameters of a class of their own"
     given = [names_given(module) for module in seen.named]
     if any(given):
@@ -230,9 +238,8 @@ def _why_not_state(seen: _Seen) -> str | None:
             return "adapter_names for what isn't a LoRA layer that fastpeft fuses"
         if len(given) < seen.layers or any(names != given[0] for names in given):
             return "adapter_names that aren't the same for all LoRA layers"
-    for table in (seen.transformer.wte, seen.transformer.wpe):
-        if getattr(table, "max_norm", None) is not None or getattr(table, "scale_grad_by_freq", False):
-            return "embeddings with max_norm or scale_grad_by_freq"
+    if any(table["max_norm"] is not None or table["scale_grad_by_freq"] for table in seen.tables):
+        return "embeddings with max_norm or scale_grad_by_freq"
     return None
 
 

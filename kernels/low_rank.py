@@ -353,7 +353,7 @@ def shrink_kernel(
 ):  # fmt: skip
     """`u = (keep ⊙ t) f`: t (M, C), f (C, R), u (M, R); a program for every BLOCK_M rows.
 
-    With `of_row_ptr`, f (G, C, R) is each row's adapter's, and u is zero past its rank.
+    With `of_row_ptr`, f (G, C, R) is each row's adapter's, and u means nothing past its rank.
     """
     clear_tickets(tickets_ptr, TICKETS, adapters)
     start_m = tl.program_id(0) * BLOCK_M
@@ -380,7 +380,7 @@ def shrink_kernel(
                 stride_tm, stride_tc, stride_fc, stride_fr, drop_below, start_m, rows,
                 DROPOUT, INPUT_PRECISION, BLOCK_M, BLOCK_C, RANK, MASKED_C,
             )  # fmt: skip
-            acc = tl.where((of_row == g)[:, None] & (offs_r < rank)[None, :], u, acc)
+            acc = tl.where((of_row == g)[:, None], u, acc)
 
     u_ptrs = u_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
     tl.store(u_ptrs, rounded(acc, u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_r[None, :])
@@ -630,7 +630,7 @@ class Linear:
 class Shrink:
     """`u = (keep ⊙ t) f` in t's dtype: t (M, C), f (C, R), u (M, R). It is prepared as `Linear` is.
 
-    With `groups` f is (G, C, R), and u zero past each adapter's rank.
+    With `groups` f is (G, C, R), and u means nothing past each adapter's rank.
     """
 
     def __init__(

@@ -143,10 +143,11 @@ _NOT_WITH_EPILOGUE = {
 #: Tiles that the derivative of a GELU makes spill, beside those: with it this one fills all 255 registers.
 _NOT_WITH_DERIVATIVE = {90: {("descriptor split", Tile(128, 256, 64, 8, 3))}}
 
-#: Tiles that spill where rows belong to many adapters, beside those: what is whose is chosen between two accumulators.
-_NOT_GROUPED = {
-    arch: {(f"{form} split", Tile(128, 256, 64, 8, 3)) for form in ("pointer", "descriptor")}
-    for arch in (90, 100)
+#: Tiles that an epilogue makes spill, or lengthens the main loop of, where rows belong to several adapters: besides.
+_NOT_GROUPED_WITH_EPILOGUE = {
+    80: {("pointer dropout", Tile(128, 64, 64, 4, 3))},
+    90: {("pointer dropout", Tile(64, 128, 64, 4, 4))},
+    120: {("pointer dropout", Tile(64, 64, 64, 4, 4)), ("pointer dropout", Tile(32, 64, 64, 4, 4))},
 }
 
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
@@ -242,13 +243,14 @@ def linear_tiles(
 ) -> tuple[Tile, ...]:
     """The tiles of `linear_kernel` on 16-bit numbers in this form and variant, with an epilogue or without.
 
-    `derivative`: whether the epilogue is the derivative of a GELU. `grouped`: whether rows belong to several adapters.
+    `derivative`: whether the epilogue is the derivative of a GELU. `grouped`: whether rows belong to several adapters:
+    to take what is whose from one of two accumulators needs as many registers as that.
     """
-    excluded = _NOT_WITH_EPILOGUE[arch] if epilogue else set()
-    if derivative:
+    excluded = _NOT_WITH_EPILOGUE[arch] if epilogue or grouped else set()
+    if derivative or grouped:
         excluded = excluded | _NOT_WITH_DERIVATIVE.get(arch, set())
-    if grouped:
-        excluded = excluded | _NOT_GROUPED.get(arch, set())
+    if grouped and epilogue:
+        excluded = excluded | _NOT_GROUPED_WITH_EPILOGUE.get(arch, set())
     tiles = LINEAR[arch].get(variant, ())
     return tuple(tile for tile in tiles if (f"{form} {variant}", tile) not in excluded)
 

@@ -15,6 +15,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports a Triton kernel
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("ACCELERATE_MIXED_PRECISION", "no")  # comparisons are held against float32
 
 import pytest
 

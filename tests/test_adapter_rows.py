@@ -97,18 +97,36 @@ def test_generate_as_peft_does(beams):
 @PADDED
 @pytest.mark.parametrize("head", [GPT2LMHeadModel, GPT2ForSequenceClassification])
 def test_an_adapter_learns_from_its_rows_alone(head, side, scope):
-    """As in batches of only its rows, each under the one adapter, by peft."""
-    stock = model(head)
-    patched, truth = fastpeft.patch(copy.deepcopy(stock), scope=scope), copy.deepcopy(stock).double()
-    inputs = labelled(batch(side), head)
-    counted = inputs["labels"].view(len(APART), -1)[:, head is GPT2LMHeadModel :] != -100
-    with fastpeft.adapter_rows(patched.train(), APART):
+    patched = assert_learns_alone(model(head), labelled(batch(side), head), APART, scope=scope)
+    assert_fused(patched, ("lora",))
+
+
+def test_an_adapter_learns_from_its_rows_alone_by_the_kernels(device):
+    """In chains with LayerNorms, GELU and residuals, of a packed batch."""
+    stock = model(n_layer=1).to(device)
+    inputs = {key: t.to(device) for key, t in labelled(batch("right"), GPT2LMHeadModel).items()}
+    patched = assert_learns_alone(stock, inputs, APART, backend="triton")
+    assert packing_of(patched)[0] == "triton", packing_of(patched)
+    assert_fused(patched, ("lora",), path="triton")
+    rows = [row for row in fastpeft.report(patched) if "GELU included" in row.reason]
+    assert [row.name.split(".")[-1] for row in rows] == ["c_fc", "c_proj", "act"], str(
+        fastpeft.report(patched)
+    )
+
+
+def assert_learns_alone(
+    stock: nn.Module, inputs: dict[str, Tensor], names: Sequence[str], **options: Any
+) -> nn.Module:
+    """An adapter's gradients are as in batches of only its rows, each under the one adapter, by peft."""
+    patched, truth = fastpeft.patch(copy.deepcopy(stock), **options), copy.deepcopy(stock).double()
+    counted = inputs["labels"].view(len(names), -1)
+    counted = counted[:, counted.shape[1] > 1 :] != -100  # a language model's first label is nobody's
+    with fastpeft.adapter_rows(patched.train(), names):
         loss = patched(**inputs).loss * counted.sum()
     loss.backward()
-    assert_fused(patched, ("lora",))
     for reference in (stock, truth):
-        for name in dict.fromkeys(APART):
-            rows = [row for row, each in enumerate(APART) if each == name]
+        for name in dict.fromkeys(names):
+            rows = [row for row, each in enumerate(names) if each == name]
             if name == "__base__":
                 continue
             reference.set_adapter(name)
@@ -122,6 +140,7 @@ def test_an_adapter_learns_from_its_rows_alone(head, side, scope):
             torch.cat([g.flatten() for key, g in each.items() if f".{name}." in key]) for each in gradients
         ]
         assert_as_good_as(*every, f"gradient of {name}")
+    return patched
 
 
 def test_adapters_without_rows_get_no_gradient():

@@ -11,11 +11,14 @@ import torch
 from models import gpt2, randomise, step, with_adapters, with_lora
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
 import fastpeft
-from fastpeft.adapters import CONFIG_FILE, SLOTS, WEIGHTS_FILE, Adapter
+from fastpeft.adapters import CONFIG_FILE, PARALLEL, SLOTS, WEIGHTS_FILE, Adapter
 
+#: As many as one model takes: the MLP has an adapter after it or one beside it.
+TOGETHER = tuple(slot for slot in SLOTS if slot != PARALLEL)
 IDS = torch.arange(2, 12)[None]
 
 
@@ -25,7 +28,7 @@ def logits(model):
     return output.last_hidden_state if isinstance(model, GPT2Model) else output.logits
 
 
-@pytest.mark.parametrize("slots", [*[(slot,) for slot in SLOTS], SLOTS], ids=str)
+@pytest.mark.parametrize("slots", [*[(slot,) for slot in SLOTS], TOGETHER], ids=str)
 @pytest.mark.parametrize("head", [GPT2Model, GPT2LMHeadModel, GPT2ForSequenceClassification])
 def test_fresh_adapters_change_no_bit_of_the_output_yet_have_a_gradient(head, slots):
     model = gpt2(head)
@@ -53,7 +56,10 @@ def test_a_slot_adapts_the_tensor_it_names(slot):
         hidden = adapter(hidden) if slot == "post_embed" else hidden
         out = block.attn(block.ln_1(hidden))[0]
         hidden = hidden + (adapter(out) if slot == "post_attn" else out)
-        out = block.mlp(block.ln_2(hidden))
+        read = block.ln_2(hidden)
+        out = block.mlp(read)
+        if slot == "parallel_mlp":
+            out = out + adapter.up(F.gelu(adapter.down(read)))
         hidden = hidden + (adapter(out) if slot == "post_mlp" else out)
         hidden = adapter(hidden) if slot == "post_block" else hidden
         hidden = transformer.ln_f(hidden)
@@ -107,7 +113,7 @@ def trainable(model):
 
 
 def test_the_base_is_frozen_and_the_head_trains():
-    model = with_adapters(gpt2(GPT2ForSequenceClassification), *SLOTS)
+    model = with_adapters(gpt2(GPT2ForSequenceClassification), *TOGETHER)
     assert {n for n in trainable(model) if ".adapter." not in n} == {"score.weight"}
     assert {n for n, _ in model.named_parameters() if ".adapter." in n} <= trainable(model)
 
@@ -152,6 +158,25 @@ def test_a_config_names_what_is_wrong(fields, words):
         fastpeft.AdapterConfig(**fields)
 
 
+def test_an_mlp_takes_an_adapter_after_it_or_beside_it():
+    with pytest.raises(ValueError, match="post_mlp and parallel_mlp are both the MLP's"):
+        fastpeft.AdapterConfig(("parallel_mlp", "post_mlp"))
+    with pytest.raises(ValueError, match=r"h\.0\.mlp already has an adapter"):
+        with_adapters(with_adapters(gpt2(), "post_mlp"), "parallel_mlp")
+
+
+def test_an_adapter_beside_the_mlp_is_kept_as_such(tmp_path):
+    """Its parameters have the names and shapes of one after the MLP, so that the files' slot alone tells."""
+    model = with_adapters(gpt2(), "parallel_mlp", scale=4.0)
+    randomise(model, "adapter")
+    fastpeft.save_adapters(model, tmp_path)
+    assert json.loads((tmp_path / CONFIG_FILE).read_text())["adapters"][0]["slots"] == ["parallel_mlp"]
+    loaded = fastpeft.load_adapters(gpt2(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="the model has other adapters"):
+        fastpeft.load_adapters(with_adapters(gpt2(), "post_mlp", scale=4.0), tmp_path)
+
+
 def test_a_taken_slot_is_refused_before_anything_changes():
     model = with_adapters(gpt2(), "post_mlp")
     before = [name for name, _ in model.named_parameters()]
@@ -166,7 +191,7 @@ def test_a_model_without_gpt2_is_refused():
 
 
 def test_adapters_take_the_dtype_of_their_host():
-    model = with_adapters(gpt2().bfloat16(), *SLOTS)
+    model = with_adapters(gpt2().bfloat16(), *TOGETHER)
     assert {p.dtype for n, p in model.named_parameters() if ".adapter." in n} == {torch.bfloat16}
     assert step(model)["logits"].dtype == torch.bfloat16
 

@@ -30,9 +30,10 @@ def test_layer(benchmark, variant):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """Runs the benchmarks above as bench/ runs its own."""
-    monkeypatch.delenv(
-        "PYTEST_XDIST_WORKER", raising=False
-    )  # the plugin times nothing where it sees a worker's name
+    # pytest-benchmark times nothing where it sees a worker's name.
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    # Of what else is installed nothing has a say: a plugin that shuffles tests would shuffle rows.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     spec = importlib.util.spec_from_file_location("bench_conftest", BENCH / "conftest.py")
     plugin = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plugin)
@@ -48,6 +49,8 @@ def run(tmp_path, monkeypatch):
             "-q",
             "-W",
             "ignore",
+            "-p",
+            "pytest_benchmark.plugin",
         ]
         code = pytest.main([*arguments, "--record", str(path), *options], plugins=[plugin])
         return code, json.loads(path.read_text())["rows"] if path.exists() else []

@@ -119,6 +119,24 @@ def test_each_layer_norm_leaves_what_the_layer_after_it_needs(neighbours):
     assert "aten.native_layer_norm.default" not in names
 
 
+def test_adapters_together_read_what_they_share_once():
+    found = traffic.many_variants(M, R, 0.1, "bf16")
+    together, one_by_one = (found[name].record() for name in ("together", "one_by_one"))
+    assert len(found["together"].forward) * 8 == len(found["one_by_one"].forward)
+
+    def gemms(record):
+        kernels = [k for k in record["forward"] + record["backward"] if "linear" in k["name"]]
+        return len(kernels), sum(k["bytes"] for k in kernels)
+
+    weights = BF16 * sum(k * n for _, k, n in traffic.projections())
+    biases = BF16 * sum(n for _, _, n in traffic.projections())
+    seeds = 16 * (2 + 4)  # of two residuals' masks forward, and of each layer's backward
+    groups = 4 * (M + 9 + 3 * 8)  # whose rows are whose, for each of the eight launches
+    assert gemms(together) == (8, gemms(one_by_one)[1] - 7 * (2 * weights + biases + seeds) + 8 * groups)
+    assert gemms(one_by_one)[0] == 8 * 8
+    assert together["saved_bytes"] <= one_by_one["saved_bytes"]
+
+
 def test_the_head_stores_a_chunk_of_logits_once_and_reads_it_once():
     """In two chunks of 4096 rows; on sm_90 a row's logits are 197 tiles of 256."""
     m, k, v, padded, tiles = 8192, 768, 50257, 50304, 197

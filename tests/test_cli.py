@@ -84,8 +84,9 @@ BAD_INPUT = {
     "an unknown option of a method": (["--methods", "lora:rank=4"], "lora takes r, dropout, layers"),
     "a layer that isn't there": (["--methods", "lora:layers=1-2"], "no layer 2: the model has layers 0 to 1"),
     "layers that are none": (["--layers", "up"], "--layers must be a layer or a range of layers"),
+    # Of a language model: a classifier's prefix can't be trained by every peft and transformers that are admitted.
     "a prefix that leaves no room": (
-        ["--methods", "prefix:tokens=63"],
+        ["--task", "lm", "--methods", "prefix:tokens=63"],
         "63 tokens before each text leave it",
     ),
     "an unknown task": (["--task", "translate"], "unknown task 'translate': choose from classify, lm"),
@@ -126,7 +127,7 @@ def test_bad_input_gets_one_line_and_exit_code_2_and_leaves_nothing(
         "--data": str(files / "texts.csv"),
         "--model": str(files / "gpt2"),
         "--methods": "head",
-        wrong[0]: wrong[1].format(files),
+        **{option: value.format(files) for option, value in zip(wrong[::2], wrong[1::2], strict=True)},
     }
     said = _refused(["compare", *(word for option in options.items() for word in option)], capsys)
     assert message in said
@@ -235,7 +236,8 @@ def test_help_names_every_method_and_default(capsys, monkeypatch):
     assert "rotten-tomatoes" in said
 
 
-#: What needs no torch to be answered, and what answers it.
+HEAVY = {"torch", "transformers", "peft", "numpy", "accelerate", "matplotlib"}
+#: What needs none of these to be answered, and what answers it.
 AT_ONCE = {
     "help": (["--help"], "Usage"),
     "help of compare": (["compare", "--help"], "--methods"),
@@ -243,18 +245,20 @@ AT_ONCE = {
     "an unknown method": (["compare", "--methods", "ia3"], "unknown method 'ia3'"),
     "a missing file": (["compare", "--data", "none.csv"], "no such file"),
     "a missing model": (["compare", "--model", "./none"], "no such folder"),
+    "a missing model to inspect": (["inspect", "--model", "./none"], "no such folder"),
+    "a missing report": (["report", "none"], "none/results.json: no such file"),
 }
 
 
 @pytest.mark.parametrize("case", AT_ONCE)
 def test_what_needs_no_torch_is_answered_without_it(case, tmp_path):
-    """Its import takes seconds; without it the answer takes typer's and rich's, some tenths of one."""
+    """Its import takes seconds; without it, and without what draws boxes around help, the answer takes typer's."""
     arguments, answer = AT_ONCE[case]
     code = (
         "import sys, fastpeft.__main__\n"
         f"sys.argv = ['fastpeft', *{arguments!r}]\n"
         "try:\n    fastpeft.__main__.main()\n"
-        "finally:\n    print('heavy', sorted({'torch', 'transformers', 'peft', 'numpy'} & set(sys.modules)))"
+        f"finally:\n    print('heavy', sorted({HEAVY} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert answer in done.stdout + done.stderr

@@ -94,6 +94,7 @@ PLACED = {
     "adapter-mlp": {"h.0.mlp.adapter", "h.1.mlp.adapter"},
     "adapter-mlp:layers=1": {"h.1.mlp.adapter"},
     "adapter-houlsby": {f"h.{i}.{part}.adapter" for i in (0, 1) for part in ("attn", "mlp")},
+    "adapter-parallel": {"h.0.mlp.adapter", "h.1.mlp.adapter"},
     "adapter-block": {"h.0.adapter", "h.1.adapter"},
     "adapter-embed": {"drop.adapter"},
     "adapter-head": {"ln_f.adapter"},

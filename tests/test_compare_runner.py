@@ -70,7 +70,6 @@ def finished(tmp_path_factory, request):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", no_network)
-        patch.setattr(train.timing, "ROUNDS", 1)
         results = compare(asked)
     return folder, asked, results
 
@@ -223,9 +222,7 @@ def spoken(tmp_path_factory):
     """Folder, arguments and results of a comparison of language models, two seeds each."""
     folder = tmp_path_factory.mktemp("language")
     asked = arguments(folder, task=LM, methods=("prompt", "lora:r=3,layers=1", "adapter-mlp"), max_length=6)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.timing, "ROUNDS", 1)
-        return folder, asked, compare(asked)
+    return folder, asked, compare(asked)
 
 
 def test_bits_a_token_are_those_of_a_model_that_reads_the_documents_itself(spoken):
@@ -315,12 +312,52 @@ def test_memory_that_does_not_suffice_is_one_line_naming_the_remedy(tmp_path, mo
         compare(asked)
 
 
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("asked", "amx", "avx512", "expected"),
+    [
+        (None, False, False, "no"),
+        (None, True, False, "bf16"),
+        (None, False, True, "bf16"),
+        ("no", True, True, "no"),
+    ],
+)
+def test_training_is_in_bf16_where_the_cpu_multiplies_it_and_nothing_else_is_asked(
+    tmp_path, monkeypatch, asked, amx, avx512, expected
+):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    if asked:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    assert runner.machine.mixed_precision() == expected
+    seen = []
+
+    def timed(model, batches, backend, autocast):
+        with autocast():
+            seen.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+        raise KeyboardInterrupt  # it has trained and was judged by then
+
+    monkeypatch.setattr(train.timing, "step_seconds", timed)
+    with pytest.raises(KeyboardInterrupt):
+        compare(arguments(tmp_path, methods=("lora",), seeds=1, max_steps=1))
+    assert seen == [torch.bfloat16 if expected == "bf16" else None]
+
+
 def test_a_method_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "why_not", lambda method, _: {"lora": "too old"}.get(method.name))
     asked = arguments(tmp_path, methods=("head", "lora"))
     with pytest.raises(BadInput, match="lora can't be trained here, leave it out: too old"):
         compare(asked)
     assert not asked.out.exists()
+
+
+def test_a_default_that_cannot_be_trained_is_left_out_with_a_line(monkeypatch):
+    monkeypatch.setattr(runner, "why_not", lambda method, _: {"prefix": "too new"}.get(method.name))
+    console = Console(file=io.StringIO())
+    left = runner._trainable(Arguments(), Reporter(console))
+    assert left.methods == ("head", "lora-qkv", "lora", "adapter-mlp", "full")
+    assert console.file.getvalue() == "Without prefix, which can't be trained here: too new\n"
 
 
 def test_the_plots_are_png_files_of_a_legible_size(finished):

@@ -60,8 +60,8 @@ SAMPLE = {
     "adapter_forward": ["gelu residual"],
     "adapter_backward": ["relu", "gelu", "silu"],  # each activation, and its derivative; linear has gelu_tanh
     "adapter_gradient": [""],
-    "shrink": ["dropout"],
-    "gradient": ["dropout gelu"],
+    "shrink": ["dropout", "dropout grouped"],
+    "gradient": ["dropout gelu", "dropout gelu grouped"],
     "dropout": [""],
     "layer_norm_shrink": [""],
     "layer_norm_backward": [""],
@@ -76,6 +76,7 @@ SAMPLE = {
         "descriptor split gelu alone",
         "descriptor dropout transposed gelu",
         "descriptor dropout residual",
+        "descriptor dropout transposed gelu grouped",
     ],
 }
 

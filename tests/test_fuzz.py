@@ -31,7 +31,7 @@ from transformers import (
 import fastpeft
 
 TARGETS = ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"]
-SLOTS = ["post_embed", "post_attn", "post_mlp", "post_block", "pre_head"]
+SLOTS = ["post_embed", "post_attn", "post_mlp", "parallel_mlp", "post_block", "pre_head"]
 VOCABULARY = 31
 
 lora_configs = st.fixed_dictionaries(
@@ -53,6 +53,11 @@ class MeanHead(GPT2ForSequenceClassification):
     def forward(self, input_ids=None, attention_mask=None, labels=None, **given):
         hidden = self.transformer(input_ids, attention_mask=attention_mask, use_cache=False)[0]
         return types.SimpleNamespace(logits=self.score(hidden.mean(1)), loss=hidden.sin().mean())
+
+
+def _have_room(slots):
+    """Whether the MLP gets one adapter at most, after it or beside it."""
+    return not {"post_mlp", "parallel_mlp"} <= set(slots)
 
 
 def gpt2_of(model):
@@ -98,7 +103,7 @@ class Twins(RuleBasedStateMachine):
         layers=st.integers(1, 2),
         dtype=st.sampled_from([torch.float32, torch.float32, torch.bfloat16, torch.float64]),
         lora=lora_configs,
-        slots=st.lists(st.sampled_from(SLOTS), max_size=2, unique=True),
+        slots=st.lists(st.sampled_from(SLOTS), max_size=2, unique=True).filter(_have_room),
         bottleneck=st.integers(1, 9),
         activation=st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
         seed=st.integers(0, 99),
@@ -295,6 +300,33 @@ class Twins(RuleBasedStateMachine):
                 total = sum(g.square().sum() for g in grads if g is not None)
                 grads = torch.autograd.grad(total, ps, allow_unused=True)
             results.append([loss.detach(), *grads])
+        self.assert_same_derivatives(results)
+
+    @precondition(lambda self: not self.merged)
+    @rule(data=st.data(), seed=st.integers(0, 99), batch=st.integers(1, 5))
+    def differentiate_rows_apart(self, data, seed, batch):
+        """The loss and its derivatives where each row uses an adapter of its own."""
+        any_name = st.sampled_from([*self.adapters, "__base__"])
+        names = data.draw(st.lists(any_name, min_size=batch, max_size=batch))
+        results, errors = [], []
+        ids, mask = self.tokens(seed, batch, 5)
+        for model in self.twins():
+            ps = [p for p in model.parameters() if p.requires_grad]
+            labels = self.labels(ids, mask, False)
+            try:
+                with fastpeft.adapter_rows(model, names):
+                    loss = model(input_ids=ids, attention_mask=mask, **labels).loss
+            except ValueError as error:  # peft's, of DoRA
+                errors.append(str(error))
+                continue
+            grads = torch.autograd.grad(loss, ps, allow_unused=True) if loss.requires_grad else ()
+            results.append([loss.detach(), *grads])
+        assert len(errors) in (0, 2)
+        assert len(set(errors)) < 2
+        if results:
+            self.assert_same_derivatives(results)
+
+    def assert_same_derivatives(self, results):
         largest = max((g.abs().max().item() for g in results[1] if g is not None), default=0.0)
         for ours, theirs in zip(*results, strict=True):
             zero = torch.zeros(()) if ours is None or theirs is None else None

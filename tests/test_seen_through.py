@@ -6,6 +6,7 @@ Every use here runs on a stock model and on a patched twin; the same inputs with
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from functools import partial
 
@@ -14,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from models import assert_stock, gpt2, with_adapters, with_lora
 from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
 from test_packing import batch, packing_row
 from torch import nn
 from torch.nn.modules import module as torch_modules
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2DoubleHeadsModel,
     GPT2ForQuestionAnswering,
@@ -25,11 +29,16 @@ from transformers import (
     GPT2LMHeadModel,
     GPT2Model,
 )
+from transformers.activations import NewGELUActivation
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as GPT2Output
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.pytorch_utils import Conv1D
 
 import fastpeft
 from fastpeft import swap
+from fastpeft.adapters import Adapter
+from fastpeft.stock import Defined
 
 LENGTHS = [12, 4, 9]
 
@@ -241,17 +250,175 @@ def test_strict_names_what_keeps_the_trunk_stock_and_changes_nothing():
     fastpeft.patch(model, strict=True, scope="layers")
 
 
-def test_a_forward_replaced_for_a_whole_class(monkeypatch):
-    real = modeling_gpt2.GPT2MLP.forward
+REPLACED = [
+    *((kind, "forward") for kind in (
+        LoraLinear, Conv1D, nn.Linear, nn.Dropout, nn.Identity, NewGELUActivation, nn.ReLU, Adapter,
+        nn.LayerNorm, nn.Embedding, GPT2Block, modeling_gpt2.GPT2MLP, modeling_gpt2.GPT2Attention, GPT2Model,
+    )),
+    (nn.Module, "__call__"), (F, "linear"), (F, "dropout"), (torch, "addmm"),
+    (F, "layer_norm"), (F, "embedding"), (F, "scaled_dot_product_attention"),
+    (modeling_gpt2, "eager_attention_forward"), (modeling_gpt2, "create_causal_mask"),
+]  # fmt: skip
+
+
+def scaled(real):
+    """What `real` gives, its tensors times 1.1."""
+
+    @functools.wraps(real)
+    def replacement(*args, **kwargs):
+        output = real(*args, **kwargs)
+        if isinstance(output, GPT2Output):
+            return GPT2Output(last_hidden_state=output[0] * 1.1)
+        if isinstance(output, tuple):
+            return output[0] * 1.1, *output[1:]
+        # The blocks of a GPT-2 call each other by way of lists and caches, and its mask may be None.
+        return output * 1.1 if torch.is_tensor(output) and output.is_floating_point() else output
+
+    return replacement
+
+
+@pytest.mark.parametrize("scope", ["auto", "layers"])
+@pytest.mark.parametrize(("owner", "name"), REPLACED, ids=lambda part: getattr(part, "__name__", part))
+def test_what_a_library_defines_replaced_after_patch(owner, name, scope, monkeypatch):
+    eager = name in ("eager_attention_forward", "create_causal_mask")
+    model = gpt2(GPT2ForSequenceClassification, attn_implementation="eager" if eager else "sdpa")
+    model = with_adapters(with_lora(model), "post_mlp").train()
+    stock, patched = copy.deepcopy(model), fastpeft.patch(copy.deepcopy(model), scope=scope)
+    before = logits(patched, batch(LENGTHS))
+    with monkeypatch.context() as patch:
+        real = getattr(owner, name)
+        # A mask times 1.1 is the same mask: this one shows twice as much.
+        mask = lambda *args, **kwargs: real(*args, **kwargs).clamp(min=-2)  # noqa: E731
+        patch.setattr(owner, name, mask if name == "create_causal_mask" else scaled(real))
+        expected = logits(stock, batch(LENGTHS))
+        torch.testing.assert_close(logits(patched, batch(LENGTHS)), expected, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(expected, before, atol=1e-4), "it made no difference to see"
+        if scope == "auto":
+            assert packing_row(patched).reason == f"the {name} of {owner.__name__} was replaced"
+    calls = [row.calls for row in fastpeft.report(patched)]
+    torch.testing.assert_close(logits(patched, batch(LENGTHS)), before, rtol=1e-4, atol=1e-5)
+    assert all(row.calls > count for row, count in zip(fastpeft.report(patched), calls, strict=True))
+
+
+def test_what_was_replaced_before_is_never_taken_for_the_librarys(monkeypatch):
+    places = (nn.Linear, "forward"), (F, "linear"), (GPT2Model, "forward")
+    assert Defined(*places).replaced() is None
+    for owner, name in places:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, scaled(getattr(owner, name)))  # which bears the library's name
+            late = Defined(*places)
+            assert late.replaced() == f"the {name} of {owner.__name__} was replaced"
+
+
+def test_the_forward_of_a_users_adapter_replaced():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.down, self.act, self.up = nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 48)
+
+        def forward(self, x):
+            return x + self.up(self.act(self.down(x)))
+
+    model, x = nn.Sequential(Own()), torch.randn(3, 48)
+    fastpeft.patch(model)
+    model(x)
+    assert fastpeft.report(model)[0].calls == 1
+    Own.forward = lambda self, x: self.down(x)
+    for _ in range(2):
+        torch.testing.assert_close(model(x), model[0].down(x))
+        assert fastpeft.report(model)[0][2:] == ("stock", "the forward of Own was replaced", 1)
+        fastpeft.patch(model)
+
+
+class Scaling(TorchFunctionMode):
+    """Changes what linear layers and activations give."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return output * 1.1 if func in (F.linear, torch.addmm, torch.tanh) else output
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes that norms and products see."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.native_layer_norm, torch.ops.aten.addmm):
+            self.seen += [len(args[1]), *args[0].shape]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [Scaling, Shapes])
+def test_a_mode_is_handed_stocks_operators(make):
+    def use(model, inputs):
+        with make() as mode:
+            result = model(**inputs).logits
+        return [result.detach(), torch.tensor(getattr(mode, "seen", []))]
+
+    patched = assert_the_same(use, classifier(), batch(LENGTHS), "mode looks on")
+    assert {row.path for row in fastpeft.report(patched)} == {"stock"}
+
+
+def test_a_default_device_is_no_mode_that_looks_on():
+    model = fastpeft.patch(classifier())
+    with torch.device("cpu"):
+        model(**batch(LENGTHS))
+    assert packing_row(model).calls == 1
+
+
+def test_a_tensor_of_a_users_class_sees_stocks_functions():
+    def use(model, inputs):
+        called = []
+
+        class Noting(torch.Tensor):
+            @classmethod
+            def __torch_function__(cls, func, types, args=(), kwargs=None):
+                called.append(func)
+                return super().__torch_function__(func, types, args, kwargs or {})
+
+        inputs["input_ids"] = inputs["input_ids"].as_subclass(Noting)
+        assert type(model(**inputs).logits) is Noting
+        return torch.tensor([called.count(func) for func in (F.linear, torch.addmm, torch.tanh, F.gelu)])
+
+    assert_the_same(use, classifier(), batch(LENGTHS), "input_ids")
+
+
+@pytest.mark.parametrize("adapted", ["lora", "adapter"])
+def test_a_parameter_that_became_an_attribute(adapted):
+    """As hypernetworks have it, and torch's old weight_norm; also one that wasn't there before."""
 
     def use(model, inputs):
-        with monkeypatch.context() as patch:
-            patch.setattr(modeling_gpt2.GPT2MLP, "forward", lambda self, h: real(self, h).cumsum(1))
-            return model(**inputs).logits
+        model(**inputs)
+        h = transformer(model).h
+        if adapted == "lora":
+            parts = [(h[0].mlp.c_fc.lora_A["default"], "weight"), (h[1].mlp.c_fc.base_layer, "bias")]
+        else:
+            parts = [(h[0].mlp.adapter.down, "weight"), (h[1].mlp.adapter.up, "bias")]
+        for part, name in parts:
+            value = getattr(part, name).detach() * 2 + 1
+            delattr(part, name)
+            setattr(part, name, value)
+        return model(**inputs).logits.detach()
 
-    assert_the_same(
-        use, gpt2(GPT2ForSequenceClassification), batch(LENGTHS), "the forward of GPT2MLP was replaced"
-    )
+    model = gpt2(GPT2ForSequenceClassification)
+    model = with_lora(model) if adapted == "lora" else with_adapters(model, "post_mlp")
+    assert_the_same(use, model, batch(LENGTHS))
+
+
+def test_tensors_without_data_make_stocks_error():
+    messages = []
+    for patched in (False, True):
+        model = classifier()
+        model = (fastpeft.patch(model) if patched else model).to("meta")
+        inputs = {name: tensor.to("meta") for name, tensor in batch(LENGTHS).items()}
+        with pytest.raises(RuntimeError) as caught:
+            model(**inputs)
+        messages.append((caught.type, str(caught.value)))
+    assert messages[0] == messages[1]
 
 
 def labels_of(inputs, **counts):

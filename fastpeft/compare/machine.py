@@ -44,9 +44,22 @@ def machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "gpu": gpu,
         "processes": state.num_processes,
-        # What accelerate was launched with (`accelerate launch --mixed_precision bf16 -m fastpeft ...`).
-        "mixed_precision": os.environ.get("ACCELERATE_MIXED_PRECISION", "no"),
+        "mixed_precision": mixed_precision(),
     }
+
+
+def mixed_precision() -> str:
+    """What autocast computes in: what accelerate was launched with, else bf16 where the device is made for it, or `no`.
+
+    Where bfloat16 is only emulated, by a CPU without AMX or AVX512-BF16 or a GPU before Ampere, it is the slower one.
+    """
+    if asked := os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        return asked
+    native = {
+        "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),
+        "cpu": lambda: torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported(),
+    }.get(processes().device.type, lambda: False)
+    return "bf16" if native() else "no"
 
 
 def _processor() -> str:

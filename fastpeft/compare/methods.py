@@ -52,8 +52,8 @@ def _adapter(where: tuple[str, ...], trains: str, term: str, options: tuple[str,
 
 
 #: A LoRA of a layer K → N has r·(K + N) parameters (Hu et al., 2021); an adapter 2·width·bottleneck and its two
-#: biases (Houlsby et al., 2019); a prefix a key and a value a token and layer (Li & Liang, 2021); a prompt an
-#: embedding a token (Lester et al., 2021).
+#: biases (Houlsby et al., 2019; in parallel, He et al., 2022); a prefix a key and a value a token and layer (Li &
+#: Liang, 2021); a prompt an embedding a token (Lester et al., 2021).
 PLACES: dict[str, Place] = {
     "head": Place(
         "head", (), "nothing else", "", 5e-3,
@@ -78,6 +78,9 @@ PLACES: dict[str, Place] = {
         "bottleneck adapters after each attention and each MLP",
         f"{{layers}}·2·{ADAPTER_TERM}",
         _ADAPTER_OPTIONS,
+    ),
+    "adapter-parallel": _adapter(
+        ("parallel_mlp",), "bottleneck adapters beside each MLP", f"{{layers}}·{ADAPTER_TERM}", _ADAPTER_OPTIONS
     ),
     "adapter-block": _adapter(
         ("post_block",), "bottleneck adapters after each block", f"{{layers}}·{ADAPTER_TERM}", _ADAPTER_OPTIONS

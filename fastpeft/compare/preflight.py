@@ -24,8 +24,17 @@ def check(arguments: Arguments) -> None:
     """
     check_folder(arguments.out, PLAN_FILE)
     data.check(arguments.data, arguments.task)
-    if arguments.model != IMDB_SMALL and (folder := local_folder(arguments.model)):
-        config(folder, arguments.model)
+    check_model(arguments.model)
+
+
+def check_model(name: str) -> None:
+    """Refuse a model's folder that isn't there or holds no GPT-2; what the Hub has is known later.
+
+    Raises:
+        BadInput: with the reason.
+    """
+    if name != IMDB_SMALL and (folder := local_folder(name)):
+        config(folder, name)
 
 
 def local_folder(name: str) -> Path | None:

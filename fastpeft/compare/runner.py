@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from fastpeft.compare import (
     plots,
     preflight,
 )
-from fastpeft.compare.arguments import IMDB_SMALL, Arguments
+from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, Arguments
 from fastpeft.compare.encoding import Encoded, encode
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import Method, run_name
@@ -64,9 +65,7 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
     if arguments.together and state.num_processes > 1:
         raise BadInput("--together trains in one process: leave it out, or start one")
     _check_backend(arguments.backend, state.device)
-    for method in arguments.chosen:
-        if reason := why_not(method, arguments.task):
-            raise BadInput(f"--methods: {method.name} can't be trained here, leave it out: {reason}")
+    arguments = _trainable(arguments, reporter)
     corpus = data.load(arguments.data, arguments.task)
     plan: dict[str, Any] = {
         "arguments": arguments.recorded(),
@@ -94,6 +93,18 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         write(results, out)
     state.wait_for_everyone()
     return results
+
+
+def _trainable(arguments: Arguments, reporter: Reporter) -> Arguments:
+    """These, without the methods that the installed versions can't train, which one mustn't have asked for."""
+    reasons = {method.name: why_not(method, arguments.task) for method in arguments.chosen}
+    for name, reason in reasons.items():
+        if reason and arguments.methods != DEFAULT_METHODS[arguments.task]:
+            raise BadInput(f"--methods: {name} can't be trained here, leave it out: {reason}")
+        if reason:
+            reporter.say(f"Without {name}, which can't be trained here: {reason}")
+    kept = (name for name, reason in reasons.items() if reason is None)
+    return replace(arguments, methods=tuple(kept)) if any(reasons.values()) else arguments
 
 
 def write(results: dict[str, Any], out: Path) -> None:

@@ -17,7 +17,7 @@ from fastpeft.compare.placement import trainable
 #: Of the scopes of `patch`: layers one by one, and the default, which also leaves out the padding that nobody reads.
 SCOPES = ("layers", "auto")
 SIDES = ("stock", *SCOPES)
-ROUNDS = 2  # after one that warms up
+ROUNDS = 1  # after one that warms up; a run's seeds are more rounds
 BATCHES = 3
 
 

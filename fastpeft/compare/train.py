@@ -34,6 +34,7 @@ from fastpeft.compare.checkpoint import Base
 from fastpeft.compare.encoding import Encoded, Examples, collator
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.judging import SCORE, Judge
+from fastpeft.compare.machine import mixed_precision
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import apply, loading, lora_config, save, trainable
@@ -272,6 +273,7 @@ def _settings(arguments: Arguments, learning_rate: float, seed: int, folder: Pat
         remove_unused_columns=False,
         label_names=["labels"],
         ddp_find_unused_parameters=False,
+        bf16=mixed_precision() == "bf16",  # else Trainer does what accelerate was launched with
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
