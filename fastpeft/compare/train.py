@@ -112,6 +112,7 @@ def train_together(
     )
     runs = [fastpeft.Run(f"seed-{seed}", config, seed=seed) for seed in seeds]
     settings = _settings(arguments, rate, seeds[0], folders[0] / "trainer")
+    settings.data_seed = None  # each run's order is of its own seed
     try:
         sweep = fastpeft.Sweep(
             copy.deepcopy(base.model), runs, settings, encoded.train, collator(arguments.task, base)
