@@ -59,6 +59,7 @@ bench: $(INSTALLED)
 	  --inference --variants peft fastpeft fastpeft_model --rounds 7 --json bench/results/language.json
 	$(BIN)/python bench/throughput.py --head lm --batch 4 --dropout 0.05 --inference \
 	  --variants peft fastpeft fastpeft_model --rounds 7 --json bench/results/language.json --resume
+	$(BIN)/python bench/together.py --rounds 9 --json bench/results/together.json
 	$(BIN)/python bench/plot.py --table README.md
 
 # On a GPU: the tests, then all that is counted and measured, into one page. A call takes at most eight minutes, and the

@@ -8,6 +8,8 @@ Triton's kernels are compiled for an H100 and launched on nothing (driver.py), a
 of torch costs its dispatch. One thread, and its processor time, since it waits for nothing; variants in turn within a
 round, ratios within a round, medians over rounds.
 
+A step of 8 runs, with its optimiser, is one after another or side by side (`fastpeft.Sweep`).
+
 Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. A graph's replay is
 one launch of nothing. Parts are of samples
 of the stack: choosing what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
@@ -34,6 +36,7 @@ from unittest import mock
 
 import driver
 import record
+import together
 import torch
 import torch.nn.functional as F
 import variants
@@ -49,6 +52,7 @@ H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
 WIDTH = 16
 WARM_UP = 15  # every token count twice
 STEPS = 4  # of a variant in a round
+RUNS = 8
 #: Name -> what `patch` is told; peft is what they are measured against.
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "peft": None,
@@ -201,7 +205,8 @@ def sampled(counts: Counter[str]) -> Iterator[None]:
 def measure(
     steps: dict[str, Callable[[], None]], launches: driver.Launches, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """`host_ms`, `of_peft`, `operators`, `launches` and `parts` (microseconds) of each step."""
+    """`host_ms`, `spread` (over the first step's), `operators`, `launches`, `parts` (microseconds) of each step."""
+    first = next(iter(steps))
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         for _ in range(WARM_UP):
@@ -224,11 +229,10 @@ def measure(
         with sampled(counts):
             for _ in range(max(STEPS, int(2 / host))):
                 step()
-        of_peft = [mine / theirs for mine, theirs in zip(times[name], times["peft"], strict=True)]
+        of_first = [mine / theirs for mine, theirs in zip(times[name], times[first], strict=True)]
         found[name] = {
             "host_ms": 1e3 * host,
-            "of_peft": statistics.median(of_peft),
-            "spread": record.spread(of_peft),
+            "spread": record.spread(of_first),
             "operators": sum(operators.counts.values()),
             "launches": launched,
             "parts": {part: 1e6 * host * counts[part] / max(1, counts.total()) for part in PARTS},
@@ -248,6 +252,7 @@ def host(layers: int, dropout: float, vary: bool, rounds: int) -> dict[str, Any]
             "length": 12,
             "dropout": dropout,
             "vary": vary,
+            "runs": RUNS,
         },
         "architecture": f"sm_{H100.name}",
     }
@@ -262,7 +267,21 @@ def host(layers: int, dropout: float, vary: bool, rounds: int) -> dict[str, Any]
             steps = {name: step_of(model, batches) for name, model in models.items()}
             found[key] = measure(steps, launches, rounds)
             _hold(models)
+        found["runs"] = of_runs(layers, dropout, launches, rounds)
     return found | record.header()
+
+
+def of_runs(layers: int, dropout: float, launches: driver.Launches, rounds: int) -> dict[str, Any]:
+    """As `measure`, of `RUNS` runs of a language model, one after another and side by side, by the kernels."""
+    stock, runs = base(layers, WIDTH, "lm"), together.runs_of(RUNS, 8, dropout)
+    (batch,) = batches_of(RUNS * 4, 12, False)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    steps = {}
+    for name, variant in (("one by one", "fastpeft_apart"), ("together", "together")):
+        each = together.trainers(stock, runs, variant, backend="triton")
+        steps[name] = together.training(each, batch)
+    with mock.patch.object(type(each[0]), "_stop"):  # what nothing computed is rarely finite
+        return measure(steps, launches, rounds)
 
 
 def _hold(models: dict[str, Any]) -> None:
@@ -296,11 +315,13 @@ def first(layers: int, dropout: float, steps: int) -> dict[str, Any]:
 
 def table(rows: dict[str, dict[str, Any]]) -> str:
     """Variants with their host time, beside peft's, and what it is spent on."""
-    lines = [f"{'':16}{'ms':>8}{'x peft':>8}{'operators':>11}{'launches':>10}  " + ", ".join(PARTS) + " (us)"]
+    over = f"x {next(iter(rows))}"
+    lines = [f"{'':16}{'ms':>8}{over:>16}{'operators':>11}{'launches':>10}  " + ", ".join(PARTS) + " (us)"]
     for name, row in rows.items():
         parts = "  ".join(f"{row['parts'][part]:.0f}" for part in PARTS)
         lines.append(
-            f"{name:16}{row['host_ms']:8.2f}{row['of_peft']:8.2f}{row['operators']:11}{row['launches']:10}  {parts}"
+            f"{name:16}{row['host_ms']:8.2f}{row['spread']['median']:16.2f}{row['operators']:11}"
+            f"{row['launches']:10}  {parts}"
         )
     return "\n".join(lines)
 
@@ -323,7 +344,12 @@ def main() -> None:
             print(f"{row['tokens']:5} tokens: {row['kernels']:3} kernels compiled, {row['seconds']:.1f} s")
     else:
         result = host(args.layers, args.dropout, args.vary, args.rounds)
-        for key, title in (("variants", "a training step"), ("decoding", "a decoding step")):
+        titles = {
+            "variants": "a training step",
+            "decoding": "a decoding step",
+            "runs": f"a step of {RUNS} runs",
+        }
+        for key, title in titles.items():
             print(f"\n{title}\n{table(result[key])}")
     if args.json:
         record.write(args.json, result)

@@ -94,7 +94,11 @@ def host(record: dict[str, Any]) -> Figure:
             left = [a + b for a, b in zip(left, values, strict=True)]
         for place, name in enumerate(names):
             axes.text(
-                left[place], place, f" {record[key][name]['of_peft']:.2f} x peft", va="center", fontsize=7
+                left[place],
+                place,
+                f" {record[key][name]['spread']['median']:.2f} x peft",
+                va="center",
+                fontsize=7,
             )
         axes.set_xlim(0, 1.2 * max(left))
         axes.invert_yaxis()
@@ -212,6 +216,8 @@ def main() -> None:
     figures = {}
     draw = {"traffic": roofline, "host": host, "throughput": throughput, "micro": micro}
     for name, record in records.items():
+        if record["kind"] not in draw:
+            continue
         figures[name] = args.results / f"{name}.png"
         draw[record["kind"]](record).savefig(figures[name])
         print(figures[name])

@@ -28,11 +28,17 @@ LABELS = {
     "stock_fp16": "transformers",
     "stock_fp32": "transformers",
     "recomputed": "logits never stored",
+    "peft_apart": "peft, one after another",
+    "fastpeft_apart": "fastpeft, one after another",
+    "together": "fastpeft, side by side",
+    "peft_rows": "peft, adapter_names",
+    "fastpeft_rows": "fastpeft, adapter_names",
+    "one_adapter": "fastpeft, one adapter for all rows",
 }
 
 
 #: Of records, in the order in which they are shown.
-KINDS = ("traffic", "host", "throughput", "micro")
+KINDS = ("traffic", "host", "throughput", "together", "micro")
 
 
 class Table(NamedTuple):
@@ -84,7 +90,7 @@ def steps(folder: Path) -> Iterator[Table]:
 
 def every(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
     """All tables that the records give."""
-    make = {"traffic": traffic, "host": host, "throughput": throughput, "micro": micro}
+    make = {"traffic": traffic, "host": host, "throughput": throughput, "together": together, "micro": micro}
     for record in records.values():
         yield from make[record["kind"]](record)
 
@@ -96,6 +102,8 @@ def short(records: dict[str, dict[str, Any]]) -> Iterator[Table]:
             yield from traffic(record)
         elif record["kind"] == "host":
             yield from host(record)
+        elif record["kind"] == "together":
+            yield from together(record)
         elif record["kind"] == "throughput":
             yield speedups(record)
 
@@ -157,20 +165,23 @@ def host(record: dict[str, Any]) -> Iterator[Table]:
         f"{record['architecture']} and launched on nothing, and tensors are so small that an operator costs its "
         f"dispatch. {provenance(record)}"
     )
-    header = ["", "ms", "x peft (20-80 %)", "operators", "launches"]
+    header = ["", "ms", "x {} (20-80 %)", "operators", "launches"]
     training = f"dropout {shapes['dropout']:g}, GPT-2's own 0.1, "
-    for key, title, drops in (("variants", "training", training), ("decoding", "decoding", "")):
+    parts_of = [("variants", "a training step", training), ("decoding", "a decoding step", "")]
+    if "runs" in record:  # older records have none
+        parts_of.append(("runs", f"a step of {shapes['runs']} runs, optimiser and all", training))
+    for key, title, drops in parts_of:
         parts = list(next(iter(record[key].values()))["parts"])
+        baseline = next(iter(record[key]))
         rows = []
         for name, row in record[key].items():
-            over = "" if name == "peft" else ratio(row["spread"])
+            over = "" if name == baseline else ratio(row["spread"])
             shares = [f"{row['parts'][part] / 1e3:.1f}" for part in parts]
             rows.append(
                 [name, f"{row['host_ms']:.1f}", over, str(row["operators"]), str(row["launches"]), *shares]
             )
-        yield Table(
-            f"Host time of a {title} step", note.format(drops), [*header, *(f"{p}, ms" for p in parts)], rows
-        )
+        columns = [*(each.format(baseline) for each in header), *(f"{p}, ms" for p in parts)]
+        yield Table(f"Host time of {title}", note.format(drops), columns, rows)
 
 
 def throughput(record: dict[str, Any]) -> Iterator[Table]:
@@ -230,6 +241,44 @@ def speedups(record: dict[str, Any]) -> Table:
     data = dict.fromkeys(point["data"] for point in record["points"])
     names = " and ".join("random tokens" if each == "random" else each for each in data)
     return Table(f"Whole models on {names}", f"Medians of rounds. {provenance(record)}", header, rows)
+
+
+def together(record: dict[str, Any]) -> Iterator[Table]:
+    """Runs side by side against one after another, and rows with adapters of their own against one for all."""
+    first = record["points"][0]
+    about = f"GPT-2 {first['model']}, r={first['rank']}, {first['seq']} tokens a row, random."
+    rows: dict[str, list[list[str]]] = {"training": [], "inference": []}
+    for point in record["points"]:
+        if point["mode"] == "training":
+            dropout = f"dropout {point['dropout']:g}, GPT-2's own 0"
+            name = f"{point['adapters']} runs of {point['batch']} rows each, {dropout}, {point['dtype']}"
+        else:
+            adapters = "1 adapter" if point["adapters"] == 1 else f"{point['adapters']} adapters"
+            name = f"{point['batch']} rows, {adapters}, {point['dtype']}"
+        for variant, row in point["variants"].items():
+            if "failed" in row:
+                cells = [failed(row), "", "", ""]
+            else:
+                speedup = row.get("speedup")
+                over = speedup and speedup["over"] != variant
+                cells = [
+                    f"{row['seconds']['median'] * 1e3:.1f}",
+                    f"{row['tokens_per_second']['median']:.0f}",
+                    f"{ratio(speedup)} over {LABELS[speedup['over']]}" if over else "",
+                    f"{row['over_one']['median']:.2f}" if "over_one" in row else "",
+                ]
+            rows[point["mode"]].append([name, LABELS[variant], *cells])
+            name = ""
+    titles = {
+        "training": ("Runs trained side by side", "A language model's step, its optimiser's share included."),
+        "inference": ("Rows of a batch with adapters of their own", "A classifier's forward pass."),
+    }
+    header = ["", "", "ms", "tokens/s", "speed-up (20-80 %)", "time over one adapter's"]
+    for mode, (title, note) in titles.items():
+        if rows[mode]:
+            columns = header if mode == "inference" else header[:-1]
+            cut = [row[: len(columns)] for row in rows[mode]]
+            yield Table(title, f"{note} Medians of rounds. {about} {provenance(record)}", columns, cut)
 
 
 def micro(record: dict[str, Any]) -> Iterator[Table]:

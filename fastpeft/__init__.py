@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from fastpeft.ops import adapter, lora_linear
     from fastpeft.patching import patch, unpatch
     from fastpeft.reporting import report
+    from fastpeft.sweep import Result, Run, Sweep
 
 __version__ = "0.1.0"
 __all__ = [
     "AdapterConfig",
+    "Result",
+    "Run",
+    "Sweep",
     "adapter",
     "adapter_rows",
     "add_adapters",
@@ -31,10 +35,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, all of them at the first asked for: the command line's `--help` needs no torch."""
+    """A public name, and others with it: the command line's `--help` needs no torch, few need transformers' Trainer."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for module in "adapters", "lm_head", "mixing", "ops", "patching", "reporting":
+    modules = ("adapters", "lm_head", "mixing", "ops", "patching", "reporting")
+    for module in ("sweep",) if name in ("Result", "Run", "Sweep") else modules:
         found = vars(import_module(f"{__name__}.{module}"))
         globals().update({public: found[public] for public in __all__ if public in found})
     return globals()[name]

@@ -119,6 +119,12 @@ def compare(
         str | None,
         typer.Option(help="Layers of LoRA and adapters, like 6-11, likewise.", show_default=False),
     ] = None,
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together", help="Train the seeds of a LoRA method side by side: sooner, in more memory."
+        ),
+    ] = False,
     quick: Annotated[
         bool,
         typer.Option(
@@ -152,6 +158,7 @@ def compare(
         bottleneck=bottleneck,
         layers=layers,
         backend=backend,
+        together=together,
     )
     preflight.check(arguments)
     # Imported here: `--help`, a mistyped option and a missing file needn't wait for torch and all that needs it.

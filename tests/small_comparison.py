@@ -68,8 +68,8 @@ def options(asked: Arguments) -> list[str]:
     return [
         word
         for name, value in given.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", str(value))
+        if value is not None and value is not False
+        for word in (f"--{name.replace('_', '-')}", *([] if value is True else [str(value)]))
     ]
 
 

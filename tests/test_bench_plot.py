@@ -58,17 +58,33 @@ SENTENCES = {
     "variants": {**POINT["variants"], "fastpeft_model": {**ROW, "over_layers": {**SPREAD, "median": 0.44}}},
 }  # fmt: skip
 ISSUED = {
-    "host_ms": 20.0, "of_peft": 0.6, "spread": SPREAD, "operators": 300, "launches": 91,
+    "host_ms": 20.0, "spread": SPREAD, "operators": 300, "launches": 91,
     "parts": {"planning": 1000.0, "dispatch and autograd": 9000.0, "launching": 2000.0, "the rest": 8000.0},
 }  # fmt: skip
 HOST = {
     "kind": "host",
-    "shapes": {"layers": 12, "width": 16, "rows": 4, "length": 12, "dropout": 0.05, "vary": True},
+    "shapes": {"layers": 12, "width": 16, "rows": 4, "length": 12, "dropout": 0.05, "vary": True, "runs": 8},
     "architecture": "sm_90",
     "variants": {"peft": ISSUED, "auto, triton": ISSUED},
     "decoding": {"peft": ISSUED, "auto, triton": ISSUED},
+    "runs": {"one by one": ISSUED, "together": ISSUED},
     **HEADER,
 }
+TIMED = {
+    "seconds": SPREAD,
+    "tokens_per_second": ROW["tokens_per_second"],
+    "speedup": {**SPREAD, "over": "peft_apart"},
+}
+RUNS = {
+    "mode": "training", "model": "small", "dtype": "fp32", "rank": 8, "seq": 32, "device": "cpu", "rounds": 3,
+    "dropout": 0.05, "adapters": 8, "batch": 4,
+    "variants": {"peft_apart": TIMED, "together": TIMED, "fastpeft_apart": {"failed": "Wrong: it is"}},
+}  # fmt: skip
+SERVED = {
+    **RUNS, "mode": "inference", "batch": 64,
+    "variants": {"fastpeft_rows": {**TIMED, "over_one": {**SPREAD, "median": 1.31}}},
+}  # fmt: skip
+TOGETHER = {"kind": "together", "points": [RUNS, SERVED], **HEADER}
 THROUGHPUT = {"kind": "throughput", "points": [POINT], **HEADER}
 LAYER = {
     "operation": "lora", "projection": "c_attn", "tokens": 1024, "rank": 8, "dropout": 0.1, "dtype": "fp32",
@@ -90,7 +106,13 @@ COMPILED = {
 
 @pytest.fixture
 def results(tmp_path):
-    records = {"traffic": TRAFFIC, "host": HOST, "throughput": THROUGHPUT, "micro": MICRO}
+    records = {
+        "traffic": TRAFFIC,
+        "host": HOST,
+        "throughput": THROUGHPUT,
+        "micro": MICRO,
+        "together": TOGETHER,
+    }
     records["sentences"] = {**THROUGHPUT, "points": [SENTENCES]}
     for name, content in records.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
@@ -129,6 +151,12 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
     )
     assert "| logits never stored | 3.0 (1.50), 3.2 |" in text
     assert "| auto, triton | 20.0 | 0.50 (0.40-0.80) | 300 | 91 | 1.0 | 9.0 | 2.0 | 8.0 |" in text
+    assert "| together | 20.0 | 0.50 (0.40-0.80) | 300 | 91 |" in text
+    assert (
+        "|  | fastpeft, side by side | 500.0 | 2048 | 0.50 (0.40-0.80) over peft, one after another |" in text
+    )
+    assert "| 64 rows, 8 adapters, fp32 | fastpeft, adapter_names | 500.0 | 2048 |" in text
+    assert "over peft, one after another | 1.31 |" in text
     assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |  |" in text
     page = (results / "report.html").read_text()
     assert page.count("<td>failed: RuntimeError: no / memory</td>") == 2

@@ -479,6 +479,46 @@ def test_a_folder_that_moves_still_goes_on(finished, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
+def test_seeds_of_lora_train_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.timing, "ROUNDS", 1)
+    together = []
+    stock = train.fastpeft.Sweep.train
+    monkeypatch.setattr(
+        train.fastpeft.Sweep, "train", lambda self: together.append(len(self.trainer.runs)) or stock(self)
+    )
+    asked = arguments(tmp_path, methods=("lora", "head"), seeds=2, together=True)
+    console = Console(file=io.StringIO(), width=200)
+    runs = compare(asked, Reporter(console))["runs"]
+    said = console.file.getvalue()
+    assert together == [2]
+    assert "head: one run at a time, only LoRA's train together" in said
+    assert re.search(
+        r"lora: 2 runs together trained in [\d.]+ s; their steps one by one would take [\d.]+ s", said
+    )
+    assert [(run["method"], run["seed"]) for run in runs] == [
+        ("lora", 0),
+        ("lora", 1),
+        ("head", 0),
+        ("head", 1),
+    ]
+    assert all(set(run) == set(runs[2]) for run in runs)
+    weights = []
+    for run in runs[:2]:
+        assert (run["steps"], len(run["scores"])) == (4, len(runs[2]["scores"]))
+        assert [point["step"] for point in run["curve"] if "loss" in point] == [1, 2, 3, 4]
+        folder = tmp_path / "out" / "runs" / run_name(asked.chosen[0], run["seed"])
+        model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "gpt2")
+        fresh = _logits(copy.deepcopy(model), tmp_path)
+        loaded = peft.PeftModel.from_pretrained(model, folder / "weights")
+        assert not torch.allclose(_logits(loaded, tmp_path), fresh)
+        assert sorted(path.name for path in folder.iterdir()) == ["README.md", "record.json", "weights"]
+        weights.append(load_file(folder / "weights" / "adapter_model.safetensors"))
+    assert all(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    with pytest.raises(BadInput, match="--together"):
+        compare(dataclasses.replace(asked, together=False))
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_seeds_vary_the_start_and_the_order_of_texts_on_one_split(tmp_path):
     asked = arguments(tmp_path, methods=("lora",), lr=1e-30)  # so small that the start is what is saved
     first, second = compare(asked)["runs"]

@@ -19,4 +19,4 @@ def test_the_snippets_run_in_order_in_an_empty_folder(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     exec("\n".join(snippets), {"__name__": "__main__"})
     assert "h.0.attn.c_attn" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["my-adapters", "small-adapters"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["my-adapters", "my-sweep", "small-adapters"]

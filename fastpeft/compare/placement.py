@@ -86,19 +86,23 @@ def _full(method: Method, model: Any, task: str) -> Any:
     return model
 
 
-def _lora(method: Method, model: Any, task: str) -> Any:
+def lora_config(method: Method, config: Any, task: str) -> LoraConfig:
+    """What peft is told of a LoRA method, for a GPT-2 of this config."""
     rank, dropout = method.options["r"], method.options["dropout"]
-    config = LoraConfig(
+    return LoraConfig(
         task_type=_TASK_TYPES[task],
         r=rank,
         lora_alpha=2 * rank,
         lora_dropout=dropout,
         target_modules=list(method.place.where),
-        layers_to_transform=method.layers(model.config),
+        layers_to_transform=method.layers(config),
         layers_pattern="h",
         fan_in_fan_out=True,
     )
-    return _wrapped(model, config)
+
+
+def _lora(method: Method, model: Any, task: str) -> Any:
+    return _wrapped(model, lora_config(method, model.config, task))
 
 
 def _adapter(method: Method, model: Any, task: str) -> Any:

@@ -35,7 +35,7 @@ from fastpeft.compare.placement import why_not
 from fastpeft.compare.preflight import PLAN_FILE, RESULTS_FILE, part
 from fastpeft.compare.progress import Reporter
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
-from fastpeft.compare.train import judged_untrained, train_run
+from fastpeft.compare.train import judged_untrained, train_run, train_together
 
 FEWEST_TOKENS = 2  # of a text
 RUNS_FOLDER = "runs"
@@ -62,6 +62,8 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
     state = machine.processes()
     out = arguments.out
     preflight.check(arguments)
+    if arguments.together and state.num_processes > 1:
+        raise BadInput("--together trains in one process: leave it out, or start one")
     _check_backend(arguments.backend, state.device)
     arguments = _trainable(arguments, reporter)
     corpus = data.load(arguments.data, arguments.task)
@@ -131,24 +133,46 @@ def _train_all(
         takes = duration.estimate(missing, base, encoded, arguments, state.device)
         reporter.say(f"{missing} {'run' if missing == 1 else 'runs'} to train: {takes}")
     clock = duration.Clock(missing)
-    for index, (method, seed) in enumerate(runs):
-        if records[index] is not None:
-            continue
-        reporter.step("all runs", index, len(runs))
-        show = partial(reporter.step, f"{method.name}, seed {seed}")
-        folder = arguments.out / RUNS_FOLDER / run_name(method, seed)
-        unfinished = folder.with_name(f".{folder.name}")
-        if state.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir()
-        state.wait_for_everyone()
-        records[index] = train_run(method, seed, base, encoded, arguments, unfinished, show)
-        if state.is_main_process:
-            _replace(unfinished / CARD_FILE, card.card(plan, method, records[index]))
-            _write(unfinished / RECORD_FILE, records[index])
-            unfinished.rename(folder)  # the run counts from here on, weights and record together
-        reporter.say(_line(records[index], index + 1, len(runs), TASKS[arguments.task]) + clock.left())
+    apart = [method.name for method in arguments.chosen if method.place.kind != "lora"]
+    if arguments.together and apart:
+        reporter.say(f"{', '.join(apart)}: one run at a time, only LoRA's train together")
+    for method in arguments.chosen:
+        left = [index for index, (of, _) in enumerate(runs) if of == method and records[index] is None]
+        at_once = len(left) if arguments.together and method.place.kind == "lora" else 1
+        for start in range(0, len(left), max(at_once, 1)):
+            indices = left[start : start + at_once]
+            seeds = [runs[index][1] for index in indices]
+            reporter.step("all runs", len(runs) - records.count(None), len(runs))
+            finals = [arguments.out / RUNS_FOLDER / run_name(method, seed) for seed in seeds]
+            unfinished = [folder.with_name(f".{folder.name}") for folder in finals]
+            for folder in unfinished if state.is_main_process else ():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+            state.wait_for_everyone()
+            show = partial(reporter.step, f"{method.name}, seed {', '.join(map(str, seeds))}")
+            if len(seeds) == 1:
+                found = [train_run(method, seeds[0], base, encoded, arguments, unfinished[0], show)]
+            else:
+                found = train_together(method, seeds, base, encoded, arguments, unfinished, show)
+                reporter.say(_saved(found, arguments.accumulate))
+            for index, record, folder, final in zip(indices, found, unfinished, finals, strict=True):
+                records[index] = record
+                if state.is_main_process:
+                    _replace(folder / CARD_FILE, card.card(plan, method, record))
+                    _write(folder / RECORD_FILE, record)
+                    folder.rename(final)  # the run counts from here on, weights and record together
+                reporter.say(_line(record, index + 1, len(runs), TASKS[arguments.task]) + clock.left())
     return records
+
+
+def _saved(records: list[dict[str, Any]], accumulate: int) -> str:
+    """What training runs side by side saved, by what a step of each takes alone."""
+    took = sum(record["train_seconds"] for record in records)
+    alone = sum(record["steps"] * accumulate * record["step_seconds_auto"] for record in records)
+    return (
+        f"{records[0]['method']}: {len(records)} runs together trained in {took:.1f} s; "
+        f"their steps one by one would take {alone:.1f} s"
+    )
 
 
 def _before(

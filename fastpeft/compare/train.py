@@ -6,6 +6,7 @@ import contextlib
 import copy
 import math
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -35,7 +37,7 @@ from fastpeft.compare.judging import SCORE, Judge
 from fastpeft.compare.machine import mixed_precision
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import Method, run_name
-from fastpeft.compare.placement import apply, loading, save, trainable
+from fastpeft.compare.placement import apply, loading, lora_config, save, trainable
 from fastpeft.compare.tasks import CLASSIFY
 
 EVALUATIONS = 2  # half-way through a run and at its end
@@ -63,15 +65,10 @@ def train_run(
     model: Any = copy.deepcopy(base.model)
     if arguments.task == CLASSIFY:
         model.score.weight.data.normal_(std=model.config.initializer_range)
-    base_parameters = sum(p.numel() for p in model.parameters())
     model = fastpeft.patch(apply(method, model, arguments.task), backend=arguments.backend)
-    trained = sum(p.numel() for p in trainable(model))
-
-    learning_rate = arguments.lr or method.place.learning_rate
     judge = Judge(encoded)
-    trainer = _trainer(
-        model, base, encoded, judge, arguments, learning_rate, seed, folder / "trainer", notify
-    )
+    rate = arguments.lr or method.place.learning_rate
+    trainer = _trainer(model, base, encoded, judge, arguments, rate, seed, folder / "trainer", notify)
     memory = PeakMemory(trainer.args.device)
     with enough_memory():
         outcome = trainer.train()
@@ -79,13 +76,98 @@ def train_run(
     evaluations = [entry for entry in trainer.state.log_history if "eval_quality" in entry]
     if not timing.fused_calls(model):
         raise RuntimeError(f"nothing fused was called while {method.name} trained:\n{fastpeft.report(model)}")
-    sites = _sites(model)
+    seconds = outcome.metrics["train_runtime"] - sum(entry["eval_runtime"] for entry in evaluations)
+    return _recorded(
+        method,
+        seed,
+        base,
+        encoded,
+        arguments,
+        folder,
+        trainer,
+        judge,
+        trainer.state.log_history,
+        seconds,
+        peak,
+    )
 
+
+def train_together(
+    method: Method,
+    seeds: list[int],
+    base: Base,
+    encoded: Encoded,
+    arguments: Arguments,
+    folders: list[Path],
+    notify: Callable[[int, int], None] = lambda step, steps: None,
+) -> list[dict[str, Any]]:
+    """`train_run` of LoRA from several seeds side by side: judged at the end alone, each with its share of the time.
+
+    Raises:
+        BadInput: as `train_run`, or the runs can't be trained together here.
+    """
+    config, rate = (
+        lora_config(method, base.model.config, arguments.task),
+        arguments.lr or method.place.learning_rate,
+    )
+    runs = [fastpeft.Run(f"seed-{seed}", config, seed=seed) for seed in seeds]
+    settings = _settings(arguments, rate, seeds[0], folders[0] / "trainer")
+    settings.data_seed = None  # each run's order is of its own seed
+    try:
+        sweep = fastpeft.Sweep(
+            copy.deepcopy(base.model), runs, settings, encoded.train, collator(arguments.task, base)
+        )
+    except ValueError as error:
+        raise BadInput(f"--together: {error}") from None
+    if arguments.task == CLASSIFY:
+        for run, seed in zip(runs, seeds, strict=True):
+            set_seed(seed)
+            head: Any = sweep.model.get_base_model().score
+            head.modules_to_save[run.name].weight.data.normal_(std=base.model.config.initializer_range)
+    fastpeft.patch(sweep.model, backend=arguments.backend)
+    sweep.trainer.add_callback(_Pace(notify, evaluations=0))
+    began = time.perf_counter()
+    with enough_memory():
+        results = sweep.train()
+    seconds = (time.perf_counter() - began) / len(runs)
+    sweep.trainer.accelerator.free_memory()
+    records = []
+    for result, seed, folder in zip(results, seeds, folders, strict=True):
+        model: Any = PeftModel.from_pretrained(copy.deepcopy(base.model), result.folder, is_trainable=True)
+        judge = Judge(encoded)
+        fastpeft.patch(model, backend=arguments.backend)
+        trainer = _trainer(model, base, encoded, judge, arguments, rate, seed, folder / "judge", notify)
+        judged = {"step": sweep.trainer.state.global_step, **trainer.evaluate()}
+        history = [*({"step": step, "loss": loss} for step, loss in result.curve), judged]
+        found = _recorded(
+            method, seed, base, encoded, arguments, folder, trainer, judge, history, seconds, None
+        )
+        records.append(found)
+    shutil.rmtree(folders[0] / "trainer", ignore_errors=True)
+    return records
+
+
+def _recorded(
+    method: Method,
+    seed: int,
+    base: Base,
+    encoded: Encoded,
+    arguments: Arguments,
+    folder: Path,
+    trainer: Any,
+    judge: Judge,
+    history: list[dict[str, Any]],
+    train_seconds: float,
+    peak: int | None,
+) -> dict[str, Any]:
+    """The record of a trained run, whose model is saved and timed."""
+    sites = _sites(trainer.model)
+    trained = sum(p.numel() for p in trainable(trainer.model))
     # Accelerate may have put autocast into the model's forward; the timed steps bring their own.
     model = fastpeft.unpatch(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     if trainer.is_world_process_zero():
         save(method, model, folder / "weights")
-        shutil.rmtree(folder / "trainer", ignore_errors=True)
+        shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     batches = typical_batches(encoded.train, base, arguments, trainer.args.device)
     autocast: Callable[[], AbstractContextManager[Any]] = trainer.accelerator.autocast
     seconds = timing.step_seconds(model, batches, arguments.backend, autocast)
@@ -95,19 +177,19 @@ def train_run(
         "seed": seed,
         "trains": method.place.trains,
         "load": loading(method, arguments.task, f"runs/{run_name(method, seed)}/weights"),
-        "quality": evaluations[-1]["eval_quality"],
+        "quality": [entry for entry in history if "eval_quality" in entry][-1]["eval_quality"],
         "scores": judge.scores,
         "trainable_parameters": trained,
-        "trainable_share": trained / base_parameters,
+        "trainable_share": trained / sum(p.numel() for p in base.model.parameters()),
         "formula": f"{method.formula(base.model.config, arguments.task)} = {trained:,}",
-        "learning_rate": learning_rate,
-        "steps": trainer.state.global_step,
+        "learning_rate": arguments.lr or method.place.learning_rate,
+        "steps": history[-1]["step"],
         **{f"step_seconds_{side}": median for side, median in seconds.medians.items()},
         "step_seconds_samples": seconds.steps,
         "unpacked_because": seconds.unpacked,
         "peak_memory_bytes": peak,
-        "train_seconds": outcome.metrics["train_runtime"] - sum(e["eval_runtime"] for e in evaluations),
-        "curve": _curve(trainer.state.log_history),
+        "train_seconds": train_seconds,
+        "curve": _curve(history),
         "sites": sites,
     }
 
@@ -141,14 +223,14 @@ def enough_memory() -> Iterator[None]:
 class _Pace(TrainerCallback):
     """Says when to log and to judge - evenly, and at the end -, and tells how far training is."""
 
-    def __init__(self, notify: Callable[[int, int], None]) -> None:
-        self.notify = notify
+    def __init__(self, notify: Callable[[int, int], None], evaluations: int = EVALUATIONS) -> None:
+        self.notify, self.evaluations = notify, evaluations
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         control.should_log = _due(state.global_step, state.max_steps, LOSS_POINTS)
-        control.should_evaluate = _due(state.global_step, state.max_steps, EVALUATIONS)
+        control.should_evaluate = _due(state.global_step, state.max_steps, self.evaluations)
         self.notify(state.global_step, state.max_steps)
 
 
@@ -168,18 +250,8 @@ class _InOrder(Trainer):
         return self.accelerator.prepare(loader)
 
 
-def _trainer(
-    model: nn.Module,
-    base: Base,
-    encoded: Encoded,
-    judge: Judge,
-    arguments: Arguments,
-    learning_rate: float,
-    seed: int,
-    folder: Path,
-    notify: Callable[[int, int], None],
-) -> Trainer:
-    settings = TrainingArguments(
+def _settings(arguments: Arguments, learning_rate: float, seed: int, folder: Path) -> TrainingArguments:
+    return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=arguments.batch_size,
         gradient_accumulation_steps=arguments.accumulate,
@@ -206,6 +278,20 @@ def _trainer(
         use_cpu=not torch.accelerator.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+
+
+def _trainer(
+    model: nn.Module,
+    base: Base,
+    encoded: Encoded,
+    judge: Judge,
+    arguments: Arguments,
+    learning_rate: float,
+    seed: int,
+    folder: Path,
+    notify: Callable[[int, int], None],
+) -> Trainer:
+    settings = _settings(arguments, learning_rate, seed, folder)
     trainer = _InOrder(
         model=model,
         args=settings,
