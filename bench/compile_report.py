@@ -134,10 +134,10 @@ def cases(arch: int) -> Iterator[Case]:
         for rank in tiling.LAYER_NORM_SHRINK:
             yield Case("layer_norm_shrink", arch, precision, tiling.LAYER_NORM_SHRINK_FLOAT32, rank)
         for rank in EXTREMES:
-            for tile in tiling.linear_tiles_float32(precision == "tf32", epilogue=False):
+            for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=False):
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
-            for tile in tiling.linear_tiles_float32(precision == "tf32", epilogue=True):
+            for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=True):
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu alone")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")
@@ -165,16 +165,17 @@ def grouped_cases(arch: int) -> Iterator[Case]:
         for tile in tiles(epilogue=True, derivative=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} {variant} transposed gelu grouped")
     for rank in RANKS:
-        for strip in tiling.SHRINK[rank]:
-            yield Case("shrink", arch, mixed, strip, rank, "dropout grouped")
-        yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout gelu grouped")
+        yield Case("shrink", arch, mixed, tiling.SHRINK_GROUPED[rank], rank, "dropout grouped")
+        yield Case("gradient", arch, "bf16", tiling.GRADIENT_GROUPED[rank], rank, "dropout gelu grouped")
     for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
-        for tile in tiling.linear_tiles_float32(precision == "tf32", epilogue=True, grouped=True):
+        for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=True, grouped=True):
             for variant in ("split gelu", "dropout transposed gelu", "dropout residual"):
                 yield Case("linear", arch, precision, tile, 16, f"pointer {variant} grouped")
         for rank in EXTREMES:
-            yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout grouped")
-            yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout gelu grouped")
+            strip = tiling.SHRINK_FLOAT32_GROUPED[rank]
+            yield Case("shrink", arch, precision, strip, rank, "dropout grouped")
+            gradient = tiling.GRADIENT_FLOAT32_GROUPED
+            yield Case("gradient", arch, precision, gradient, rank, "dropout gelu grouped")
 
 
 def head_cases(arch: int) -> Iterator[Case]:
@@ -260,9 +261,8 @@ def recorded(case: Case) -> launch.Launch:
         elif case.kernel == "gradient":
             dy, xa, x, dxa = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
             d_b, d_a = factor(*many, N, rank), factor(*many, rank, K)
-            gradients = low_rank.Gradients(
-                dy, x, rank, d_b.dtype, d_a.dtype, drops=drop, activated=gelu, splits=16
-            )
+            kind = {"drops": drop, "activated": gelu, "grouped": grouped is not None}
+            gradients = low_rank.Gradients(dy, x, rank, d_b.dtype, d_a.dtype, **kind, splits=16)
             gradients(dy, xa, x, dxa, d_b, d_a, 2.0, new_tickets(seed, 60), mask, grouped)
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)

@@ -117,7 +117,8 @@ class Layer:
             if need_a or need_b:
                 dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
                 tall = rows, sample_rows(x), lora_b.shape[-1]
-                gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated)
+                many = groups is not None
+                gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated, grouped=many)
             count = 0 if gradients is None else gradients.tickets
             if need_x:
                 given = rows, weight.T, None, lora_b.mT, lora_a

@@ -650,7 +650,7 @@ class Shrink:
             return Shrink(t, f, each, drops=drops)(t, f, measured(t) if drops else None, groups=groups)
 
         kind = rank, drops, groups is not None
-        strip = strip or tuning.fastest("shrink", t, kind, tiling.shrink(t, rank), run)
+        strip = strip or tuning.fastest("shrink", t, kind, tiling.shrink(t, rank, groups is not None), run)
         key = ("shrink", strip, precision, c, rank, *fixed(t, f), drops, tickets)
 
         def launcher() -> Launcher:
@@ -816,10 +816,11 @@ class Gradients:
         *,
         drops: bool = False,
         activated: bool = False,
+        grouped: bool = False,
         splits: int = 0,
     ) -> None:
         n, k, precision = dy.shape[1], x.shape[1], input_precision(x.dtype)
-        strip = tiling.gradient(x, rank)
+        strip = tiling.gradient(x, rank, grouped)
         tiles_b = 0 if dtype_b is None else -(-n // strip.block_c)
         tiles = tiles_b + (0 if dtype_a is None else -(-k // strip.block_c))
 

@@ -143,12 +143,38 @@ _NOT_WITH_EPILOGUE = {
 #: Tiles that the derivative of a GELU makes spill, beside those: with it this one fills all 255 registers.
 _NOT_WITH_DERIVATIVE = {90: {("descriptor split", Tile(128, 256, 64, 8, 3))}}
 
-#: Tiles that an epilogue makes spill, or lengthens the main loop of, where rows belong to several adapters: besides.
+#: Tiles that spill, or whose main loop lengthens, where rows belong to several adapters; with an epilogue these
+#: besides; and these by whether it is the derivative of a GELU.
+_NOT_GROUPED = {
+    80: {("pointer split", Tile(128, 64, 64, 4, 3))},
+    **{
+        arch: {
+            *(("pointer split", tile) for tile in _MMA_SYNC["split"][1:]),
+            ("pointer dropout", Tile(32, 64, 64, 4, 4)),
+        }
+        for arch in (86, 89)
+    },
+    120: {
+        ("pointer split", Tile(64, 64, 64, 4, 4)),
+        ("pointer dropout", Tile(128, 64, 64, 4, 3)),
+        ("pointer dropout", Tile(64, 64, 64, 4, 4)),
+        ("descriptor split", Tile(64, 64, 64, 4, 4)),
+        ("descriptor dropout", Tile(32, 64, 64, 4, 4)),
+    },
+}
 _NOT_GROUPED_WITH_EPILOGUE = {
     80: {("pointer dropout", Tile(128, 64, 64, 4, 3))},
+    86: {("pointer dropout", Tile(64, 64, 64, 4, 4))},
+    89: {("pointer dropout", Tile(64, 64, 64, 4, 4))},
     90: {("pointer dropout", Tile(64, 128, 64, 4, 4))},
-    120: {("pointer dropout", Tile(64, 64, 64, 4, 4)), ("pointer dropout", Tile(32, 64, 64, 4, 4))},
+    120: {("pointer dropout", Tile(32, 64, 64, 4, 4))},
 }
+_NOT_GROUPED_BY_DERIVATIVE = {
+    (120, True): {("pointer split", Tile(128, 128, 64, 8, 3))},
+    (120, False): {("pointer split", Tile(32, 64, 64, 4, 4))},
+}
+LINEAR_TF32_GROUPED = {arch: Tile(128, 64, 32, 8 if arch in (90, 100) else 4, 3) for arch in LINEAR}
+LINEAR_FLOAT32_GROUPED = Tile(32, 64, 32, 4, 3)
 
 #: Strips by padded rank, tallest first; for float32 the one that never spills when multiplied in full.
 SHRINK = {
@@ -159,6 +185,9 @@ SHRINK = {
     256: (Strip(64, 32, 8, 3), Strip(32, 32, 8, 3)),
 }
 SHRINK_FLOAT32 = Strip(64, 32, 8, 3)
+#: Where rows belong to several adapters the shortest, for a taller one spills; and on float32.
+SHRINK_GROUPED = {rank: strips[-1] for rank, strips in SHRINK.items()}
+SHRINK_FLOAT32_GROUPED = dict.fromkeys(SHRINK, Strip(32, 32, 8, 3)) | {256: Strip(32, 16, 8, 3)}
 #: The same beside a LayerNorm: with its statistics a taller strip, or a larger rank, spills on some architecture.
 LAYER_NORM_SHRINK = {16: Strip(32, 128, 4, 3), 32: Strip(32, 128, 8, 3), 64: Strip(32, 64, 4, 4)}
 LAYER_NORM_SHRINK_FLOAT32 = Strip(16, 32, 8, 3)
@@ -170,6 +199,8 @@ GRADIENT = {
     256: Strip(64, 64, 8, 3),
 }
 GRADIENT_FLOAT32 = Strip(32, 32, 8, 3)
+GRADIENT_GROUPED = GRADIENT | {16: Strip(32, 128, 8, 3)}
+GRADIENT_FLOAT32_GROUPED = Strip(16, 32, 8, 3)
 
 #: A batch of many adapters is split, for their gradients, as one of so many rows would be.
 GROUPED_ROWS = 8192
@@ -249,16 +280,21 @@ def linear_tiles(
     excluded = _NOT_WITH_EPILOGUE[arch] if epilogue or grouped else set()
     if derivative or grouped:
         excluded = excluded | _NOT_WITH_DERIVATIVE.get(arch, set())
+    if grouped:
+        excluded = excluded | _NOT_GROUPED.get(arch, set())
+        excluded = excluded | _NOT_GROUPED_BY_DERIVATIVE.get((arch, derivative), set())
     if grouped and epilogue:
         excluded = excluded | _NOT_GROUPED_WITH_EPILOGUE.get(arch, set())
     tiles = LINEAR[arch].get(variant, ())
     return tuple(tile for tile in tiles if (f"{form} {variant}", tile) not in excluded)
 
 
-def linear_tiles_float32(tf32: bool, epilogue: bool, grouped: bool = False) -> tuple[Tile, ...]:
-    """The same on float32: with an epilogue, or several adapters, the larger would spill."""
+def linear_tiles_float32(arch: int, tf32: bool, epilogue: bool, grouped: bool = False) -> tuple[Tile, ...]:
+    """The same on float32: with an epilogue the larger would spill."""
+    if grouped:
+        return (LINEAR_TF32_GROUPED[arch] if tf32 else LINEAR_FLOAT32_GROUPED,)
     tiles = LINEAR_TF32 if tf32 else LINEAR_FLOAT32
-    return tiles[1:] if epilogue or grouped else tiles
+    return tiles[1:] if epilogue else tiles
 
 
 def linear(
@@ -288,8 +324,8 @@ def linear(
     shape = steps(x.shape[0]), weight.shape[1], x.shape[1], padded_rank(rank)
     options = inner, outer, epilogue, derivative, grouped
     if x.dtype == torch.float32:
-        tiles = _cheapest_first(linear_tiles_float32(tf32_allowed(), epilogue, grouped), *shape[:2], arch)
-        return [Linear(tile, False, False, 0) for tile in tiles]
+        some = linear_tiles_float32(arch.name, tf32_allowed(), epilogue, grouped)
+        return [Linear(tile, False, False, 0) for tile in _cheapest_first(some, *shape[:2], arch)]
     return _linear(arch, described, shape, options)
 
 
@@ -358,8 +394,11 @@ def _describable(t: Tensor) -> bool:
     return t.stride(1) == 1 and t.numel() > 0 and row > 0 and row % 16 == 0 and t.data_ptr() % 16 == 0
 
 
-def shrink(t: Tensor, rank: int) -> list[Strip]:
-    """The strips of a pass that leaves `rank` numbers a row, the one to take first."""
+def shrink(t: Tensor, rank: int, grouped: bool = False) -> list[Strip]:
+    """The strips of a pass that leaves `rank` numbers a row, of one adapter or several; the one to take first."""
+    if grouped:
+        strips = SHRINK_FLOAT32_GROUPED if t.dtype == torch.float32 else SHRINK_GROUPED
+        return [strips[padded_rank(rank)]]
     return [SHRINK_FLOAT32] if t.dtype == torch.float32 else _tallest_first(SHRINK[padded_rank(rank)], t)
 
 
@@ -369,8 +408,10 @@ def layer_norm_shrink(x: Tensor, rank: int) -> Strip | None:
     return strip and (LAYER_NORM_SHRINK_FLOAT32 if x.dtype == torch.float32 else strip)
 
 
-def gradient(t: Tensor, rank: int) -> Strip:
-    """The strip of the pass that leaves `rank` numbers a column."""
+def gradient(t: Tensor, rank: int, grouped: bool = False) -> Strip:
+    """The strip of the pass that leaves `rank` numbers a column, of one adapter or several."""
+    if grouped:
+        return GRADIENT_FLOAT32_GROUPED if t.dtype == torch.float32 else GRADIENT_GROUPED[padded_rank(rank)]
     return GRADIENT_FLOAT32 if t.dtype == torch.float32 else GRADIENT[padded_rank(rank)]
 
 
