@@ -375,7 +375,7 @@ def test_a_layer_norm_leaves_no_xa_of_many_adapters(device):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="what a kernel calls is seen in the interpreter")
 def test_an_adapter_without_rows_in_a_tile_costs_it_no_product(monkeypatch):
-    adapters = Adapters(5, (20, 0, 30, 9))  # in one tile; one has no rows, and one no rank
+    adapters = Adapters(2, (10, 0, 15, 5))  # in one tile; one has no rows, and one no rank
     x, weight, bias, a, b = stacked_layer(adapters, 40, 36, "fp32", "cpu")
     products, real = [], low_rank.plus_ranks
 
