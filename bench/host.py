@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2Config
 
 import fastpeft
-from fastpeft import graphs, modules
+from fastpeft import graphs, modules, trunk
 from fastpeft.kernels import tiling
 
 H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
@@ -260,13 +260,15 @@ def host(layers: int, dropout: float, vary: bool, rounds: int) -> dict[str, Any]
     with ExitStack() as stack:
         launches = stack.enter_context(driver.nowhere(H100))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", without_dropout))
+        # Which packing takes for torch's own.
+        stack.enter_context(mock.patch.object(trunk._DEFINED, "_own", trunk._DEFINED._now()))
         for key, head, step_of in (("variants", "classifier", training), ("decoding", "lm", decoding)):
             setting = variants.Setting("small", "lora", "fp32", dropout, 8, head, "cpu")
             stock = variants.with_lora(base(layers, WIDTH, head), setting)
             models = {name: model_of(name, stock) for name in VARIANTS}
             steps = {name: step_of(model, batches) for name, model in models.items()}
             found[key] = measure(steps, launches, rounds)
-            _hold(models)
+            _hold(models, packed=key == "variants")
         found["runs"] = of_runs(layers, dropout, launches, rounds)
     return found | record.header()
 
@@ -284,13 +286,15 @@ def of_runs(layers: int, dropout: float, launches: driver.Launches, rounds: int)
         return measure(steps, launches, rounds)
 
 
-def _hold(models: dict[str, Any]) -> None:
-    """Raises Wrong where a variant didn't run what it is named for."""
+def _hold(models: dict[str, Any], packed: bool) -> None:
+    """Raises Wrong where a variant didn't run what it is named for, or not packed where it should."""
     for name, model in models.items():
         for row in fastpeft.report(model):
             expected = (VARIANTS[name] or {"backend": "stock"})["backend"]
             if row.kind == "lora" and row.path != expected:
                 raise variants.Wrong(f"{name} ran {row.name} by {row.path}: {row.reason}")
+            if packed and row.kind == "packing" and row.path == "stock":
+                raise variants.Wrong(f"{name} wasn't packed: {row.reason}")
 
 
 def first(layers: int, dropout: float, steps: int) -> dict[str, Any]:
