@@ -366,16 +366,14 @@ def adapted(
         if len(names) != len(x):
             raise ValueError(f"the batch has {len(x)} rows, and {len(names)} were given adapters")
         order = order_of(tuple(names), x.device)
-        groups = order.groups([x[0].numel() // x.shape[-1]] * len(x))
-        if order.by_adapter is not None:
-            x = x.index_select(0, order.by_adapter)
-            read = None if read is None else read.index_select(0, order.by_adapter)
+        groups, x = order.groups_of(x), order.put(x)
+        read = None if read is None else order.put(read)
     # Split, not sliced group by group: the gradients of the parts are then joined once.
     sizes = [rows.stop - rows.start for _, rows in groups.rows()]
     parts = (repeat(None) if t is None else t.flatten(0, -2).split(sizes) for t in (x, read, residual))
     each = zip(map(found.get, groups.names), *parts, strict=False)
     y = torch.cat(list(starmap(_through, each))).view(x.shape)
-    return y if order is None or order.back is None else y.index_select(0, order.back)
+    return y if order is None else order.put_back(y)
 
 
 def _in_use(found: dict[str, Any]) -> Any:

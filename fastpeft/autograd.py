@@ -40,6 +40,11 @@ class Part(NamedTuple):
         """Its rows of t."""
         return t if self.rows is None else t[self.rows]
 
+    @property
+    def scale(self) -> float:
+        """The scaling, times what dropout multiplies by what it keeps."""
+        return self.scaling * reference.keep_scale(self.dropout_p)
+
 
 class LoraLinear(torch.autograd.Function):
     """A frozen product with low-rank updates, each of rows of its own: `reference.lora_linear`, part by part.
@@ -76,13 +81,13 @@ class LoraLinear(torch.autograd.Function):
                 dropped = masks.apply(mask, dropped)
             xa_t = mm(a, dropped.to(wide).T)
             if wide == y.dtype:
-                updated.addmm_(xa_t.T, b.T, alpha=_scaled(part))
+                updated.addmm_(xa_t.T, b.T, alpha=part.scale)
             else:
-                updated.copy_(torch.addmm(updated.to(wide), xa_t.T, b.T, alpha=_scaled(part)))
+                updated.copy_(torch.addmm(updated.to(wide), xa_t.T, b.T, alpha=part.scale))
             saved += (None if whole or mask is None else dropped, mask, lora_a, lora_b, xa_t)
         whole = whole or not all(part.dropout_p > 0.0 for part in parts)
         ctx.save_for_backward(x if whole else None, weight, *saved)
-        ctx.parts, ctx.exact = parts, exact
+        ctx.parts = parts
         ctx.set_materialize_grads(False)
         return y
 
@@ -102,13 +107,13 @@ class LoraLinear(torch.autograd.Function):
             wide, d_lora_a, d_lora_b = xa_t.dtype, None, None
             dy_wide = part.of(dy).to(wide)
             if need_x or need_a:
-                dxa_t = mm(lora_b.to(wide).T, dy_wide.T).mul_(_scaled(part))
+                dxa_t = mm(lora_b.to(wide).T, dy_wide.T).mul_(part.scale)
             if need_a:
                 if dropped is None:
                     dropped = part.of(x) if mask is None else masks.apply(mask, part.of(x))
                 d_lora_a = mm(dxa_t, dropped.to(wide)).to(lora_a.dtype)
             if need_b:
-                d_lora_b = mm(xa_t, dy_wide).mul_(_scaled(part)).T.to(lora_b.dtype)
+                d_lora_b = mm(xa_t, dy_wide).mul_(part.scale).T.to(lora_b.dtype)
             if dx is not None:
                 updated, a = part.of(dx), lora_a.to(wide)
                 if mask is not None:
@@ -140,7 +145,7 @@ class LoraLinear(torch.autograd.Function):
                 dropped = dropped * keep
             a, b = lora_a.to(xa_t.dtype), lora_b.to(xa_t.dtype)
             part_dy, d = part.of(dy).to(xa_t.dtype), dropped.to(xa_t.dtype)
-            dxa = _scaled(part) * (part_dy @ b)
+            dxa = part.scale * (part_dy @ b)
             update = dxa @ a
             update = (update if keep is None else update * keep).to(dy.dtype)
             start, stop, _ = (part.rows or slice(None)).indices(len(dy))
@@ -148,7 +153,7 @@ class LoraLinear(torch.autograd.Function):
             end = stop
             found += (
                 (dxa.T @ d).to(lora_a.dtype),
-                (_scaled(part) * (part_dy.T @ (d @ a.T))).to(lora_b.dtype),
+                (part.scale * (part_dy.T @ (d @ a.T))).to(lora_b.dtype),
             )
         factors = (g if need else None for g, need in zip(found, needed, strict=True))
         return (
@@ -159,10 +164,6 @@ class LoraLinear(torch.autograd.Function):
             None,
             *factors,
         )
-
-
-def _scaled(part: Part) -> float:
-    return part.scaling * reference.keep_scale(part.dropout_p)
 
 
 class Stacked(torch.autograd.Function):

@@ -57,6 +57,18 @@ class Order(NamedTuple):
         ends = (0, *accumulate(sizes[row] for row in self.rows))
         return Groups(self.names, tuple(ends[start] for start in self.starts), self.starts)
 
+    def groups_of(self, x: Tensor) -> Groups:
+        """The groups of x (batch, ..., width), seen as rows of its width."""
+        return self.groups([x[:1].numel() // x.shape[-1]] * len(x))
+
+    def put(self, x: Tensor) -> Tensor:
+        """x (batch, ...) in the new order."""
+        return x if self.by_adapter is None else x.index_select(0, self.by_adapter)
+
+    def put_back(self, x: Tensor) -> Tensor:
+        """What was `put` so, in the batch's order."""
+        return x if self.back is None else x.index_select(0, self.back)
+
 
 @functools.lru_cache(maxsize=64)
 def order_of(names: tuple[str, ...], device: torch.device) -> Order:

@@ -103,22 +103,17 @@ class FusedLoraLinear(LoraLinear):
         order = None
         if groups is None:
             order = order_of(tuple(names), x.device)
-            groups = order.groups([x[:1].numel() // x.shape[-1]] * len(x))
-            if order.by_adapter is not None:
-                x = x.index_select(0, order.by_adapter)
+            groups, x = order.groups_of(x), order.put(x)
         call = GroupedCall(self, groups)
         options = site.backend, site.exact, site.strict
+        # What doesn't fit is for the operation to complain of.
+        decided = call.before(()) if call.fits else None
         try:
-            decided = (
-                call.before(()) if call.fits else None
-            )  # what doesn't is for the operation to complain of
             y, route = ops.routed_lora_linear(x, call.layer, *options, None if order else residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
-        if order is None:
-            return y
-        return ops.added(y if order.back is None else y.index_select(0, order.back), residual)
+        return y if order is None else ops.added(order.put_back(y), residual)
 
 
 class GroupedCall:
@@ -138,7 +133,7 @@ class GroupedCall:
             else None
             for name in groups.names
         ]
-        weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
+        weight = _weight(base)
         self.layer = ops.Grouped(weight, base.bias, updates, groups.bounds)
         self.updated = [u for u in updates if u is not None]
         ranks, dtypes = [len(u.lora_a) for u in self.updated], {t.dtype for u in self.updated for t in u[:2]}
@@ -294,8 +289,7 @@ def for_kernels(
 def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
     """What a call of this LoRA layer fuses, as its state is now, and the adapters that it has to add one by one."""
     base = module.base_layer
-    weight = base.weight if isinstance(base, Conv1D) else base.weight.t()
-    bias = base.bias
+    weight, bias = _weight(base), base.bias
     names, rest = _active(module), []
     dropouts = [dropout_p(module.lora_dropout[name]) for name in names]
     if len(names) > 1 and any(dropouts):  # each draws a mask of its own over x
@@ -313,6 +307,12 @@ def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
         lora_b = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in names], dim=1)
         scaling = 1.0
     return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
+
+
+def _weight(base: Any) -> Tensor:
+    """A base layer's weight as (K, N)."""
+    weight: Tensor = base.weight
+    return weight if isinstance(base, Conv1D) else weight.t()
 
 
 def dropout_p(dropout: nn.Module) -> float:

@@ -254,9 +254,8 @@ def routed_lora_linear(
         route = found
     rows = as_rows(x)
     if isinstance(layer, Projection) and (torch.compiler.is_compiling() or transformed()):
-        weight, bias, lora_a, lora_b, scaling, dropout_p, _ = (
-            layer  # the compiler fuses the plain formula by itself
-        )
+        # The compiler fuses the plain formula by itself.
+        weight, bias, lora_a, lora_b, scaling, dropout_p, _ = layer
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         y = (F.linear(x, weight.T, bias) + update).to(x.dtype)

@@ -292,7 +292,9 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         # The one wait for the device; of ids beneath the padding, stock makes errors too.
         sums = mask.sum(1)
         found = torch.stack((sums.sum(), sums.max(), visible, _in_range(module, arguments)))
-        count, longest, all_visible, in_range, *sizes = torch.cat((found, sums)).tolist()
+        if names is not None:
+            found = torch.cat((found, sums))
+        count, longest, all_visible, in_range, *sizes = found.tolist()
         if count == ids.numel():
             mask = None
         elif count == 0 or not all_visible:

@@ -128,10 +128,10 @@ class _Seen(NamedTuple):
     places: list[dict[str, Any]]  # the `_parameters` that hold what trains, once for each
     names: list[str]  # its name there
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
-    layers: int  # how many LoRA layers there were, and modules with bottleneck adapters behind them
-    named: list[Any]  # the modules that a call gave `adapter_names`
     causal: list[tuple[bool, int]]  # what they have to say of themselves
     tables: list[dict[str, Any]]  # the `__dict__`s of the embeddings
+    layers: int  # how many LoRA layers there were, and modules with bottleneck adapters behind them
+    named: list[Any]  # the modules that a call gave `adapter_names`
     offender: Any  # the module that keeps the trunk stock, if one does
 
 
@@ -215,10 +215,10 @@ class Trunk:
             [place[0] for place in places],
             [place[1] for place in places],
             [vars(block.attn) for block in transformer.h],
-            sum(isinstance(m, LoraLayer) or bool(adapters_of(m)) for m in called),
-            [m for m in called if names_given(m) is not None],
             [(True, i) for i in range(len(transformer.h))],
             [vars(m) for m in called if isinstance(m, nn.Embedding)],
+            sum(isinstance(m, LoraLayer) or bool(adapters_of(m)) for m in called),
+            [m for m in called if names_given(m) is not None],
             offender,
         )
         if offender is None:
