@@ -16,7 +16,7 @@ from fastpeft.compare.tasks import CLASSIFY
 
 CPU = torch.device("cpu")
 TINY = {"layers": 1, "width": 8, "heads": 1, "positions": 32, "crop": 16, "batch": 16, "steps": 60}
-TINY |= {"held_out": 60, "learning_rate": 1e-2}
+TINY |= {"held_out": 60, "learning_rate": 1e-2, "embedding_learning_rate": 1e-2, "tokens": 400}
 
 
 @pytest.fixture(autouse=True)
@@ -48,19 +48,34 @@ def test_it_learns_from_the_reviews_and_says_how_well(monkeypatch):
 
 def test_it_learns_to_predict_the_next_token_at_a_share_of_the_positions(monkeypatch):
     """Of 400 tokens, which cost 5.99 nats to guess, the reviews' eight words take few."""
-    speaking = {**TINY, "tokens": 400, "prediction_weight": 1.0}
+    speaking = {**TINY, "prediction_weight": 1.0}
     seen = []
     real = base_model.F.cross_entropy
     monkeypatch.setattr(
         base_model.F, "cross_entropy", lambda x, *rest, **of: seen.append(x.shape) or real(x, *rest, **of)
     )
     folder = base_model.ensure(CPU, **speaking)
-    assert set(seen) == {(16 * 16, 2), (16 * 15 // 16, 400)}
+    assert set(seen) == {(16 * 16, 2), (16 * 15 // 8, 400)}
     monkeypatch.undo()
     model = GPT2LMHeadModel.from_pretrained(folder).eval()
     ids = base_model.tokenizer(400)(["dull flat bad boring flat dull"], return_tensors="pt")["input_ids"]
     with torch.no_grad():
         assert model(ids, labels=ids).loss.item() < 0.7 * 5.99
+
+
+def test_it_begins_by_predicting_each_token_as_often_as_it_is_read():
+    tokenizer = base_model.tokenizer(400)
+    model = base_model._fresh(base_model.RECIPE | {"tokens": 400}, tokenizer).eval()
+    counts = torch.randint(2000, (400,), generator=torch.Generator().manual_seed(0))
+    base_model._speak_by_frequency(model, counts, base_model.RECIPE)
+    speaking = GPT2LMHeadModel(model.config).eval()
+    speaking.transformer.load_state_dict(model.transformer.state_dict())
+    with torch.no_grad():
+        predicted = speaking(torch.arange(0, 400, 50)[None]).logits[0].softmax(-1)
+    frequency = (counts + 1) / (counts + 1).sum()
+    # What is left is the noise of the other columns, 0.02 · sqrt(127) in each logit, which changes from word to word.
+    assert (predicted.log() - frequency.log()).std() < 0.3
+    assert (predicted - frequency).abs().sum(-1).max() < 0.3
 
 
 def test_a_changed_recipe_is_another_model(tmp_path):
@@ -98,7 +113,7 @@ def test_every_position_is_trained_though_crops_are_short():
     folder = base_model.ensure(CPU, **TINY)
     trained = GPT2ForSequenceClassification.from_pretrained(folder).transformer.wpe.weight
     torch.manual_seed(base_model.RECIPE["seed"])
-    fresh = base_model._fresh(base_model.RECIPE | TINY, base_model.tokenizer()).transformer.wpe.weight
+    fresh = base_model._fresh(base_model.RECIPE | TINY, base_model.tokenizer(400)).transformer.wpe.weight
     moved = (trained - fresh).norm(dim=1) / fresh.norm(dim=1)
     assert moved.min() > 0.5
 
@@ -128,10 +143,10 @@ def test_a_comparison_loads_it_with_its_tokenizer_and_a_head_for_its_labels(monk
     base = checkpoint.load("imdb-small", CLASSIFY, ("a", "b", "c"), CPU)
     assert base.model.config.num_labels == 3
     assert base.model.config.id2label == {0: "a", 1: "b", 2: "c"}
-    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 8191
+    assert base.model.config.pad_token_id == base.tokenizer.pad_token_id == 399
     assert base.description["pretrained_here"]["steps"] == 1
     again = AutoTokenizer.from_pretrained(base_model.location())
-    assert again("Hello world")["input_ids"] == base_model.tokenizer()("Hello world")["input_ids"]
+    assert again("Hello world")["input_ids"] == base_model.tokenizer(400)("Hello world")["input_ids"]
     assert all(row.path == "stock" for row in fastpeft.report(base.model))
 
 

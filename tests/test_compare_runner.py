@@ -480,7 +480,6 @@ def test_a_folder_that_moves_still_goes_on(finished, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_seeds_of_lora_train_together(tmp_path, monkeypatch):
-    monkeypatch.setattr(train.timing, "ROUNDS", 1)
     together = []
     stock = train.fastpeft.Sweep.train
     monkeypatch.setattr(

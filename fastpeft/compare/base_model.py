@@ -43,12 +43,14 @@ RECIPE: dict[str, Any] = {
     "positions": 512,
     "crop": 64,
     "batch": 32,
-    "steps": 1000,
+    "steps": 700,
     "learning_rate": 1.5e-3,
+    "embedding_learning_rate": 9e-3,
     "warm_up": 0.1,
+    "frequency_scale": 0.3,
     "first_judged_token": 4,
-    "predicted_share": 1 / 16,
-    "prediction_weight": 0.03,
+    "predicted_share": 1 / 8,
+    "prediction_weight": 0.1,
     "seed": 0,
 }
 
@@ -148,22 +150,29 @@ def _train(
     shuffled = torch.randperm(len(reviews), generator=generator)
     held_out, rest = shuffled[: recipe["held_out"]], shuffled[recipe["held_out"] :]
 
-    model = _fresh(recipe, encoder)
-    model.to(device)
-    fastpeft.patch(model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe["learning_rate"], fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe["learning_rate"], total_steps=recipe["steps"], pct_start=recipe["warm_up"]
+    read = recipe["steps"] * recipe["batch"]
+    rounds = [rest[torch.randperm(len(rest), generator=generator)] for _ in range(-(-read // len(rest)))]
+    order = torch.cat(rounds)[:read]
+    pieces = [_piece(texts[i], recipe["crop"], generator) for i in order.tolist()]
+    encoded: Any = encoder(
+        pieces, padding="max_length", truncation=True, max_length=recipe["crop"], return_tensors="pt"
     )
-    model.train()
-    order = torch.empty(0, dtype=torch.int64)
-    for step in range(recipe["steps"]):
-        if len(order) < recipe["batch"]:
-            order = torch.cat([order, rest[torch.randperm(len(rest), generator=generator)]])
-        batch, order = order[: recipe["batch"]], order[recipe["batch"] :]
-        pieces = [_piece(texts[i], recipe, generator) for i in batch.tolist()]
-        ids = encoder(pieces, verbose=False)["input_ids"]
-        _loss(model, ids, labels[batch], recipe, generator).backward()
+    crops, there = encoded["input_ids"], encoded["attention_mask"].bool()
+
+    model = _fresh(recipe, encoder)
+    _speak_by_frequency(model, torch.bincount(crops[there], minlength=len(encoder)), recipe)
+    model.to(device)
+    fastpeft.patch(model.eval())  # without dropout: what is read once isn't learnt by heart
+    embedding = model.transformer.wte.weight
+    others = [parameter for parameter in model.parameters() if parameter is not embedding]
+    rates = [recipe["learning_rate"], recipe["embedding_learning_rate"]]
+    optimizer = torch.optim.AdamW([{"params": others}, {"params": [embedding]}], fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, rates, total_steps=recipe["steps"], pct_start=recipe["warm_up"]
+    )
+    batches = zip(*(t.split(recipe["batch"]) for t in (crops, there, labels[order])), strict=True)
+    for step, batch in enumerate(batches):
+        _loss(model, *batch, recipe, generator).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -174,15 +183,15 @@ def _train(
     judged = encoder([texts[i] for i in held_out.tolist()], verbose=False)["input_ids"]
     outcome = {
         "held_out_accuracy": _accuracy(model, judged, labels[held_out]),
-        "train_reviews": len(rest),
+        "train_reviews": min(read, len(rest)),
         "seconds": time.perf_counter() - began,
     }
     return model, encoder, outcome
 
 
-def _piece(text: str, recipe: dict[str, Any], generator: torch.Generator) -> str:
+def _piece(text: str, crop: int, generator: torch.Generator) -> str:
     """A stretch of the text from a random word on, long enough for a crop of tokens and no longer than that takes."""
-    length = _LETTERS_A_TOKEN * recipe["crop"]
+    length = _LETTERS_A_TOKEN * crop
     start = int(torch.randint(max(1, len(text) - length // 2), (), generator=generator))
     start = text.find(" ", start - 1) if start else 0
     return text[max(start, 0) :][:length]
@@ -203,26 +212,41 @@ def _fresh(recipe: dict[str, Any], encoder: GPT2Tokenizer) -> Any:
     return GPT2ForSequenceClassification(config)
 
 
+def _speak_by_frequency(model: Any, counts: Tensor, recipe: dict[str, Any]) -> None:
+    """Have a fresh model predict each token as often as it was counted, rather than learn that first.
+
+    The embedding's first column is the tokens' log frequency, standardised, times a scale that fits the other columns;
+    and the final LayerNorm gives the head, which multiplies by the embedding, what makes it the log frequency again.
+    """
+    logs = (counts + 1.0).log()
+    deviation, scale = logs.std(), recipe["frequency_scale"]
+    norm = model.transformer.ln_f
+    with torch.no_grad():
+        model.transformer.wte.weight[:, 0] = (logs - logs.mean()) / deviation * scale
+        norm.weight[0], norm.bias[0] = 0.0, deviation / scale
+
+
 def _loss(
-    model: Any, tokens: list[list[int]], labels: Tensor, recipe: dict[str, Any], generator: torch.Generator
+    model: Any,
+    ids: Tensor,
+    there: Tensor,
+    labels: Tensor,
+    recipe: dict[str, Any],
+    generator: torch.Generator,
 ) -> Tensor:
     """Cross-entropy of the review's label at every token of a crop, each judging by what it has read, and of the next
-    token at a share of them.
+    token at a share of them: ids and whether one is there (texts, crop), labels (texts,).
 
     A causal model gives a verdict at each position for the price of one, and learns to judge texts of any length.
     Predicting a token costs as many products as there are tokens: a share of the positions teaches nearly as much.
     Crops' positions start anywhere, so that all are trained though crops are short (Kiyono et al., 2021, "SHAPE").
     """
-    device = model.device
-    crop, last = recipe["crop"], recipe["positions"] - recipe["crop"]
-    ids = torch.full((len(tokens), crop), model.config.pad_token_id)
-    verdicts = torch.full((len(tokens), crop), _IGNORED)
-    for row, text in enumerate(tokens):
-        piece = text[:crop]
-        ids[row, : len(piece)] = torch.tensor(piece)
-        verdicts[row, recipe["first_judged_token"] : len(piece)] = labels[row]
-    starts = torch.randint(last + 1, (len(tokens), 1), generator=generator)
-    hidden = _hidden(model, ids, (starts + torch.arange(crop)).to(device))
+    device, crop = model.device, torch.arange(recipe["crop"])
+    judging = there & (crop >= recipe["first_judged_token"])
+    verdicts = torch.where(judging, labels[:, None], _IGNORED)
+    last = recipe["positions"] - recipe["crop"]
+    starts = torch.randint(last + 1, (len(ids), 1), generator=generator)
+    hidden = _hidden(model, ids, (starts + crop).to(device))
     judged = F.cross_entropy(model.score(hidden).flatten(0, 1), verdicts.flatten().to(device))
 
     before, following = hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten().to(device)

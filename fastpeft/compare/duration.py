@@ -10,7 +10,7 @@ import torch
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.checkpoint import Base
 from fastpeft.compare.encoding import Encoded
-from fastpeft.compare.timing import BATCHES, ROUNDS, SIDES
+from fastpeft.compare.timing import BATCHES, SIDES
 from fastpeft.compare.train import EVALUATIONS, enough_memory, typical_batches
 
 #: A pass forward takes about a third of a training step.
@@ -31,7 +31,7 @@ def estimate(runs: int, base: Base, encoded: Encoded, arguments: Arguments, devi
     size = arguments.batch_size * arguments.accumulate
     steps = arguments.max_steps or arguments.epochs * len(encoded.train) / size
     judged = EVALUATIONS * _FORWARD * len(encoded.eval) / arguments.batch_size
-    timed = len(SIDES) * BATCHES * (ROUNDS + 1)
+    timed = len(SIDES) * (BATCHES + 1)
     run = step * (steps * arguments.accumulate + judged + timed)
     return _about(run * runs)
 
