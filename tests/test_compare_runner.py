@@ -154,7 +154,7 @@ def test_saved_weights_load_back_without_fastpeft_compare_and_give_the_same_logi
     base = runner.checkpoint.load(asked.model, CLASSIFY, ("bad", "good"), torch.device("cpu"))
     encoded = runner.encode(runner.data.load(asked.data, CLASSIFY), base, asked)
     with pytest.raises(InterruptedError):
-        train.train_run(method, 0, base, encoded, asked, weights.parent)
+        train.train_run(method, 0, train.Setting(base, encoded, asked), weights.parent)
     # By the line that the page gives, with peft, transformers, safetensors and fastpeft's public names.
     names = {"model": _base(folder), "peft": peft, "safetensors": safetensors, "transformers": transformers}
     names["fastpeft"] = fastpeft

@@ -7,20 +7,18 @@ import time
 
 import torch
 
-from fastpeft.compare.arguments import Arguments
-from fastpeft.compare.checkpoint import Base
-from fastpeft.compare.encoding import Encoded
 from fastpeft.compare.timing import BATCHES, SIDES
-from fastpeft.compare.train import EVALUATIONS, enough_memory, typical_batches
+from fastpeft.compare.train import EVALUATIONS, Setting, enough_memory, typical_batches
 
 #: A pass forward takes about a third of a training step.
 _FORWARD = 1 / 3
 
 
-def estimate(runs: int, base: Base, encoded: Encoded, arguments: Arguments, device: torch.device) -> str:
+def estimate(runs: int, setting: Setting, device: torch.device) -> str:
     """`about 2 minutes` for so many runs: from a training step of the stock base model, all its weights training."""
+    base, encoded, arguments = setting
     model = copy.deepcopy(base.model).to(device).train()
-    batch = typical_batches(encoded.train, base, arguments, device)[BATCHES // 2]
+    batch = typical_batches(setting, device)[BATCHES // 2]
     for _ in range(2):  # the first warms up
         began = time.perf_counter()
         with enough_memory():

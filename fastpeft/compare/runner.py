@@ -28,14 +28,14 @@ from fastpeft.compare import (
     preflight,
 )
 from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, Arguments
-from fastpeft.compare.encoding import Encoded, encode
+from fastpeft.compare.encoding import encode
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import why_not
 from fastpeft.compare.preflight import PLAN_FILE, RESULTS_FILE, part
 from fastpeft.compare.progress import Reporter
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
-from fastpeft.compare.train import judged_untrained, train_run, train_together
+from fastpeft.compare.train import Setting, judged_untrained, train_run, train_together
 
 FEWEST_TOKENS = 2  # of a text
 RUNS_FOLDER = "runs"
@@ -86,8 +86,9 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         out.mkdir(parents=True, exist_ok=True)
         _write(out / PLAN_FILE, plan)
         (out / RUNS_FOLDER).mkdir(exist_ok=True)
-    before = _before(arguments, base, encoded, state)
-    records = _train_all(arguments, plan, base, encoded, reporter, state)
+    setting = Setting(base, encoded, arguments)
+    before = _before(setting, state)
+    records = _train_all(setting, plan, reporter, state)
     results = plan | {"task": arguments.task, "before": before, "runs": records, "joined": None}
     if state.is_main_process:
         write(results, out)
@@ -116,21 +117,17 @@ def write(results: dict[str, Any], out: Path) -> None:
 
 
 def _train_all(
-    arguments: Arguments,
-    plan: dict[str, Any],
-    base: checkpoint.Base,
-    encoded: Encoded,
-    reporter: Reporter,
-    state: PartialState,
+    setting: Setting, plan: dict[str, Any], reporter: Reporter, state: PartialState
 ) -> list[dict[str, Any]]:
     """The records of all runs, those that have none yet trained first."""
+    arguments = setting.arguments
     runs = [(method, seed) for method in arguments.chosen for seed in range(arguments.seeds)]
     [records] = broadcast_object_list([[_record(arguments.out, *run) for run in runs]])
     kept = len(runs) - records.count(None)
     if kept:
         reporter.say(f"{kept} of {len(runs)} runs are in {arguments.out} already and kept")
     if missing := records.count(None):
-        takes = duration.estimate(missing, base, encoded, arguments, state.device)
+        takes = duration.estimate(missing, setting, state.device)
         reporter.say(f"{missing} {'run' if missing == 1 else 'runs'} to train: {takes}")
     clock = duration.Clock(missing)
     apart = [method.name for method in arguments.chosen if method.place.kind != "lora"]
@@ -151,9 +148,9 @@ def _train_all(
             state.wait_for_everyone()
             show = partial(reporter.step, f"{method.name}, seed {', '.join(map(str, seeds))}")
             if len(seeds) == 1:
-                found = [train_run(method, seeds[0], base, encoded, arguments, unfinished[0], show)]
+                found = [train_run(method, seeds[0], setting, unfinished[0], show)]
             else:
-                found = train_together(method, seeds, base, encoded, arguments, unfinished, show)
+                found = train_together(method, seeds, setting, unfinished, show)
                 reporter.say(_saved(found, arguments.accumulate))
             for index, record, folder, final in zip(indices, found, unfinished, finals, strict=True):
                 records[index] = record
@@ -175,18 +172,17 @@ def _saved(records: list[dict[str, Any]], accumulate: int) -> str:
     )
 
 
-def _before(
-    arguments: Arguments, base: checkpoint.Base, encoded: Encoded, state: PartialState
-) -> list[float] | None:
+def _before(setting: Setting, state: PartialState) -> list[float] | None:
     """The scores of the base model, judged once; None where its head is fresh and says nothing."""
-    if arguments.task == CLASSIFY:
+    out = setting.arguments.out
+    if setting.arguments.task == CLASSIFY:
         return None
-    path = arguments.out / BEFORE_FILE
+    path = out / BEFORE_FILE
     [known] = broadcast_object_list([path.exists()])
     if known:
         found: list[float] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    scores = judged_untrained(base, encoded, arguments, arguments.out / ".before")
+    scores = judged_untrained(setting, out / ".before")
     if state.is_main_process:
         _replace(path, json.dumps(scores) + "\n")
     return scores

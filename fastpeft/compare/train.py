@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -31,7 +31,7 @@ import fastpeft
 from fastpeft.compare import timing
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.checkpoint import Base
-from fastpeft.compare.encoding import Encoded, Examples, collator
+from fastpeft.compare.encoding import Encoded, collator
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.judging import SCORE, Judge
 from fastpeft.compare.machine import mixed_precision
@@ -47,12 +47,22 @@ WARM_UP = 0.1
 POINT = ("loss", "eval_loss", "eval_quality")
 
 
+class Setting(NamedTuple):
+    """What the runs of a comparison have in common."""
+
+    base: Base
+    encoded: Encoded
+    arguments: Arguments
+
+    def rate(self, method: Method) -> float:
+        """A method's learning rate."""
+        return self.arguments.lr or method.place.learning_rate
+
+
 def train_run(
     method: Method,
     seed: int,
-    base: Base,
-    encoded: Encoded,
-    arguments: Arguments,
+    setting: Setting,
     folder: Path,
     notify: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, Any]:
@@ -62,13 +72,13 @@ def train_run(
         BadInput: the device's memory, or the machine's, is too small.
     """
     set_seed(seed)
+    base, encoded, arguments = setting
     model: Any = copy.deepcopy(base.model)
     if arguments.task == CLASSIFY:
         model.score.weight.data.normal_(std=model.config.initializer_range)
     model = fastpeft.patch(apply(method, model, arguments.task), backend=arguments.backend)
     judge = Judge(encoded)
-    rate = arguments.lr or method.place.learning_rate
-    trainer = _trainer(model, base, encoded, judge, arguments, rate, seed, folder / "trainer", notify)
+    trainer = _trainer(model, setting, judge, setting.rate(method), seed, folder / "trainer", notify)
     memory = PeakMemory(trainer.args.device)
     with enough_memory():
         outcome = trainer.train()
@@ -77,27 +87,14 @@ def train_run(
     if not timing.fused_calls(model):
         raise RuntimeError(f"nothing fused was called while {method.name} trained:\n{fastpeft.report(model)}")
     seconds = outcome.metrics["train_runtime"] - sum(entry["eval_runtime"] for entry in evaluations)
-    return _recorded(
-        method,
-        seed,
-        base,
-        encoded,
-        arguments,
-        folder,
-        trainer,
-        judge,
-        trainer.state.log_history,
-        seconds,
-        peak,
-    )
+    history = trainer.state.log_history
+    return _recorded(method, seed, setting, folder, trainer, judge, history, seconds, peak)
 
 
 def train_together(
     method: Method,
     seeds: list[int],
-    base: Base,
-    encoded: Encoded,
-    arguments: Arguments,
+    setting: Setting,
     folders: list[Path],
     notify: Callable[[int, int], None] = lambda step, steps: None,
 ) -> list[dict[str, Any]]:
@@ -106,10 +103,8 @@ def train_together(
     Raises:
         BadInput: as `train_run`, or the runs can't be trained together here.
     """
-    config, rate = (
-        lora_config(method, base.model.config, arguments.task),
-        arguments.lr or method.place.learning_rate,
-    )
+    base, encoded, arguments = setting
+    config, rate = lora_config(method, base.model.config, arguments.task), setting.rate(method)
     runs = [fastpeft.Run(f"seed-{seed}", config, seed=seed) for seed in seeds]
     settings = _settings(arguments, rate, seeds[0], folders[0] / "trainer")
     settings.data_seed = None  # each run's order is of its own seed
@@ -136,12 +131,10 @@ def train_together(
         model: Any = PeftModel.from_pretrained(copy.deepcopy(base.model), result.folder, is_trainable=True)
         judge = Judge(encoded)
         fastpeft.patch(model, backend=arguments.backend)
-        trainer = _trainer(model, base, encoded, judge, arguments, rate, seed, folder / "judge", notify)
+        trainer = _trainer(model, setting, judge, rate, seed, folder / "judge", notify)
         judged = {"step": sweep.trainer.state.global_step, **trainer.evaluate()}
         history = [*({"step": step, "loss": loss} for step, loss in result.curve), judged]
-        found = _recorded(
-            method, seed, base, encoded, arguments, folder, trainer, judge, history, seconds, None
-        )
+        found = _recorded(method, seed, setting, folder, trainer, judge, history, seconds, None)
         records.append(found)
     shutil.rmtree(folders[0] / "trainer", ignore_errors=True)
     return records
@@ -150,9 +143,7 @@ def train_together(
 def _recorded(
     method: Method,
     seed: int,
-    base: Base,
-    encoded: Encoded,
-    arguments: Arguments,
+    setting: Setting,
     folder: Path,
     trainer: Any,
     judge: Judge,
@@ -161,6 +152,7 @@ def _recorded(
     peak: int | None,
 ) -> dict[str, Any]:
     """The record of a trained run, whose model is saved and timed."""
+    base, arguments = setting.base, setting.arguments
     sites = _sites(trainer.model)
     trained = sum(p.numel() for p in trainable(trainer.model))
     # Accelerate may have put autocast into the model's forward; the timed steps bring their own.
@@ -168,7 +160,7 @@ def _recorded(
     if trainer.is_world_process_zero():
         save(method, model, folder / "weights")
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
-    batches = typical_batches(encoded.train, base, arguments, trainer.args.device)
+    batches = typical_batches(setting, trainer.args.device)
     autocast: Callable[[], AbstractContextManager[Any]] = trainer.accelerator.autocast
     seconds = timing.step_seconds(model, batches, arguments.backend, autocast)
     trainer.accelerator.free_memory()
@@ -182,7 +174,7 @@ def _recorded(
         "trainable_parameters": trained,
         "trainable_share": trained / sum(p.numel() for p in base.model.parameters()),
         "formula": f"{method.formula(base.model.config, arguments.task)} = {trained:,}",
-        "learning_rate": arguments.lr or method.place.learning_rate,
+        "learning_rate": setting.rate(method),
         "steps": history[-1]["step"],
         **{f"step_seconds_{side}": median for side, median in seconds.medians.items()},
         "step_seconds_samples": seconds.steps,
@@ -194,12 +186,12 @@ def _recorded(
     }
 
 
-def judged_untrained(base: Base, encoded: Encoded, arguments: Arguments, folder: Path) -> list[float]:
+def judged_untrained(setting: Setting, folder: Path) -> list[float]:
     """The scores of the base model as it is."""
-    judge = Judge(encoded)
-    model = copy.deepcopy(base.model)
+    judge = Judge(setting.encoded)
+    model = copy.deepcopy(setting.base.model)
     with enough_memory():
-        _trainer(model, base, encoded, judge, arguments, 1.0, 0, folder, lambda *_: None).evaluate()
+        _trainer(model, setting, judge, 1.0, 0, folder, lambda *_: None).evaluate()
     shutil.rmtree(folder, ignore_errors=True)
     return judge.scores
 
@@ -282,15 +274,14 @@ def _settings(arguments: Arguments, learning_rate: float, seed: int, folder: Pat
 
 def _trainer(
     model: nn.Module,
-    base: Base,
-    encoded: Encoded,
+    setting: Setting,
     judge: Judge,
-    arguments: Arguments,
     learning_rate: float,
     seed: int,
     folder: Path,
     notify: Callable[[int, int], None],
 ) -> Trainer:
+    base, encoded, arguments = setting
     settings = _settings(arguments, learning_rate, seed, folder)
     trainer = _InOrder(
         model=model,
@@ -306,11 +297,10 @@ def _trainer(
     return trainer
 
 
-def typical_batches(
-    examples: Examples, base: Base, arguments: Arguments, device: torch.device
-) -> list[dict[str, Tensor]]:
+def typical_batches(setting: Setting, device: torch.device) -> list[dict[str, Tensor]]:
     """Training batches of short, middling and long texts: at even quantiles of their length."""
-    ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
+    base, encoded, arguments = setting
+    ordered = sorted(encoded.train, key=lambda example: len(example["input_ids"]))
     size = min(arguments.batch_size, len(ordered))
     starts = [
         math.floor((len(ordered) - size) * (i + 1) / (timing.BATCHES + 1)) for i in range(timing.BATCHES)
