@@ -68,8 +68,7 @@ class Grouped(NamedTuple):
         if not there:
             return None
         lora_a, lora_b = (
-            autograd.Stacked.apply([update is not None for update in self.updates], *factors)
-            for factors in ([u.lora_a for u in there], [u.lora_b for u in there])
+            self._stacked(factors) for factors in ([u.lora_a for u in there], [u.lora_b for u in there])
         )
         ranks = tuple(0 if u is None else u.lora_a.shape[0] for u in self.updates)
         drops = tuple(0.0 if u is None else float(u.dropout_p) for u in self.updates)
@@ -79,6 +78,14 @@ class Grouped(NamedTuple):
         )
         groups = Groups._make((*_rows(self.bounds, device), *_laws(ranks, scalings, drops, device)))
         return Projection(self.weight, self.bias, lora_a, lora_b, 1.0, max(drops), groups)
+
+    def _stacked(self, factors: list[Tensor]) -> Tensor:
+        first, *others = factors
+        alike = all(f.shape == first.shape and f.dtype == first.dtype for f in others)
+        if alike and len(factors) == len(self.updates):
+            return torch.stack(factors)
+        stacked: Tensor = autograd.Stacked.apply([update is not None for update in self.updates], *factors)
+        return stacked
 
 
 @functools.lru_cache(maxsize=8)
