@@ -161,9 +161,12 @@ def _at_once(
             break
         plans.append(plan)
         width = plan.widths[1]
-    # A layer by itself is its module's to call.
-    for count in range(len(plans), 0 if stages[0].norm is not None else 1, -1):
-        links = _links(stages[:count], plans)
+    alone = 0 if stages[0].norm is not None else 1  # a layer by itself is its module's to call
+    if len(plans) <= alone:
+        return None
+    projections = [plan.projection(packed.groups) for plan in plans]
+    for count in range(len(plans), alone, -1):
+        links = _links(stages[:count], projections)
         if links is None:
             continue
         site = stages[0].layer._fastpeft
@@ -180,7 +183,7 @@ def _at_once(
     return None
 
 
-def _links(stages: list[Stage], plans: list[Any]) -> list[ops.Link] | None:
+def _links(stages: list[Stage], projections: list[ops.Projection]) -> list[ops.Link] | None:
     """The stages as one operation takes them; None where something between them isn't what it knows."""
     links = []
     for i, (_, norm, act, dropout) in enumerate(stages):
@@ -190,7 +193,7 @@ def _links(stages: list[Stage], plans: list[Any]) -> list[ops.Link] | None:
         p = None if dropout is None else _drops(dropout)
         if (dropout is not None and p is None) or (norm is not None and type(norm) is not nn.LayerNorm):
             return None
-        links.append(ops.Link(plans[i].projection(), norm, activates, p))
+        links.append(ops.Link(projections[i], norm, activates, p))
     return links
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence, Set
+from itertools import chain
 from operator import is_
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -15,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import ops
 from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
-from fastpeft.plan import Plan, like
+from fastpeft.plan import Plan
 from fastpeft.swap import Site, stands_for
 
 
@@ -48,6 +49,7 @@ class FusedLoraLinear(LoraLinear):
             return self._grouped(x, args, kwargs, groups, residual)
         site = self._fastpeft
         plan = None if args or kwargs else planned(self, x)
+        layer: ops.Projection | ops.Grouped
         rest: list[str] = []
         if plan is None:
             reason = why_not_here() or (
@@ -57,14 +59,14 @@ class FusedLoraLinear(LoraLinear):
             if reason:
                 site.record(ops.Route("stock", reason))
                 return ops.added(super().forward(x, *args, **kwargs), residual)
-            projection, rest = projection_of(self)
+            layer, rest = projection_of(self)
         else:
-            projection = plan.projection()
+            layer = plan.layer()
         fused = None if rest else residual
         options = site.backend, site.exact, site.strict
         decided = None if plan is None else plan.decided
         try:
-            y, route = ops.routed_lora_linear(x, projection, *options, fused, decided)
+            y, route = ops.routed_lora_linear(x, layer, *options, fused, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         for name in rest:
@@ -83,12 +85,16 @@ class FusedLoraLinear(LoraLinear):
     ) -> Tensor:
         """`forward`, of rows that use different adapters."""
         site, names = self._fastpeft, kwargs.pop("adapter_names", ())
+        plan = None
         if args or kwargs:
             reason: str | None = "called with extra arguments"
         elif groups is None and len(names) != len(x):
             reason = "an error"  # for stock to raise
         else:
-            reason = why_not_grouped(self, names if groups is None else groups.names, x, x.shape[-1])
+            adapters = frozenset(names if groups is None else groups.names)
+            plan = planned(self, x, names=adapters)
+            wide = x.shape[-1:] == (self.in_features,)
+            reason = None if plan else _why_not_call(self, x, adapters) or (None if wide else "an error")
         if reason:
             site.record(ops.Route("stock", reason))
             stock = super().forward
@@ -104,186 +110,168 @@ class FusedLoraLinear(LoraLinear):
         if groups is None:
             order = order_of(tuple(names), x.device)
             groups, x = order.groups_of(x), order.put(x)
-        call = GroupedCall(self, groups)
+        layer = plan.layer(groups) if plan else grouped_of(self, groups)
+        decided = plan.decided if plan else None
         options = site.backend, site.exact, site.strict
-        # What doesn't fit is for the operation to complain of.
-        decided = call.before(()) if call.fits else None
         try:
-            y, route = ops.routed_lora_linear(x, call.layer, *options, None if order else residual, decided)
+            y, route = ops.routed_lora_linear(x, layer, *options, None if order else residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
         return y if order is None else ops.added(order.put_back(y), residual)
 
 
-class GroupedCall:
-    """What a `LoraPlan` is, of a call whose rows use different adapters, which are others at the next."""
-
-    def __init__(self, module: Any, groups: Groups) -> None:
-        base, self._site = module.base_layer, module._fastpeft
-        factors = module.lora_A._modules, module.lora_B._modules
-        updates = [
-            ops.Update(
-                factors[0][name].weight,
-                factors[1][name].weight,
-                module.scaling[name],
-                dropout_p(module.lora_dropout[name]),
-            )
-            if name in factors[0]
-            else None
-            for name in groups.names
-        ]
-        weight = _weight(base)
-        self.layer = ops.Grouped(weight, base.bias, updates, groups.bounds)
-        self.updated = [u for u in updates if u is not None]
-        ranks, dtypes = [len(u.lora_a) for u in self.updated], {t.dtype for u in self.updated for t in u[:2]}
-        # What kernels are prepared for, which isn't how many adapters there are.
-        drops = any(u.dropout_p > 0.0 for u in self.updated)
-        self._key = like(weight), like(base.bias), max(ranks, default=0), frozenset(dtypes), drops
-        self._projection: ops.Projection | None = None
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Of what the layer takes, K, and of what it makes, N."""
-        k, n = self.layer.weight.shape
-        return k, n
-
-    @property
-    def fits(self) -> bool:
-        """Whether the updates, if there are any, have shapes that go together with the layer's."""
-        k, n = self.widths
-        return all(a.shape[1:] == (k,) and b.shape == (n, len(a)) for a, b, *_ in self.updated)
-
-    def before(self, others: Sequence[Any]) -> ops.Decided:
-        """What was found out about a chain of such a layer and of such others behind it."""
-        return self._site.grouped.once((self._key, *(each._key for each in others)), ops.Decided)
-
-    def projection(self) -> ops.Projection:
-        """What the call computes, for kernels."""
-        if self._projection is None:
-            self._projection = self.layer.stacked(self.layer.weight.device)
-        assert self._projection is not None
-        return self._projection
-
-
 class LoraPlan(Plan):
-    """A LoRA layer of one active adapter: all that `why_not_lora` and `projection_of` read, compared or read again."""
+    """A LoRA layer of one active adapter, or of those that groups of rows name.
 
-    def __init__(self, module: Any, name: str) -> None:
-        factors = module.lora_A, module.lora_B, module.lora_dropout
-        self._places = [
-            each._parameters for each in (module.base_layer, *(part[name] for part in factors[:2]))
-        ]
-        self._dropout = module.lora_dropout[name]
+    All that `why_not_lora`, `projection_of` and `grouped_of` read is compared, or read again.
+    """
+
+    def __init__(self, module: Any, names: Set[str] | None = None) -> None:
         active = module._active_adapter
         self._active = list(active) if isinstance(active, list) else active
-        self._name, self._scaling = name, module.scaling
+        self.names = names  # of groups; None for the active adapter
+        #: Those that the layer has.
+        self.adapters = (
+            _active(module) if names is None else [name for name in module.lora_A if name in names]
+        )
+        self._scaling = module.scaling
         self._transposed = not isinstance(module.base_layer, Conv1D)
+        factors = module.lora_A, module.lora_B, module.lora_dropout
+        parts = [[part[name] for name in self.adapters] for part in factors]
+        self._dropouts = parts[2]
+        self._held = [(module.base_layer._parameters, name) for name in ("weight", "bias")]
+        for lora_a, lora_b in zip(*parts[:2], strict=True):
+            self._held += [
+                (lora_a._parameters, "weight"),
+                (lora_b._parameters, "weight"),
+                (lora_b._parameters, "bias"),
+            ]
         self._chains: dict[int, tuple[Sequence[LoraPlan], ops.Decided]] = {}
-        super().__init__(module, [module, *factors], [module.base_layer, *(part[name] for part in factors)])
+        super().__init__(module, [module, *factors], [module.base_layer, *chain(*parts)])
+        self._decided = module._fastpeft.decided
 
     def before(self, others: Sequence[LoraPlan]) -> ops.Decided:
         """What was found out about a chain of this layer and of these others behind it."""
         known, decided = self._chains.get(len(others), ((), None))
         if decided is None or not all(map(is_, known, others)):
-            decided = ops.Decided()
+            kinds = self._kind(), *(each._kind() for each in others)
+            decided = self._decided.once(kinds, ops.Decided)
             self._chains[len(others)] = others, decided
         return decided
 
+    def _kind(self) -> Hashable:
+        """What kernels are prepared for, which isn't how many adapters there are."""
+        weight, bias, *factors = self._like
+        if self.names is None:
+            return weight, bias, *factors
+        ranks = [shape[0] for _, _, _, shape, _ in factors[::3]]
+        dtypes = (frozenset(dtype for _, dtype, *_ in factors[i::3]) for i in range(2))
+        return weight, bias, max(ranks, default=0), *dtypes
+
     def read(self) -> list[Tensor | None]:
-        """Weight and bias of the frozen layer, lora_a and lora_b, and the latter's bias, which there mustn't be."""
-        base, lora_a, lora_b = self._places
-        held = [(base, "weight"), (base, "bias"), (lora_a, "weight"), (lora_b, "weight"), (lora_b, "bias")]
-        return [each.get(name, False) for each, name in held]
+        """Weight and bias of the frozen layer; of each adapter lora_a, lora_b, and its bias, which there mustn't be."""
+        return [each.get(name, False) for each, name in self._held]
 
     @property
     def widths(self) -> tuple[int, int]:
         """Of what the layer takes, K, and of what it makes, N."""
-        _, _, lora_a, lora_b, _ = self.tensors
-        assert lora_a is not None
-        assert lora_b is not None
-        return lora_a.shape[1], lora_b.shape[0]
+        k, n = self._like[0][3]
+        return (n, k) if self._transposed else (k, n)
 
     @property
     def fits(self) -> bool:
         """Whether the parameters have shapes that go together."""
-        weight, bias, lora_a, lora_b, *_ = self.projection()
-        rank, (k, n) = lora_a.shape[0], self.widths
-        shapes = weight.shape, (n,) if bias is None else bias.shape, lora_b.shape
-        return shapes == ((k, n), (n,), (n, rank))
+        weight, bias, *factors = self.tensors
+        if weight is None or weight.dim() != 2:
+            return False
+        k, n = self.widths
+        return (bias is None or bias.shape == (n,)) and all(
+            a.shape[1:] == (k,) and b.shape == (n, len(a)) and none is None
+            for a, b, none in zip(*[iter(factors)] * 3, strict=True)
+        )
 
     def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         return (
             not module._disable_adapters
             and not module.merged_adapters
-            and not module.lora_variant
-            and module._active_adapter == self._active
+            and (self.names is not None or module._active_adapter == self._active)
+            and module.lora_variant.keys().isdisjoint(self.adapters)
             and module.scaling is self._scaling
-            and type(self._scaling[self._name]) in (float, int)
+            and _NUMBERS.issuperset(map(type, map(self._scaling.get, self.adapters)))
             and super().holds(module, x, walked)
         )
 
-    def projection(self) -> ops.Projection:
-        """What the call computes, of tensors that `holds` has just seen."""
-        weight, bias, lora_a, lora_b, _ = self.tensors
-        assert weight is not None
-        assert lora_a is not None
-        assert lora_b is not None
+    def layer(self, groups: Groups | None = None) -> ops.Projection | ops.Grouped:
+        """What the call computes, with an update for each group where there are groups.
+
+        Of tensors that `holds` has just seen.
+        """
+        weight, bias, *factors = cast(list[Any], self.tensors)
         if self._transposed:
             weight = weight.t()
-        scaling = float(self._scaling[self._name])
-        return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropout_p(self._dropout))
+        held = zip(factors[::3], factors[1::3], self.adapters, self._dropouts, strict=True)
+        updates = [
+            ops.Update(lora_a, lora_b, float(self._scaling[name]), dropout_p(dropout))
+            for lora_a, lora_b, name, dropout in held
+        ]
+        if groups is None:
+            return ops.Projection(weight, bias, *updates[0])
+        of = dict(zip(self.adapters, updates, strict=True))
+        return ops.Grouped(weight, bias, [of.get(name) for name in groups.names], groups.bounds)
+
+    def projection(self, groups: Groups | None) -> ops.Projection:
+        """`layer` as kernels take it, of one adapter or more."""
+        layer = self.layer(groups)
+        found = layer.stacked(layer.weight.device) if isinstance(layer, ops.Grouped) else layer
+        assert found is not None
+        return found
 
 
-def planned(module: Any, x: Tensor, width: int | None = None, walked: Any = None) -> LoraPlan | None:
+#: Of scalings.
+_NUMBERS = frozenset((float, int))
+
+
+def planned(
+    module: Any,
+    x: Tensor,
+    width: int | None = None,
+    walked: Any = None,
+    names: Set[str] | None = None,
+) -> LoraPlan | None:
     """The plan of a call of this LoRA layer on x, made where there is none; None where it isn't fused by one.
 
     Where a `width` is given, the call is on a tensor of that width that comes of x. `walked` is as in `Plan.holds`.
+    Where groups of rows have adapters, `names` are theirs.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() == 0:
         return None
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
     plan = site.plan
-    if plan is not None and plan.holds(module, x, walked):
+    if plan is not None and plan.names == names and plan.holds(module, x, walked):
         return plan if width == plan.widths[0] else None
-    base = module.base_layer
-    if why_not_here() or why_not_lora(module):
+    if _why_not_call(module, x, names) or (names is None and len(_active(module)) > 1):
         return None
-    if why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None)):
-        return None
-    names = _active(module)
-    if len(names) > 1 or module.lora_variant:
-        return None
-    if module.lora_B[names[0]].bias is not None:
-        return None
-    plan = LoraPlan(module, names[0])
-    if not plan.holds(module, x) or width != plan.widths[0] or not plan.fits:
+    plan = LoraPlan(module, names)
+    if not plan.holds(module, x) or not plan.fits or width != plan.widths[0]:
         return None  # a shape for the operation to complain of
+    plan.decided = plan.before(())
     site.plan = plan
     return plan
 
 
-def for_kernels(
-    layer: Any, x: Tensor, width: int, walked: Any, groups: Groups | None
-) -> LoraPlan | GroupedCall | None:
-    """`planned`, or a call by `groups`, where kernels may do what the layer does beside other work; else None."""
+def for_kernels(layer: Any, x: Tensor, width: int, walked: Any, groups: Groups | None) -> LoraPlan | None:
+    """`planned`, where kernels may do what the layer does beside other work; else None."""
     if type(layer) is not FusedLoraLinear:
         return None
     site = layer._fastpeft
-    if groups is not None:
-        if ops.choose(site.backend, site.exact, x.device).path != "triton":
-            return None
-        if why_not_grouped(layer, groups.names, x, width):
-            return None
-        call = GroupedCall(layer, groups)
-        return call if call.updated and call.fits else None
     if site.plan is not None and site.plan.decided.by_torch:
         return None
-    plan = planned(layer, x, width, walked)
+    plan = planned(layer, x, width, walked, None if groups is None else frozenset(groups.names))
     if plan is None or plan.decided.chosen(site.backend, site.exact, x.device).path != "triton":
         return None
-    return plan
+    return plan if plan.adapters else None
 
 
 def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
@@ -309,6 +297,23 @@ def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
     return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
 
 
+def grouped_of(module: Any, groups: Groups) -> ops.Grouped:
+    """What a call of this LoRA layer on these groups of rows fuses, as its state is now."""
+    base = module.base_layer
+    updates = [
+        ops.Update(
+            module.lora_A[name].weight,
+            module.lora_B[name].weight,
+            module.scaling[name],
+            dropout_p(module.lora_dropout[name]),
+        )
+        if name in module.lora_A
+        else None
+        for name in groups.names
+    ]
+    return ops.Grouped(_weight(base), base.bias, updates, groups.bounds)
+
+
 def _weight(base: Any) -> Tensor:
     """A base layer's weight as (K, N)."""
     weight: Tensor = base.weight
@@ -325,23 +330,19 @@ def _active(module: Any) -> list[str]:
     return [name for name in module.active_adapters if name in module.lora_A]
 
 
-def why_not_grouped(module: Any, names: Sequence[str], x: Tensor, width: int) -> str | None:
-    """Why a call of this LoRA layer on rows that use these adapters must run stock; else None.
-
-    The rows are of this width and come of x.
-    """
+def _why_not_call(module: Any, x: Tensor, names: Set[str] | None) -> str | None:
+    """Why a call of this LoRA layer on what comes of x has no plan; of rows with these adapters, why it runs stock."""
     if torch.compiler.is_compiling():
         return "traced"
     base = module.base_layer
     reason = why_not_here() or why_not_lora(module, names)
-    reason = reason or why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None))
-    return reason or (None if width == module.in_features else "an error")  # for stock to raise
+    return reason or why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None))
 
 
-def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:
+def why_not_lora(module: Any, given: Set[str] | None = None) -> str | None:
     """Why this LoRA layer, as it is now, must run stock; None where fusion computes the same.
 
-    It is asked about the adapters that are active, or about these, one a row.
+    It is asked about the adapters that are active, or about these.
     """
     base = module.base_layer
     if type(base) not in (Conv1D, nn.Linear, *FROZEN):
@@ -352,15 +353,14 @@ def why_not_lora(module: Any, given: Sequence[str] | None = None) -> str | None:
         return "adapters are merged into the base weight"
     if not is_plain(base):
         return "base_layer has hooks or a replaced forward"
-    names = (
-        _active(module) if given is None else [name for name in dict.fromkeys(given) if name in module.lora_A]
-    )
+    parts = module.lora_A, module.lora_B, module.lora_dropout
+    names = _active(module) if given is None else [name for name in parts[0] if name in given]
     if not names and given is None:
         return "no adapter is active here"
     for name in names:
         if name in module.lora_variant:
             return f"adapter {name!r} is {type(module.lora_variant[name]).__name__}, not plain LoRA"
-        lora_a, lora_b, dropout = module.lora_A[name], module.lora_B[name], module.lora_dropout[name]
+        lora_a, lora_b, dropout = (part[name] for part in parts)
         if not (is_plain(lora_a) and is_plain(lora_b) and is_plain(dropout)):
             return f"adapter {name!r} has hooks or a replaced forward"
         if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:

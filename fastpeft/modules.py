@@ -136,7 +136,7 @@ def _replaced() -> str | None:
 def is_plain(module: nn.Module, but_for: Any = None) -> bool:
     """Whether a call of `module` runs its class's forward, and perhaps `but_for` after it, and nothing else."""
     return not (
-        any(hook is not but_for for hook in module._forward_hooks.values())
+        (module._forward_hooks and any(hook is not but_for for hook in module._forward_hooks.values()))
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastpeft import ops
-from fastpeft.modules import why_not_here
+from fastpeft.modules import is_plain, why_not_here
 
 
 class Plan(ABC):
@@ -36,6 +36,7 @@ class Plan(ABC):
         self._attributes = list(map(vars, parts))
         self.tensors = self.read()
         self._like = list(map(like, self.tensors))
+        self._whole = False not in self._like
         #: What was found out about its operation.
         self.decided = ops.Decided()
 
@@ -55,9 +56,9 @@ class Plan(ABC):
         if walked is None or walked is not self._walked or self._module is not module:
             if not (
                 self._module is module
-                and self._handles == RemovableHandle.next_id
                 and self._holders == self._children
                 and list(map(type, self._parts)) == self._kinds
+                and (self._handles == RemovableHandle.next_id or self._is_plain())
                 and not any(map(contains, self._attributes, repeat("forward")))
                 and why_not_here() is None
             ):
@@ -66,13 +67,21 @@ class Plan(ABC):
         self.tensors = self.read()
         first, now = self.tensors[0], list(map(like, self.tensors))
         return (
-            now == self._like
-            and False not in now
+            self._whole
+            and now == self._like
             and first is not None
             and type(x) is Tensor
             and x.device == first.device
             and self.takes(x)
         )
+
+    def _is_plain(self) -> bool:
+        """Whether no module below has a hook, which then holds for all handles given out up to now."""
+        handles = RemovableHandle.next_id
+        if not all(map(is_plain, self._parts)):
+            return False
+        self._handles = handles
+        return True
 
     def takes(self, x: Tensor) -> bool:
         """Whether x has a dtype that the call was planned for."""

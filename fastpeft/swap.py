@@ -29,13 +29,11 @@ class Site:
     last: ops.Route | None = None
     calls: int = 0
     plan: Any = None  # what its last call found out, for the next to compare
-    grouped: Memo = field(
-        default_factory=lambda: Memo(64)
-    )  # the same of calls whose rows use different adapters
+    decided: Memo = field(default_factory=lambda: Memo(64))  # ops.Decided by what plans were of
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which begin without a plan: it is of this module."""
-        return {**vars(self), "plan": None, "grouped": Memo(64)}
+        return {**vars(self), "plan": None, "decided": Memo(64)}
 
     def record(self, route: ops.Route) -> None:
         """Note a call; not while compiling, where a changing counter would recompile each call."""

@@ -6,6 +6,7 @@ import copy
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -90,13 +91,19 @@ def hook_on(part, kind):
     return change
 
 
+def base_replaced(model):
+    layer = layer_of(model)
+    layer.base_layer = copy.deepcopy(layer.base_layer)
+    layer.base_layer.weight.data.mul_(2)
+
+
 def scaling(model):
     layer_of(model).scaling["default"] = 0.7
 
 
 def scaling_dictionary(model):
     layer = layer_of(model)
-    layer.scaling = {"default": 0.7}
+    layer.scaling = dict.fromkeys(layer.scaling, 0.7)
 
 
 def learnable_scaling(model):
@@ -136,6 +143,7 @@ CHANGES = {
     "weight replaced": replace_weight,
     "weight edited": lambda model: layer_of(model).base_layer.weight.data.mul_(2),
     "weight transposed in memory": transpose_in_memory,
+    "base replaced": base_replaced,
     "factor replaced": swap_factor,
     "larger rank": larger_rank,
     "factor edited": lambda model: layer_of(model).lora_A["default"].weight.data.mul_(2),
@@ -239,6 +247,136 @@ def test_through_the_kernels_too(change, scope):
         CHANGES[change](each)
     for _ in range(2):
         assert_same(model, stock, 1e-4)
+
+
+#: The adapters of two rows, which change places.
+ROWS = ["second", "default"]
+
+
+def with_rows(**overrides):
+    """A model of two adapters, of different ranks and targets, both of which train."""
+    model = with_lora(gpt2(GPT2ForSequenceClassification, **overrides), layers_to_transform=[0])
+    model.add_adapter("second", second())
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            nn.init.constant_(parameter, 0.05)
+    model.set_requires_grad(["default", "second"])
+    return model
+
+
+def second(**options):
+    return LoraConfig(
+        r=3, target_modules=["c_fc", "c_proj"], layers_to_transform=[0], fan_in_fan_out=True, **options
+    )
+
+
+def outcome_of_rows(model, names=ROWS, entered=True):
+    """As `outcome`, of rows with these adapters; or the error."""
+    try:
+        with fastpeft.adapter_rows(model, names) if entered else nullcontext():
+            return outcome(model)
+    except (KeyError, RuntimeError, ValueError) as error:
+        return {type(error).__name__: torch.tensor(list(str(error).encode()))}
+
+
+def assert_same_rows(model, stock, rtol=1e-9, names=ROWS, entered=True):
+    mine, expected = (outcome_of_rows(each, names, entered) for each in (model, stock))
+    assert mine.keys() == expected.keys()
+    for name, value in mine.items():
+        tolerance = rtol if expected[name].dtype == torch.float64 else max(rtol, 1e-4)
+        torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance * 10, msg=name)
+
+
+def of_second(change):
+    """What `change` does to the second adapter's parts of a layer, as a change of the model."""
+
+    def of_model(model):
+        layer = layer_of(model)
+        change(layer, layer.lora_A["second"], layer.lora_B["second"])
+
+    return of_model
+
+
+def added_again(model):
+    model.delete_adapter("second")
+    model.add_adapter("second", second(lora_alpha=5))
+    for name, parameter in model.named_parameters():
+        if ".second." in name:
+            nn.init.constant_(parameter, 0.04)
+
+
+ROW_CHANGES = CHANGES | {
+    "second's scaling": of_second(lambda layer, a, b: layer.scaling.update(second=0.7)),
+    "second's weight replaced": of_second(lambda layer, a, b: setattr(b, "weight", nn.Parameter(b.weight * 2))),
+    "second's weight edited": of_second(lambda layer, a, b: a.weight.data.mul_(2)),
+    "second is frozen": of_second(lambda layer, a, b: b.weight.requires_grad_(False)),
+    "second's bias": of_second(lambda layer, a, b: setattr(b, "bias", nn.Parameter(b.weight[:, 0] + 1))),
+    "second's hook": of_second(lambda layer, a, b: b.register_forward_hook(lambda m, args, out: 2 * out)),
+    "second's own forward": of_second(lambda layer, a, b: setattr(b, "forward", lambda x: x @ b.weight.T * 3)),
+    "second's dropout": of_second(
+        lambda layer, a, b: layer.lora_dropout.update({"second": nn.Dropout(1.0)})
+    ),
+    "second leaves the layer": of_second(lambda layer, a, b: layer.lora_A.pop("second")),
+    "second deleted": lambda model: model.delete_adapter("second"),
+    "second added again": added_again,
+    "second renamed": lambda model: [
+        part.update({"new": part.pop("second")})
+        for part in (layer_of(model).lora_A, layer_of(model).lora_B, layer_of(model).lora_dropout)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("scope", "once"), [("layers", True), ("auto", True), ("auto", False)])
+@pytest.mark.parametrize("change", ROW_CHANGES)
+def test_what_changed_between_two_calls_of_rows_with_adapters_counts_too(change, scope, once):
+    """Within one `adapter_rows`, or in one of each call's own, which gives out handles of hooks."""
+    model, stock = pair(torch.float64, with_rows(), scope=scope)
+    if change.startswith("dropout"):
+        for each in (model, stock):
+            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+    with ExitStack() as stack:
+        for each in (model, stock) if once else ():
+            stack.enter_context(fastpeft.adapter_rows(each, ROWS))
+        assert_same_rows(model, stock, entered=not once)
+        plan = layer_of(model)._fastpeft.plan
+        assert plan.names == set(ROWS)
+        assert_same_rows(model, stock, entered=not once)
+        assert layer_of(model)._fastpeft.plan is plan
+        for each in (model, stock):
+            ROW_CHANGES[change](each)
+        for _ in range(2):
+            assert_same_rows(model, stock, entered=not once)
+    assert_fused(model, ("activation",))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "change",
+    ["weight replaced", "larger rank", "factor frozen", "renamed", "weight trains", "dropout's p",
+     "forward hook on a", "second's scaling", "second's dropout", "second added again", "second leaves the layer"],
+)  # fmt: skip
+def test_of_rows_with_adapters_through_the_kernels_too(change):
+    model, stock = pair(torch.float32, with_rows(n_embd=16, n_layer=1), backend="triton")
+    if change == "dropout's p":
+        for each in (model, stock):
+            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+    assert_same_rows(model, stock, 1e-4)
+    assert_fused(model, ("lora",), path="triton")
+    for each in (model, stock):
+        ROW_CHANGES[change](each)
+    for _ in range(2):
+        assert_same_rows(model, stock, 1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+def test_other_rows_and_none_between_two_calls(backend):
+    dtype, rtol = (torch.float64, 1e-9) if backend == "torch" else (torch.float32, 1e-4)
+    model, stock = pair(dtype, with_rows(n_embd=16, n_layer=1), backend=backend)
+    for names in (ROWS, ROWS[::-1], ["second", "second"], ["__base__", "second"], ["__base__"] * 2, ROWS):
+        assert_same_rows(model, stock, rtol, names)
+        if names == ["second", "second"]:
+            assert_same(model, stock, rtol)
+    assert_fused(model, ("lora",), path=backend)
 
 
 def block_of(model):
@@ -459,19 +597,18 @@ def test_copies_and_pickles_have_no_plan_of_their_model(tmp_path):
             layer_of(one).lora_A["default"].weight.data.div_(2)
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
-def test_a_rank_that_no_longer_fits_is_an_error_that_names_the_layer(backend):
-    model, _ = interpreted_pair() if backend == "triton" else pair(torch.float32, backend=backend)
-    outcome(model)
-    wide, width = (
-        layer_of(model).lora_B["default"].out_features,
-        layer_of(model).lora_A["default"].in_features,
-    )
-    layer_of(model).lora_A["default"].weight = nn.Parameter(torch.ones(7, width))
-    with pytest.raises(
-        ValueError, match=rf"h\.0\.mlp\.c_fc: lora_b has shape \({wide}, 4\), expected \({wide}, 7\)"
-    ):
+def test_a_rank_that_no_longer_fits_is_an_error_that_names_the_layer(backend, rows):
+    model, _ = pair(torch.float32, with_rows(n_embd=16, n_layer=1), backend=backend)
+    with fastpeft.adapter_rows(model, ROWS) if rows else nullcontext():
         outcome(model)
+        layer = layer_of(model)
+        wide, width = layer.out_features, layer.in_features
+        layer.lora_A["default"].weight = nn.Parameter(torch.ones(7, width))
+        message = rf"h\.0\.mlp\.c_fc: lora_b has shape \({wide}, 4\), expected \({wide}, 7\)"
+        with pytest.raises(ValueError, match=message):
+            outcome(model)
 
 
 def test_a_model_that_is_gone_is_not_kept():
@@ -514,7 +651,20 @@ def test_a_plan_asks_nothing_again(monkeypatch):
     outcome(model)
     from fastpeft import lora
 
-    monkeypatch.setattr(lora, "why_not_lora", lambda module: pytest.fail("asked again"))
+    monkeypatch.setattr(lora, "why_not_lora", lambda *given: pytest.fail("asked again"))
     monkeypatch.setattr(ops, "_check_lora_linear", lambda *given: pytest.fail("checked again"))
     outcome(model)
     outcome(model, 9)
+    nn.Linear(1, 1).register_forward_hook(print)  # somebody's, whose handle counts among all
+    outcome(model)
+
+
+def test_nor_does_one_of_rows_with_adapters(monkeypatch):
+    model, _ = pair(torch.float32, with_rows())
+    outcome_of_rows(model)
+    from fastpeft import lora
+
+    monkeypatch.setattr(lora, "why_not_lora", lambda *given: pytest.fail("asked again"))
+    monkeypatch.setattr(ops, "_check_lora_linear", lambda *given: pytest.fail("checked again"))
+    outcome_of_rows(model)
+    outcome_of_rows(model, ROWS[::-1])
