@@ -165,7 +165,7 @@ class LoraPlan(Plan):
         weight, bias, *factors = self._like
         if self.names is None:
             return weight, bias, *factors
-        ranks = [shape[0] for _, _, _, shape, _ in factors[::3]]
+        ranks = [shape[0] for _, _, _, shape, *_ in factors[::3]]
         dtypes = (frozenset(dtype for _, dtype, *_ in factors[i::3]) for i in range(2))
         return weight, bias, max(ranks, default=0), *dtypes
 

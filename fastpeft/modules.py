@@ -146,11 +146,14 @@ def is_plain(module: nn.Module, but_for: Any = None) -> bool:
 
 def why_not_tensors(first: Tensor, *others: Tensor, same_dtype: bool = True) -> str | None:
     """Why these tensors can't go into one fused operation; stock decides what becomes of them."""
+    saves = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which can't ask `is_inference`
     for tensor in (first, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its tensors are {type(tensor).__name__}"
         if tensor.dtype not in ops.FLOATS:
             return f"dtype {tensor.dtype}"
+        if saves and tensor.is_inference():  # no autograd function can save one
+            return "its tensors are of torch.inference_mode"
         if tensor.is_meta or tensor.device != first.device:
             return f"tensors on {first.device} and {tensor.device}"
         if same_dtype and tensor.dtype != first.dtype and not torch.is_autocast_enabled(first.device.type):

@@ -20,8 +20,8 @@ class Plan(ABC):
     """What a module's call was found to be.
 
     Costs the host some 5 µs a call where asking everything costs 50. Modules below are compared by identity and class,
-    and for a forward of their own; parameters by class, dtype, device, shape and strides. Hooks come only with handles,
-    which torch numbers: while no number was given out since, none has come.
+    and for a forward of their own; parameters by class, dtype, device, shape, strides and whether inference mode made
+    them. Hooks come only with handles, which torch numbers: while no number was given out since, none has come.
     """
 
     def __init__(self, module: Any, holders: Sequence[Any], parts: Sequence[nn.Module]) -> None:
@@ -36,7 +36,8 @@ class Plan(ABC):
         self._attributes = list(map(vars, parts))
         self.tensors = self.read()
         self._like = list(map(like, self.tensors))
-        self._whole = False not in self._like
+        # What inference mode made can't be saved for backward: it is asked about at each call.
+        self._whole = not any(t is False or (t is not None and t.is_inference()) for t in self.tensors)
         #: What was found out about its operation.
         self.decided = ops.Decided()
 
@@ -94,4 +95,4 @@ def like(tensor: Any) -> Any:
     """What a call's plan is for, of a tensor."""
     if tensor is None or tensor is False:
         return tensor
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    return type(tensor), tensor.dtype, tensor.device, tensor.shape, tensor.stride(), tensor.is_inference()

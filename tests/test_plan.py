@@ -249,6 +249,26 @@ def test_through_the_kernels_too(change, scope):
         assert_same(model, stock, 1e-4)
 
 
+@pytest.mark.parametrize("scope", ["layers", "auto"])
+def test_a_weight_that_inference_mode_made_is_stocks_where_gradients_are_kept(scope):
+    """Autograd's functions can't save one, and stock's product needn't: what comes into it has no gradient."""
+    adapted = with_lora(
+        gpt2(GPT2ForSequenceClassification), layers_to_transform=[0], target_modules=["c_attn"]
+    )
+    model, stock = pair(torch.float64, adapted, scope=scope)
+    assert_same(model, stock)
+    for each in (model, stock):
+        layer = next(m for path, m in each.named_modules() if path.endswith("h.0.attn.c_attn")).base_layer
+        with torch.inference_mode():
+            weight = nn.Parameter(layer.weight.detach() * 2, requires_grad=False)
+        layer.weight = weight
+        with torch.no_grad():  # which may leave a plan
+            each(input_ids=torch.arange(2, 8)[None])
+    assert_same(model, stock)
+    row = next(row for row in fastpeft.report(model) if row.name.endswith("h.0.attn.c_attn"))
+    assert (row.path, row.reason) == ("stock", "its tensors are of torch.inference_mode")
+
+
 #: The adapters of two rows, which change places.
 ROWS = ["second", "default"]
 

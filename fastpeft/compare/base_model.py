@@ -171,8 +171,8 @@ def _train(
         optimizer, rates, total_steps=recipe["steps"], pct_start=recipe["warm_up"]
     )
     batches = zip(*(t.split(recipe["batch"]) for t in (crops, there, labels[order])), strict=True)
-    for step, batch in enumerate(batches):
-        _loss(model, *batch, recipe, generator).backward()
+    for step, (ids, within, judged) in enumerate(batches):
+        _loss(model, ids, within, judged, recipe, generator).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -180,9 +180,9 @@ def _train(
         notify(step + 1, recipe["steps"])
     fastpeft.unpatch(model)
 
-    judged = encoder([texts[i] for i in held_out.tolist()], verbose=False)["input_ids"]
+    whole = encoder([texts[i] for i in held_out.tolist()], verbose=False)["input_ids"]
     outcome = {
-        "held_out_accuracy": _accuracy(model, judged, labels[held_out]),
+        "held_out_accuracy": _accuracy(model, whole, labels[held_out]),
         "train_reviews": min(read, len(rest)),
         "seconds": time.perf_counter() - began,
     }
