@@ -53,6 +53,15 @@ def steps(folder: Path) -> dict[str, Step]:
     sentences = (
         "--data random rotten-tomatoes --dtype bf16 fp32 --batch 32 --dropout 0.05 --model-dropout 0.1 "
     )
+    graphs = "fastpeft_model fastpeft_graphs"
+    language = (
+        "--head lm --data rotten-tomatoes rotten-tomatoes-answers --dtype bf16 --batch 32 --dropout 0.05 "
+        f"--model-dropout 0.1 --inference --variants peft fastpeft {graphs}"
+    )
+    # From 64 to 16,384 a step.
+    tokens = (
+        f"--dtype bf16 --batch 1 4 16 --seq 64 1024 --variants peft compile compile_graphs fastpeft {graphs}"
+    )
     return {
         **tests,
         "compile_report": script(
@@ -62,9 +71,12 @@ def steps(folder: Path) -> dict[str, Step]:
         "sentences": script(
             "sentences",
             "throughput",
-            sentences + "--inference --variants frozen peft fastpeft fastpeft_model fastpeft_graphs",
+            sentences + f"--inference --variants frozen peft fastpeft {graphs}",
             ending=120,
         ),
+        "tokens": script("tokens", "throughput", tokens, ending=120),
+        "language": script("language", "throughput", language, ending=120),
+        "together": script("together", "together", "--dtype bf16 --seq 128 --rows 8 64", ending=120),
         "throughput": script(
             "throughput", "throughput", models + "--seq 256 1024 --inference --startup", ending=180
         ),

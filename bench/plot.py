@@ -33,6 +33,7 @@ COLOURS = {
     "eager": "#E69F00",
     "addmm": "#56B4E9",
     "compile": "#CC79A7",
+    "compile_graphs": "#000000",
     "fastpeft": "#009E73",
     "fastpeft_model": "#8C6D31",
     "fastpeft_graphs": "#882255",

@@ -18,6 +18,7 @@ LABELS = {
     "peft_fp32": "peft, fp32 factors",
     "addmm": "addmm by hand",
     "compile": "torch.compile",
+    "compile_graphs": "torch.compile, reduce-overhead",
     "eager": "eager module",
     "fastpeft": "fastpeft",
     "fastpeft_model": "fastpeft, packed",

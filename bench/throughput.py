@@ -153,10 +153,11 @@ def point(
     steps: dict[str, Callable[[Batch], None]] = {}
     for name, model in models.items():
         model.train(mode == "training")
-        if name == "compile":
+        if name in variants.COMPILED:
             torch._dynamo.reset()  # each point its own graph, below the limit on recompilations
             same_shape = len({batch["input_ids"].shape for batch in batches}) == 1
-            model = cast(nn.Module, torch.compile(model, dynamic=not same_shape))
+            compiled = torch.compile(model, dynamic=not same_shape, mode=variants.COMPILED[name])
+            model = cast(nn.Module, compiled)
         steps[name] = partial(training_step if mode == "training" else inference_step, model)
     packed = {name: variants.packed_calls(model) for name, model in models.items()}
     taken = seconds(steps, batches, setting.device, failed)
@@ -179,7 +180,9 @@ def point(
             if variants.packs(name) and "fastpeft" in taken:
                 row["over_layers"] = ratios(times, taken["fastpeft"])
             row["step_peak_bytes"] = step_peak_bytes(partial(steps[name], batches[0]), setting.device)
-            if mode == "training" and name != "compile":  # what a compiled graph saves, hooks don't see
+            if (
+                mode == "training" and name not in variants.COMPILED
+            ):  # what a compiled graph saves, hooks don't see
                 row["saved_bytes"] = saved_bytes(models[name], batches[0])
             found[name] = row
         models[name].zero_grad()

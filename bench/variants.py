@@ -28,6 +28,7 @@ BASELINES = {
         "peft": "peft",
         "peft_fp32": "peft",
         "compile": "peft",
+        "compile_graphs": "peft",
         "fastpeft": "peft",
         "fastpeft_model": "peft",
         "fastpeft_graphs": "peft",
@@ -38,11 +39,14 @@ BASELINES = {
         "frozen": "eager",
         "eager": "eager",
         "compile": "eager",
+        "compile_graphs": "eager",
         "fastpeft": "eager",
         "fastpeft_model": "eager",
         "fastpeft_graphs": "eager",
     },
 }
+#: The variants that torch.compile makes of the stock model, each with its mode.
+COMPILED = {"compile": "default", "compile_graphs": "reduce-overhead"}
 
 
 class Setting(NamedTuple):

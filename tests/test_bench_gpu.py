@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,9 @@ sys.path.append(str(Path(__file__).parent.parent / "bench"))
 
 import gpu
 import record
+import throughput
+import together
+import variants
 
 #: A step that resumes: it adds a row a call, then ends as its argument says.
 ROW_BY_ROW = """
@@ -97,3 +101,19 @@ def test_without_enough_time_nothing_is_begun(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST", 30)
     steps = {"micro": code("", ending=60), "traffic": code("")}
     assert gpu.go_on(steps, tmp_path, 60) == {"micro": None, "traffic": "done"}
+
+
+def test_models_are_timed_by_commands_that_their_scripts_take(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "files_with_tests", lambda: [])
+    monkeypatch.setattr("fastpeft.kernels.tiling.architecture", lambda _: SimpleNamespace(name="90"))
+    parsers = {"bench/throughput.py": throughput.parsed, "bench/together.py": together.parsed}
+    taken = {}
+    for name, step in gpu.steps(tmp_path).items():
+        if parse := parsers.get(step.command[0]):
+            taken[name] = parse([*step.command[1:], "--resume", "--minutes", "3"])
+    assert taken.keys() == {"sentences", "tokens", "language", "together", "throughput"}
+    assert all(args.json == tmp_path / f"{name}.json" for name, args in taken.items())
+    tokens = taken["tokens"]
+    per_step = {batch * seq for batch in tokens.batch for seq in tokens.seq}
+    assert (min(per_step), max(per_step)) == (64, 16384)
+    assert set(tokens.variants) >= variants.COMPILED.keys() | {"fastpeft_graphs"}
