@@ -1,9 +1,11 @@
-"""The activations and their derivatives, of float32 tiles."""
+"""The activations and their derivatives, of tiles."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from .blocks import rounded
 
 
 @triton.jit
@@ -34,3 +36,9 @@ def activation_gradient(z, ACTIVATION: tl.constexpr):
         tl.static_assert(ACTIVATION == "silu")
         gate = tl.sigmoid(z)
         return gate + z * gate * (1.0 - gate)
+
+
+@triton.jit
+def gelu(t):
+    """GPT-2's gelu(t), in t's dtype."""
+    return rounded(activate(t.to(tl.float32), "gelu_tanh"), t.dtype)

@@ -47,6 +47,11 @@ def mask_arguments(dropout: Dropout | None) -> tuple[Tensor | None, int, float]:
     return (None, 0, 1.0) if dropout is None else (dropout.seed, threshold(dropout.p), keep_scale(dropout.p))
 
 
+def sample_dropout(t: Tensor) -> Dropout:
+    """A dropout on t's device to measure with, which draws no seed."""
+    return Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=t.device))
+
+
 @triton.jit
 def keep_tile(seed_ptr, start_m, start_k, drop_below, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Booleans (BLOCK_M, BLOCK_K): which elements from (start_m, start_k) on are kept; 8 divides start_k."""

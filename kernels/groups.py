@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -75,3 +76,9 @@ def share_of(program, starts_ptr, adapters, rows):
 def share_count(m: int, adapters: int, rows: int) -> int:
     """How many programs `share_of` spreads over m rows of so many adapters."""
     return m // rows + adapters
+
+
+def tickets_for(x: Tensor, count: int, groups: Groups | None) -> Tensor | None:
+    """So many tickets, for each of several adapters, which a kernel is to clear; None where there are none."""
+    adapters = 1 if groups is None else len(groups.ranks)
+    return x.new_empty(count * adapters, dtype=torch.int32) if count else None

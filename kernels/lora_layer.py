@@ -24,7 +24,7 @@ from torch import Tensor
 from . import low_rank
 from .blocks import input_precision
 from .dropout import Dropout, keep_scale
-from .groups import Groups
+from .groups import Groups, tickets_for
 from .memo import Memo
 from .rows import as_rows, rows_in, sample_rows
 
@@ -131,7 +131,7 @@ class Layer:
 
         key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)
         updated, shrink, gradients, count = self._backwards.once(key, prepare)
-        tickets = low_rank.tickets_for(dy, count, groups)
+        tickets = tickets_for(dy, count, groups)
         dx, dxa = None, xa
         if updated is not None:
             given = dy, weight, None, lora_b, lora_a, scaling, None, dropout

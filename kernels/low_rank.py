@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiling, tuning
-from .activations import activate, activation_gradient
+from .activations import activation_gradient, gelu
 from .blocks import (
     arrive_last,
     clear_tickets,
@@ -33,8 +33,17 @@ from .blocks import (
     sum_in_order,
     ticket_count,
 )
-from .dropout import Dropout, keep_tile, mask_arguments
-from .groups import GROUP_ARGUMENTS, Groups, adapters_in, group_arguments, rank_in, share_count, share_of
+from .dropout import Dropout, keep_tile, mask_arguments, sample_dropout
+from .groups import (
+    GROUP_ARGUMENTS,
+    Groups,
+    adapters_in,
+    group_arguments,
+    rank_in,
+    share_count,
+    share_of,
+    tickets_for,
+)
 from .launch import Launcher, fixed, launchers
 from .rows import rows_in, sample_rows
 
@@ -132,12 +141,6 @@ def finished(
         return acc + tl.where(keep, update, 0.0)
     else:
         return dot_apart(u, f, acc, INPUT_PRECISION)
-
-
-@triton.jit
-def gelu(t):
-    """GPT-2's gelu(t), in t's dtype."""
-    return rounded(activate(t.to(tl.float32), "gelu_tanh"), t.dtype)
 
 
 @triton.jit
@@ -647,7 +650,7 @@ class Shrink:
         (c, rank), precision = f.shape[-2:], input_precision(t.dtype)
 
         def run(each: tiling.Strip) -> Tensor:
-            return Shrink(t, f, each, drops=drops)(t, f, measured(t) if drops else None, groups=groups)
+            return Shrink(t, f, each, drops=drops)(t, f, sample_dropout(t) if drops else None, groups=groups)
 
         kind = rank, drops, groups is not None
         strip = strip or tuning.fastest("shrink", t, kind, tiling.shrink(t, rank, groups is not None), run)
@@ -695,11 +698,6 @@ class Shrink:
         return u
 
 
-def measured(t: Tensor) -> Dropout:
-    """A dropout on t's device to measure with, which draws no seed."""
-    return Dropout(0.5, torch.zeros(2, dtype=torch.int64, device=t.device))
-
-
 class Updated:
     """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
@@ -728,7 +726,7 @@ class Updated:
         if how is None:
 
             def run(each: tiling.Linear) -> object:
-                masks = (measured(x) if drop else None for drop in drops)
+                masks = (sample_dropout(x) if drop else None for drop in drops)
                 kind: dict[str, Any] = {
                     "inner": inner,
                     "outer": outer,
@@ -783,12 +781,6 @@ class Updated:
         if u is None:
             u = self._shrink(x, a, inner, tickets, groups)
         return self._linear(*given, u=u, dropout=outer, epilogue=epilogue, groups=groups)
-
-
-def tickets_for(x: Tensor, count: int, groups: Groups | None) -> Tensor | None:
-    """So many tickets, for each of several adapters, which a kernel is to clear; None where there are none."""
-    adapters = 1 if groups is None else len(groups.ranks)
-    return x.new_empty(count * adapters, dtype=torch.int32) if count else None
 
 
 _GRADIENT = (
