@@ -37,6 +37,7 @@ from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, low_
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
+from fastpeft.kernels.shrink import Shrink
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {
@@ -248,7 +249,7 @@ def recorded(case: Case) -> launch.Launch:
                 lm_head.head_losses(*given, "stored" in form, how)
         elif case.kernel == "shrink":
             operands = rows(M, K), factor(*many, rank, K).mT
-            prepared = low_rank.Shrink(*operands, tiling.Strip(*case.tile), drops=drop)
+            prepared = Shrink(*operands, tiling.Strip(*case.tile), drops=drop)
             prepared(*operands, mask, groups=grouped)
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)

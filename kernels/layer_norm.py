@@ -5,7 +5,7 @@
     backward   dx = rstd · (g - mean(g) - x̂ · mean(g ⊙ x̂)) + d_residual,  g = dh ⊙ w
 
 Shapes: x, h and their gradients (M, K), w and b (K,), frozen, A (R, K), xa (M, R); means are over a row. Mean and rstd
-are computed again from x, which backward reads anyway. xa is `low_rank.shrink`'s, its gradient that layer's affair.
+are computed again from x, which backward reads anyway. xa is that of `Shrink`, its gradient that layer's affair.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from .dropout import Dropout, keep_scale
 from .groups import Groups, tickets_for
 from .memo import Memo
 from .rows import as_rows, rows_in, sample_rows
+from .shrink import Shrink
 
 
 class Call(NamedTuple):
@@ -126,7 +127,7 @@ class Layer:
                     *given, outer=drops, tickets=count, epilogue=epilogue, groups=groups
                 )
             elif need_a:
-                shrink = low_rank.Shrink(rows, lora_b, tickets=count, groups=groups)
+                shrink = Shrink(rows, lora_b, tickets=count, groups=groups)
             return updated, shrink, gradients, count
 
         key = need_x, need_a, need_b, dy.dtype, dy.dim() == 2 and dy.stride(), input_precision(x.dtype)

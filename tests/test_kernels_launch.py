@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 import fastpeft
 from fastpeft import ops
 from fastpeft.kernels import launch, lora_chain, low_rank, tiling
+from fastpeft.kernels.shrink import Shrink
 
 
 class FakeKernel:
@@ -256,7 +257,7 @@ class TestTheChoiceOfATile:
         d_b, d_a, u = (dy.new_empty(shape) for shape in ((2304, 16), (16, 768), (8192, 16)))
         tickets = dy.new_empty(64, dtype=torch.int32)
         with launch.record() as launches:
-            low_rank.Shrink(x, d_a.T)(x, d_a.T)
+            Shrink(x, d_a.T)(x, d_a.T)
             kernel = low_rank.Gradients(dy, x, 16, d_b.dtype, d_a.dtype)
             kernel(dy, u, x, u, d_b, d_a, 1.0, tickets)
         programs = {each.kernel.__name__: math.prod(each.grid) for each in launches}

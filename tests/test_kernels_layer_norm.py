@@ -13,7 +13,8 @@ from transformers import GPT2ForSequenceClassification
 
 import fastpeft
 from fastpeft import ops, reference
-from fastpeft.kernels import dropout, launch, layer_norm, lora_chain, low_rank
+from fastpeft.kernels import dropout, launch, layer_norm, lora_chain
+from fastpeft.kernels.shrink import Shrink
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -95,8 +96,8 @@ class TestTheChain:
     @pytest.fixture(autouse=True)
     def shrinks(self, monkeypatch):
         """How often a layer computed xa for itself."""
-        seen, real = [], low_rank.Shrink.__call__
-        monkeypatch.setattr(low_rank.Shrink, "__call__", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
+        seen, real = [], Shrink.__call__
+        monkeypatch.setattr(Shrink, "__call__", lambda *a, **k: (seen.append(1), real(*a, **k))[1])
         return seen
 
     def layer(self, device, p=P):

@@ -23,6 +23,7 @@ from kernel_checks import (
 )
 
 from fastpeft.kernels import dropout, launch, lora_layer, lora_linear, low_rank, tiling
+from fastpeft.kernels.shrink import Shrink
 
 GPT2_LAYERS = {
     "attn.c_attn": (768, 2304),
@@ -102,7 +103,7 @@ def test_every_strip_of_the_rank_r_passes(rank, device):
     x, lora_a, lora_b = arguments["x"], arguments["lora_a"], arguments["lora_b"]
     truth = x.double() @ lora_a.double().T
     for strip in tiling.SHRINK[rank]:
-        xa = low_rank.Shrink(x, lora_a.T, strip)(x, lora_a.T)
+        xa = Shrink(x, lora_a.T, strip)(x, lora_a.T)
         assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
     generator = torch.Generator().manual_seed(0)
     dy, dxa = (torch.randn(150, c, generator=generator).to(device, x.dtype) for c in (40, rank))
