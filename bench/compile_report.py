@@ -36,6 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, low_rank, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
+from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.groups import Groups
 from fastpeft.kernels.shrink import Shrink
 
@@ -263,7 +264,7 @@ def recorded(case: Case) -> launch.Launch:
             dy, xa, x, dxa = rows(M, N), rows(M, rank), rows(M, K), rows(M, rank)
             d_b, d_a = factor(*many, N, rank), factor(*many, rank, K)
             kind = {"drops": drop, "activated": gelu, "grouped": grouped is not None}
-            gradients = low_rank.Gradients(dy, x, rank, d_b.dtype, d_a.dtype, **kind, splits=16)
+            gradients = Gradients(dy, x, rank, d_b.dtype, d_a.dtype, **kind, splits=16)
             gradients(dy, xa, x, dxa, d_b, d_a, 2.0, new_tickets(seed, 60), mask, grouped)
         elif case.kernel == "adapter_forward":
             strip = tiling.Strip(*case.tile)

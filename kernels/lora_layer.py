@@ -24,6 +24,7 @@ from torch import Tensor
 from . import low_rank
 from .blocks import input_precision
 from .dropout import Dropout, keep_scale
+from .gradients import Gradients
 from .groups import Groups, tickets_for
 from .memo import Memo
 from .rows import as_rows, rows_in, sample_rows
@@ -119,7 +120,7 @@ class Layer:
                 dtypes = lora_b.dtype if need_b else None, lora_a.dtype if need_a else None
                 tall = rows, sample_rows(x), lora_b.shape[-1]
                 many = groups is not None
-                gradients = low_rank.Gradients(*tall, *dtypes, drops=drops, activated=activated, grouped=many)
+                gradients = Gradients(*tall, *dtypes, drops=drops, activated=activated, grouped=many)
             count = 0 if gradients is None else gradients.tickets
             if need_x:
                 given = rows, weight.T, None, lora_b.mT, lora_a

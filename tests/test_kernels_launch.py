@@ -18,7 +18,8 @@ from triton.runtime.errors import OutOfResources
 
 import fastpeft
 from fastpeft import ops
-from fastpeft.kernels import launch, lora_chain, low_rank, tiling
+from fastpeft.kernels import launch, lora_chain, tiling
+from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.shrink import Shrink
 
 
@@ -258,7 +259,7 @@ class TestTheChoiceOfATile:
         tickets = dy.new_empty(64, dtype=torch.int32)
         with launch.record() as launches:
             Shrink(x, d_a.T)(x, d_a.T)
-            kernel = low_rank.Gradients(dy, x, 16, d_b.dtype, d_a.dtype)
+            kernel = Gradients(dy, x, 16, d_b.dtype, d_a.dtype)
             kernel(dy, u, x, u, d_b, d_a, 1.0, tickets)
         programs = {each.kernel.__name__: math.prod(each.grid) for each in launches}
         assert len(programs) == 2

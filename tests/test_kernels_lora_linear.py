@@ -22,7 +22,8 @@ from kernel_checks import (
     sizes_over,
 )
 
-from fastpeft.kernels import dropout, launch, lora_layer, lora_linear, low_rank, tiling
+from fastpeft.kernels import dropout, launch, lora_layer, lora_linear, tiling
+from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.shrink import Shrink
 
 GPT2_LAYERS = {
@@ -110,7 +111,7 @@ def test_every_strip_of_the_rank_r_passes(rank, device):
     for splits in (1, 3):
         d_a, d_b = torch.empty_like(lora_a), torch.empty_like(lora_b)
         tickets = torch.zeros(64, dtype=torch.int32, device=device)
-        kernel = low_rank.Gradients(dy, x, rank, d_b.dtype, d_a.dtype, splits=splits)
+        kernel = Gradients(dy, x, rank, d_b.dtype, d_a.dtype, splits=splits)
         kernel(dy, xa, x, dxa, d_b, d_a, 0.5, tickets)
         for found, of, by in ((d_b, dy, xa), (d_a.T, x, dxa)):
             truth = 0.5 * of.double().T @ by.double()
