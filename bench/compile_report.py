@@ -33,11 +33,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, low_rank, tiling
+from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.groups import Groups
+from fastpeft.kernels.linear import Epilogue, Linear
 from fastpeft.kernels.shrink import Shrink
 
 BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -223,17 +224,17 @@ def recorded(case: Case) -> launch.Launch:
             kind: dict[str, Any] = {"drops": drop, "tickets": len(tickets)}
             if "transposed" in case.variant:  # dx
                 given |= {"a": rows(N, rank).T} if how.single else {"u": rows(M, rank)}
-                epilogue = low_rank.Epilogue(pre=rows(M, K) if gelu else None)
+                epilogue = Epilogue(pre=rows(M, K) if gelu else None)
                 operands = rows(M, N), rows(K, N).T, None, factor(*many, rank, K)
             else:
                 given |= {"a": rows(rank, K)} if how.single else {"u": rows(M, rank)}
                 stores = "h" if "alone" in case.variant else "yh" if gelu else "y"
                 residual = rows(M, N) if "residual" in case.variant else None
-                epilogue = low_rank.Epilogue(stores, residual=residual)
+                epilogue = Epilogue(stores, residual=residual)
                 operands = rows(M, K), rows(K, N), rows(N), factor(*many, N, rank).mT
             kind |= {"epilogue": epilogue, "a": given.get("a")}
             given |= {"epilogue": epilogue, "dropout": mask, "tickets": tickets, "groups": grouped}
-            low_rank.Linear(*operands, how, **kind)(*operands, 2.0, **given)
+            Linear(*operands, how, **kind)(*operands, 2.0, **given)
         elif case.kernel.startswith("head"):
             form = case.variant.split()
             smoothing = 0.1 if "smoothed" in form else 0.0

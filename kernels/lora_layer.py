@@ -9,8 +9,8 @@ its own: `h = gelu(y)` is stored with y, or instead of it where no backward foll
 multiplied by gelu'(pre) before it is stored.
 Nor does a dropout with its residual: y becomes `residual + dropout(y)`, and dy is dropped before all of the above.
 Rows may belong to many adapters (`groups`): then A, B, s and p are each row's adapter's, and dA and dB stacked.
-Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). The kernels of `low_rank` do it
-all: y and dx are one GEMM with a rank-r term each, dA and dB one pass over x and dy.
+Shapes: x (M, K), W (K, N), b (N,), A (R, K), B (N, R), xa and dxa (M, R), y (M, N). y and dx are one
+GEMM with a rank-r term each (`low_rank`), dA and dB one pass over x and dy (`gradients`).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import low_rank
 from .blocks import input_precision
 from .dropout import Dropout, keep_scale
 from .gradients import Gradients
 from .groups import Groups, tickets_for
+from .linear import PLAIN, Epilogue
+from .low_rank import Updated
 from .memo import Memo
 from .rows import as_rows, rows_in, sample_rows
 from .shrink import Shrink
@@ -36,7 +37,7 @@ class Call(NamedTuple):
 
     scaling: float
     dropout: Dropout | None = None  # of x, before lora_a
-    stores: str = "y"  # of y and gelu(y), as `low_rank.Epilogue` has it
+    stores: str = "y"  # of y and gelu(y), as `Epilogue` has it
     residual_dropout: Dropout | None = None  # of y, before a residual
     groups: Groups | None = None  # with which factors are stacked, and scaling and dropout's p unread
 
@@ -48,7 +49,7 @@ class Layer:
     """
 
     def __init__(self) -> None:
-        self._updated: low_rank.Updated | None = None
+        self._updated: Updated | None = None
         self._backwards = Memo(64)  # a few: by what is needed, and the strides of dy
 
     def forward(
@@ -72,9 +73,9 @@ class Layer:
         if n == 0 or rows_in(x) == 0:
             y, h = (x.new_empty(*x.shape[:-1], n) if name in stores else None for name in "yh")
             return y, x.new_zeros(rows_in(x), lora_b.shape[-1]) if xa is None else xa, h
-        epilogue = low_rank.Epilogue(stores, None, residual)
+        epilogue = Epilogue(stores, None, residual)
         if self._updated is None:
-            self._updated = low_rank.Updated(
+            self._updated = Updated(
                 sample_rows(x), weight, bias, lora_a, lora_b.mT,
                 inner=dropout is not None, outer=residual_dropout is not None, epilogue=epilogue, groups=groups,
             )  # fmt: skip
@@ -111,7 +112,7 @@ class Layer:
         scaling = _scaled(scaling, dropout)
         d_lora_a = torch.empty_like(lora_a, memory_format=torch.contiguous_format) if need_a else None
         d_lora_b = torch.empty_like(lora_b, memory_format=torch.contiguous_format) if need_b else None
-        epilogue = low_rank.Epilogue("y", x, None) if activated else low_rank.PLAIN
+        epilogue = Epilogue("y", x, None) if activated else PLAIN
 
         def prepare() -> tuple[Any, ...]:
             rows, drops = sample_rows(dy), dropout is not None
@@ -124,9 +125,7 @@ class Layer:
             count = 0 if gradients is None else gradients.tickets
             if need_x:
                 given = rows, weight.T, None, lora_b.mT, lora_a
-                updated = low_rank.Updated(
-                    *given, outer=drops, tickets=count, epilogue=epilogue, groups=groups
-                )
+                updated = Updated(*given, outer=drops, tickets=count, epilogue=epilogue, groups=groups)
             elif need_a:
                 shrink = Shrink(rows, lora_b, tickets=count, groups=groups)
             return updated, shrink, gradients, count

@@ -11,7 +11,7 @@ from kernel_checks import DTYPES, compare, describe, lora_arguments, pairwise
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.kernels import dropout, groups, launch, lora_chain, lora_layer, low_rank, tiling
+from fastpeft.kernels import dropout, groups, launch, linear, lora_chain, lora_layer, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -377,13 +377,13 @@ def test_a_layer_norm_leaves_no_xa_of_many_adapters(device):
 def test_an_adapter_without_rows_in_a_tile_costs_it_no_product(monkeypatch):
     adapters = Adapters(2, (10, 0, 15, 5))  # in one tile; one has no rows, and one no rank
     x, weight, bias, a, b = stacked_layer(adapters, 40, 36, "fp32", "cpu")
-    products, real = [], low_rank.plus_ranks
+    products, real = [], linear.plus_ranks
 
     def counting(*given):
         products.append(given)
         return real(*given)
 
-    monkeypatch.setattr(low_rank, "plus_ranks", counting)
+    monkeypatch.setattr(linear, "plus_ranks", counting)
     lora_layer.Layer().forward(x, weight, bias, a, b, adapters.call("cpu"))
     assert len(products) == 2
 
