@@ -111,7 +111,7 @@ def gradient_kernel(
     partials_ptr += (pid_c * tl.num_programs(1)).to(tl.int64) * BLOCK_C * R
     if GROUPED:
         g, number, count = share_of(tl.program_id(1), starts_ptr, adapters, rows)
-        if g < 0 or number >= count:
+        if number >= count:
             return
         ticket_ptr += g * tl.num_programs(0)
         partials_ptr += (tl.program_id(1) - number).to(tl.int64) * BLOCK_C * R

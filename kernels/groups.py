@@ -1,8 +1,8 @@
 """Many adapters over one frozen layer in one step: which rows are whose, for launchers and in kernels.
 
-Rows come ordered by adapter, those without an update first. A tile of rows may reach over borders between adapters;
-then what is each adapter's is computed for it in turn, and taken by its own rows alone: an adapter whose numbers are
-no longer finite leaves its neighbours' rows as they are.
+Rows come ordered by adapter; those without an update have one of rank 0. A tile of rows may reach over borders between
+adapters; then what is each adapter's is computed for it in turn, and taken by its own rows alone: an adapter whose
+numbers are no longer finite leaves its neighbours' rows as they are.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Groups(NamedTuple):
     R is the largest rank, and what lies past an adapter's own is never read. All on x's device and contiguous.
     """
 
-    of_row: Tensor  # (M,) int32, rising: each row's adapter; -1 for rows without an update, which come first
-    starts: Tensor  # (G + 1,) int32: where each adapter's rows begin and the last one's end, at M
-    ranks: Tensor  # (G,) int32: each adapter's rank, 0 where it isn't in this layer
+    of_row: Tensor  # (M,) int32, rising: each row's adapter
+    starts: Tensor  # (G + 1,) int32: where each adapter's rows begin, from 0 on, and the last one's end, at M
+    ranks: Tensor  # (G,) int32: each adapter's rank, 0 where it updates nothing in this layer
     scalings: Tensor  # (G,) float32, times the 1 / (1 - p) of each adapter's dropout
     below: Tensor | None = None  # (G,) int32: each adapter's `dropout.threshold`; None where none drops
 
@@ -45,6 +45,7 @@ def adapters_in(of_row_ptr, start_m, M, BLOCK_M: tl.constexpr):
     """The first adapter of a tile of rows, and the one after the last."""
     first = tl.load(of_row_ptr + start_m)
     last = tl.load(of_row_ptr + tl.minimum(start_m + BLOCK_M, M) - 1)
+    # It is never less than 0: a compiler that doesn't know spills in products on sm_80.
     return tl.maximum(first, 0), last + 1
 
 
@@ -61,7 +62,7 @@ def share_of(program, starts_ptr, adapters, rows):
 
     Every adapter has one program or more, and which rows one takes depends on that adapter's alone. Adapter g's begin
     at number `starts[g] // rows + g`, which needs no sum over those before it; so some numbers are nobody's, and have
-    g < 0 or k >= count.
+    k >= count.
     """
     g = -1
     for i in range(0, adapters, 64):
@@ -69,7 +70,7 @@ def share_of(program, starts_ptr, adapters, rows):
         inside = each < adapters
         starts = tl.load(starts_ptr + each, mask=inside, other=0)
         g += tl.sum((inside & (starts // rows + each <= program)).to(tl.int32))
-    start, end = tl.load(starts_ptr + tl.maximum(g, 0)), tl.load(starts_ptr + tl.maximum(g, 0) + 1)
+    start, end = tl.load(starts_ptr + g), tl.load(starts_ptr + g + 1)
     return g, program - start // rows - g, tl.maximum(tl.cdiv(end - start, rows), 1)
 
 

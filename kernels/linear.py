@@ -79,7 +79,7 @@ def initial(
                 )  # fmt: skip
                 acc = tl.where((of_row == g)[:, None], updated, acc)
         if DROPOUT:
-            drop_below = tl.load(below_ptr + of_row, mask=of_row >= 0, other=0)[:, None]
+            drop_below = tl.load(below_ptr + of_row)[:, None]
     if DROPOUT:
         acc = tl.where(keep_tile(seed_ptr, start_m, start_n, drop_below, BLOCK_M, BLOCK_N), acc, 0.0)
     return acc

@@ -19,31 +19,28 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 
-RANKS = (3, 8, 16, 0)  # the last adapter isn't in this layer
-SCALINGS = (1.5, 0.5, 2.0, 1.0)
+RANKS = (0, 3, 8, 16, 0)  # the first adapter updates nothing, and the last isn't in this layer
+SCALINGS = (0.0, 1.5, 0.5, 2.0, 1.0)
 
 
 class Adapters(NamedTuple):
-    """A layer's adapters, and how many rows each has behind `free` rows without an update."""
+    """A layer's adapters, and how many rows each has."""
 
-    free: int
     lengths: tuple[int, ...]
     ranks: tuple[int, ...] = RANKS
     scalings: tuple[float, ...] = SCALINGS
     ps: tuple[float, ...] | None = None
 
     @property
-    def rows(self) -> int:
-        return self.free + sum(self.lengths)
+    def starts(self) -> list[int]:
+        return list(itertools.accumulate(self.lengths, initial=0))
 
     def slices(self) -> list[slice]:
-        ends = list(itertools.accumulate(self.lengths, initial=self.free))
-        return [slice(*ends[i : i + 2]) for i in range(len(self.lengths))]
+        return list(itertools.starmap(slice, itertools.pairwise(self.starts)))
 
     def groups(self, device: str) -> groups.Groups:
         ps = self.ps or (0.0,) * len(self.ranks)
-        of_row = [-1] * self.free + [g for g, n in enumerate(self.lengths) for _ in range(n)]
-        starts = list(itertools.accumulate(self.lengths, initial=self.free))
+        of_row = [g for g, n in enumerate(self.lengths) for _ in range(n)]
         scalings = [s * dropout.keep_scale(p) for s, p in zip(self.scalings, ps, strict=True)]
         below = [dropout.threshold(p) for p in ps]
 
@@ -51,7 +48,7 @@ class Adapters(NamedTuple):
             return torch.tensor(numbers, dtype=dtype, device=device)
 
         return groups.Groups(
-            tensor(of_row), tensor(starts), tensor(list(self.ranks)), tensor(scalings, torch.float32),
+            tensor(of_row), tensor(self.starts), tensor(list(self.ranks)), tensor(scalings, torch.float32),
             tensor(below) if self.ps else None,
         )  # fmt: skip
 
@@ -72,7 +69,7 @@ class Adapters(NamedTuple):
 
     def formula(self, x, weight, bias, lora_a, lora_b, seed=None):
         """`reference.lora_linear` of each adapter's rows by themselves, with its part of the mask."""
-        y = [x[: self.free] @ weight + (0.0 if bias is None else bias)]
+        y = []
         for g, rows in enumerate(self.slices()):
             p = self.ps[g] if self.ps else 0.0
             keep = dropout.keep_mask(seed, *x.shape, p)[rows] if p > 0 else None
@@ -84,12 +81,12 @@ class Adapters(NamedTuple):
 
 #: A tile has 128 rows, a strip 64 or 32: segments within one, as large, over several.
 SEGMENTS = {
-    "mixed": Adapters(5, (0, 1, 127, 30)),
-    "many rows first": Adapters(0, (150, 3, 0, 0)),
-    "empty between": Adapters(33, (31, 0, 40, 9)),
-    "nobody": Adapters(9, (0, 0, 0, 0)),
+    "mixed": Adapters((5, 0, 1, 127, 30)),
+    "many rows first": Adapters((0, 150, 3, 0, 0)),
+    "empty between": Adapters((33, 31, 0, 40, 9)),
+    "nobody": Adapters((9, 0, 0, 0, 0)),
 }
-DROPS = {"no": None, "some": (0.3, 0.0, 0.1, 0.5)}
+DROPS = {"no": None, "some": (0.0, 0.3, 0.0, 0.1, 0.5)}
 
 
 def layer_arguments(
@@ -97,7 +94,7 @@ def layer_arguments(
 ):
     """x, weight and bias, and each adapter's factors by themselves: `a0`, `b0`, and so on."""
     given = lora_arguments(
-        adapters.rows, k, n, 1, dtypes, device, layout=layout, form=form, bias=bias, draw=draw
+        adapters.starts[-1], k, n, 1, dtypes, device, layout=layout, form=form, bias=bias, draw=draw
     )
     wide, generator = given.pop("lora_a").dtype, torch.Generator().manual_seed(draw + 77)
     given.pop("lora_b")
@@ -159,15 +156,17 @@ def test_each_adapter_has_what_its_rows_alone_have(case, device):
 
 @pytest.mark.parametrize(("dtypes", "p"), [("fp32", 0.3), ("bf16", 0.0)])
 def test_a_chain_with_all_that_stands_between_layers_agrees_with_float64(dtypes, p, device):
-    k, hidden, lengths = 40, 72, (7, 0, 5, 1)
-    ps = (p, 0.0, p, p) if p else None
+    k, hidden, lengths = 40, 72, (2, 15, 0, 11, 4)
+    ps = (0.0, p, 0.0, p, p) if p else None
     first, fc, proj = (
-        Adapters(2, lengths, ranks, scalings, ps)
+        Adapters(lengths, ranks, scalings, ps)
         for ranks, scalings in (
-            (RANKS, SCALINGS), ((0, 4, 3, 16), (0.5, 1.0, 2.0, 1.5)), ((8, 8, 8, 8), (1.0, 2.0, 0.5, 1.0))
+            (RANKS, SCALINGS),
+            ((0, 0, 4, 3, 16), (0.0, 0.5, 1.0, 2.0, 1.5)),
+            ((0, 8, 8, 8, 8), (0.0, 1.0, 2.0, 0.5, 1.0)),
         )
     )  # fmt: skip
-    m = first.rows
+    m = first.starts[-1]
     weight, bias = (torch.linspace(low, 2.0, k, device=device) for low in (0.5, -1.0))
     seeds = [torch.tensor([n], device=device) if p else None for n in range(5)]
     added = [None if s is None else dropout.keep_mask(s, m, k, p) for s in seeds[3:]]
@@ -236,7 +235,7 @@ def gradients_of(adapters: Adapters, dy, x, weight, a, b, xa, call, *needs) -> t
 
 
 def test_an_adapters_gradients_have_the_same_bits_alone_in_company_and_each_time(device):
-    adapters = Adapters(20, (90, 0, 33, 130), (3, 8, 16, 5))
+    adapters = Adapters((20, 90, 0, 33, 130), (0, 3, 8, 16, 5))
     x, weight, bias, a, b = stacked_layer(adapters, 40, 72, "bf16+fp32", device)
     call = adapters.call(device)
     y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
@@ -245,51 +244,53 @@ def test_an_adapters_gradients_have_the_same_bits_alone_in_company_and_each_time
     assert torch.equal(d_a, again[1])
     assert torch.equal(d_b, again[2])
     for g, rows in enumerate(adapters.slices()):
-        alone = Adapters(
-            0, adapters.lengths[g : g + 1], adapters.ranks[g : g + 1], adapters.scalings[g : g + 1]
-        )
+        rank = adapters.ranks[g]
+        alone = Adapters(adapters.lengths[g : g + 1], (rank,), adapters.scalings[g : g + 1])
         given = y[rows], x[rows], weight, a[g : g + 1], b[g : g + 1], xa[rows], alone.call(device)
-        if alone.rows:
+        if alone.lengths[0]:
             _, one_a, one_b = gradients_of(alone, *given)
             assert torch.equal(one_a[0], d_a[g])
             assert torch.equal(one_b[0], d_b[g])
-            assert d_a[g].any()
-        assert not d_a[g, adapters.ranks[g] * (alone.rows > 0) :].any()
-        assert not d_b[g, :, adapters.ranks[g] * (alone.rows > 0) :].any()
+            assert d_a[g].any() == (rank > 0)
+        else:
+            assert not d_a[g].any()
+            assert not d_b[g].any()
+        assert not d_a[g, rank:].any()
+        assert not d_b[g, :, rank:].any()
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 # By pointers, and by descriptors.
 @pytest.mark.parametrize(("n", "value"), [(100, float("inf")), (264, float("nan"))])
 def test_an_adapter_that_diverged_leaves_the_others_as_they_are(n, value, device):
-    adapters = Adapters(5, (20, 9, 0, 31))._replace(ranks=(3, 8, 16, 5))
+    adapters = Adapters((5, 20, 9, 0, 31), (0, 3, 8, 16, 5))
     x, weight, bias, a, b = stacked_layer(adapters, 40, n, "bf16", device)
-    call, (own, bad, _, other) = adapters.call(device), adapters.slices()
+    call, (*before, bad, _, after) = adapters.call(device), adapters.slices()
 
     def run():
         y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
         return y, *gradients_of(adapters, y, x, weight, a, b, xa, call)
 
     by_row, by_adapter = (run()[part] for part in (slice(2), slice(2, 4)))
-    a[1, 0, 0] = b[1, 0, 0] = value
+    a[2, 0, 0] = b[2, 0, 0] = value
     x[bad.start, 0] = value
     y, dx, d_a, d_b = run()
     for mine, expected in zip((y, dx), by_row, strict=True):
-        for rows in (slice(0, adapters.free), own, other):
+        for rows in (*before, after):
             assert torch.equal(mine[rows], expected[rows])
         assert not mine[bad].isfinite().all()
     for mine, expected in zip((d_a, d_b), by_adapter, strict=True):
-        for g in (0, 2, 3):
+        for g in (0, 1, 3, 4):
             assert torch.equal(mine[g], expected[g])
-        assert not mine[1].isfinite().all()
-    assert not d_a[1, adapters.ranks[1] :].any()
-    assert not d_b[1, :, adapters.ranks[1] :].any()
+        assert not mine[2].isfinite().all()
+    assert not d_a[2, adapters.ranks[2] :].any()
+    assert not d_b[2, :, adapters.ranks[2] :].any()
 
 
 @pytest.mark.parametrize("needs", [(True, False, True), (False, True, True), (False, False, True)])
 def test_what_is_needed_is_complete_whichever_kernel_comes_before(needs, device):
     """Tickets that nobody cleared would leave a gradient unwritten; of so many adapters, those of the last."""
-    adapters = Adapters(3, (0,) * 12 + (2, 140), (3,) * 14, (1.5,) * 14)
+    adapters = Adapters((3, *(0,) * 12, 2, 140), (0, *(3,) * 14), (1.5,) * 15)
     x, weight, bias, a, b = stacked_layer(adapters, 40, 72, "fp32", device)
     call = adapters.call(device)
     y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
@@ -321,8 +322,8 @@ def test_no_kernel_is_compiled_anew_for_other_segments_or_another_number_of_adap
     found, layer = [], lora_chain.Layer()
     for adapters in (
         SEGMENTS["mixed"],
-        Adapters(0, (100, 60), (16, 3), (1.0, 2.0)),
-        SEGMENTS["mixed"]._replace(free=4),
+        Adapters((100, 60), (16, 3), (1.0, 2.0)),
+        SEGMENTS["mixed"]._replace(lengths=(4, 0, 1, 127, 30)),
     ):
         adapters = adapters._replace(ps=DROPS["some"][: len(adapters.ranks)])
         x, weight, bias, a, b = stacked_layer(adapters, 40, n, "bf16", device)
@@ -344,7 +345,7 @@ def test_what_is_built_is_what_is_launched(device, monkeypatch):
     monkeypatch.setattr(launch, "_why_not_built", built.append)
     monkeypatch.setattr(launch, "_compile_at_once", lambda launches: None)
     keys = []
-    for adapters in (SEGMENTS["mixed"], Adapters(3, (100, 60), (16, 3), (1.0, 2.0))):
+    for adapters in (SEGMENTS["mixed"], Adapters((3, 100, 60), (0, 16, 3), (0.0, 1.0, 2.0))):
         adapters = adapters._replace(ps=DROPS["some"][: len(adapters.ranks)])
         x, weight, bias, a, b = stacked_layer(adapters, 40, 40, "bf16", device)
         call = adapters.call(device, torch.tensor([1], device=device))
@@ -375,7 +376,7 @@ def test_a_layer_norm_leaves_no_xa_of_many_adapters(device):
 
 @pytest.mark.skipif(not launch.INTERPRETED, reason="what a kernel calls is seen in the interpreter")
 def test_an_adapter_without_rows_in_a_tile_costs_it_no_product(monkeypatch):
-    adapters = Adapters(2, (10, 0, 15, 5))  # in one tile; one has no rows, and one no rank
+    adapters = Adapters((2, 10, 0, 15, 5))  # in one tile; one has no rows, and two no rank
     x, weight, bias, a, b = stacked_layer(adapters, 40, 36, "fp32", "cpu")
     products, real = [], linear.plus_ranks
 
