@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_checks import DTYPES, compare, describe, lora_arguments, pairwise
 from torch import Tensor
+from triton.runtime import interpreter
 
 from fastpeft import reference
 from fastpeft.kernels import dropout, groups, launch, linear, lora_chain, lora_layer, tiling
@@ -234,13 +235,28 @@ def gradients_of(adapters: Adapters, dy, x, weight, a, b, xa, call, *needs) -> t
     return lora_layer.Layer().backward(*given)
 
 
-def test_an_adapters_gradients_have_the_same_bits_alone_in_company_and_each_time(device):
+def run_every_other_program_first(monkeypatch) -> None:
+    """In the interpreter, which else runs what shares a sum in turn: by rows of the grid, neighbours far apart."""
+    builder = interpreter.interpreter_builder
+    real = builder.set_grid_idx
+
+    def set_grid_idx(x, y, z):
+        columns, rows, _ = builder.grid_dim
+        row, column = divmod(x * rows + y, columns)
+        real(column, [*range(0, rows, 2), *range(1, rows, 2)][row], z)
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+
+
+def test_an_adapters_gradients_have_the_same_bits_alone_in_company_and_in_any_order(device, monkeypatch):
     adapters = Adapters((20, 90, 0, 33, 130), (0, 3, 8, 16, 5))
     x, weight, bias, a, b = stacked_layer(adapters, 40, 72, "bf16+fp32", device)
     call = adapters.call(device)
     y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
     _, d_a, d_b = gradients_of(adapters, y, x, weight, a, b, xa, call)
-    again = gradients_of(adapters, y, x, weight, a, b, xa, call)
+    with monkeypatch.context() as patched:
+        run_every_other_program_first(patched)
+        again = gradients_of(adapters, y, x, weight, a, b, xa, call)
     assert torch.equal(d_a, again[1])
     assert torch.equal(d_b, again[2])
     for g, rows in enumerate(adapters.slices()):
@@ -387,6 +403,25 @@ def test_an_adapter_without_rows_in_a_tile_costs_it_no_product(monkeypatch):
     monkeypatch.setattr(linear, "plus_ranks", counting)
     lora_layer.Layer().forward(x, weight, bias, a, b, adapters.call("cpu"))
     assert len(products) == 2
+
+
+def test_every_kernel_of_many_adapters_has_a_tile_of_theirs(device):
+    """In float32, where none of them is one adapter's too."""
+    adapters = SEGMENTS["mixed"]
+    x, weight, bias, a, b = stacked_layer(adapters, 40, 72, "fp32", device)
+    call = adapters.call(device)
+    with launch.record() as launches:
+        y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
+        for need_x in (True, False):
+            gradients_of(adapters, y, x, weight, a, b, xa, call, need_x, True, True)
+    product = "linear_kernel", tiling.LINEAR_FLOAT32_GROUPED
+    shrink = "shrink_kernel", tiling.SHRINK_FLOAT32_GROUPED[16]
+    gradient = "gradient_kernel", tiling.GRADIENT_FLOAT32_GROUPED
+    found = []
+    for kernel, _, args, options in launches:
+        block = (size for name, size in args.items() if name.startswith("BLOCK"))
+        found.append((kernel.__name__, (*block, options["num_warps"], options["num_stages"])))
+    assert found == [shrink, product, shrink, product, gradient, shrink, gradient]
 
 
 def test_the_xa_of_many_adapters_is_not_computed_on_the_way(monkeypatch):
