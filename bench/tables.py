@@ -31,6 +31,7 @@ LABELS = {
     "recomputed": "logits never stored",
     "peft_apart": "peft, one after another",
     "fastpeft_apart": "fastpeft, one after another",
+    "one_by_one": "fastpeft, one by one",
     "together": "fastpeft, side by side",
     "peft_rows": "peft, adapter_names",
     "fastpeft_rows": "fastpeft, adapter_names",
@@ -122,7 +123,6 @@ def traffic(record: dict[str, Any]) -> Iterator[Table]:
         return f"{shapes['tokens']} tokens, {record['dtype']}, forward and backward, {what}. {counted}"
 
     lora = f"width {shapes['width']}, {lora}"
-    header = ["", "launches", "MB moved", "x least", "MB saved for backward"]
     for title, rows, what in (
         ("Memory traffic of the LoRA layers of one block", record["block"], lora),
         (
@@ -131,17 +131,25 @@ def traffic(record: dict[str, Any]) -> Iterator[Table]:
             f"{lora}. {NEIGHBOURS}",
         ),
         (
+            "Memory traffic of a block for the rows of many adapters",
+            record.get("many", {}),  # which older records haven't
+            f"{shapes.get('adapters')} adapters, as many rows of each, {lora}. {NEIGHBOURS}",
+        ),
+        (
             "Memory traffic of one adapter",
             record["adapter"],
             f"width {shapes['width']}, bottleneck {shapes['bottleneck']}",
         ),
     ):
-        least = rows["bound"]["bytes"]
         cells = []
         for variant, row in rows.items():
+            first = next(iter(rows.values()))
             moved, saved = mega(row["bytes"]), mega(row["saved_bytes"])
-            cells.append([LABELS[variant], str(row["launches"]), moved, f"{row['bytes'] / least:.2f}", saved])
-        yield Table(title, note(what), header, cells)
+            share = f"{row['bytes'] / first['bytes']:.2f}"
+            cells.append([LABELS[variant], str(row["launches"]), moved, share, saved])
+        if cells:
+            over = "x least" if "bound" in rows else "x the first"
+            yield Table(title, note(what), ["", "launches", "MB moved", over, "MB saved for backward"], cells)
     rows = []
     for variant in next(iter(record["head"].values())):
         each = [(found[variant], found["bound"]["bytes"]) for found in record["head"].values()]

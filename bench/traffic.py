@@ -410,7 +410,10 @@ def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, A
         p.name: {v: t.record() for v, t in lora_variants(p.k, p.n, tokens, rank, dropout_p, dtype).items()}
         for p in projections()
     }
-    shapes = {"tokens": tokens, "width": WIDTH, "rank": rank, "dropout": dropout_p, "bottleneck": BOTTLENECK}
+    shapes = {
+        "tokens": tokens, "width": WIDTH, "rank": rank, "dropout": dropout_p, "bottleneck": BOTTLENECK,
+        "adapters": ADAPTERS,
+    }  # fmt: skip
     return {
         "kind": "traffic",
         "shapes": shapes,

@@ -31,6 +31,7 @@ TRAFFIC = {
     "architecture": "sm_90",
     "block": {"bound": BOUND, "frozen": COUNT, "peft_bf16": COUNT, "fastpeft": COUNT},
     "adapter": {"bound": BOUND, "eager": COUNT, "fastpeft": COUNT},
+    "many": {"one_by_one": BOUND, "together": COUNT},
     "neighbours": {"bound": BOUND, "bound_fused": BOUND, "peft_bf16": COUNT, "fastpeft_model": COUNT},
     "layers": {"c_attn": {"bound": BOUND, "frozen": COUNT, "peft_bf16": COUNT, "fastpeft": COUNT}},
     "head": {"768": {"bound": {**BOUND, "teraflops": 1.26}, "recomputed": {**COUNT, "teraflops": 3.16}}},
@@ -150,6 +151,8 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         "\n|  | fastpeft, packed : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 | 2.0 : 2.0 |" in text
     )
     assert "| logits never stored | 3.0 (1.50), 3.2 |" in text
+    assert "|  | launches | MB moved | x the first | MB saved for backward |" in text
+    assert "| fastpeft, side by side | 3 | 3.0 | 1.50 |" in text
     assert "| auto, triton | 20.0 | 0.50 (0.40-0.80) | 300 | 91 | 1.0 | 9.0 | 2.0 | 8.0 |" in text
     assert "| together | 20.0 | 0.50 (0.40-0.80) | 300 | 91 |" in text
     assert (
