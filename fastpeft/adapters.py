@@ -1,22 +1,16 @@
-"""Bottleneck adapters: their configuration, the eager module, injection into GPT-2, and their files."""
+"""Bottleneck adapters: their configuration, the eager modules, and how these are hooked into a GPT-2."""
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from itertools import repeat, starmap
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
@@ -28,9 +22,6 @@ PARALLEL = "parallel_mlp"
 SLOTS = ("post_embed", "post_attn", "post_mlp", PARALLEL, "post_block", "pre_head")
 #: Of the slots in blocks: the host's name below its block.
 _BELOW = {"post_attn": ".attn", "post_mlp": ".mlp", PARALLEL: ".mlp", "post_block": ""}
-CONFIG_FILE = "fastpeft_adapters.json"
-WEIGHTS_FILE = "fastpeft_adapters.safetensors"
-FORMAT = 1
 #: The set that a call means which names none; its adapters bear no name in the state dict.
 DEFAULT = "default"
 
@@ -169,18 +160,18 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
         ValueError: no GPT-2 inside the model, a layer that it hasn't, a slot that is taken in this set, or a name
             that is empty, has a dot in it or is `"__base__"`; nothing is changed then.
     """
-    transformer = _transformer(model)
+    transformer = transformer_of(model)
     hosts = [
-        (_kind(slot), *host) for slot in config.slots for host in _hosts(transformer, slot, config.layers)
+        (_kind(slot), *host) for slot in config.slots for host in hosts_of(transformer, slot, config.layers)
     ]
-    attribute = _attribute(name)
+    attribute = attribute_of(name)
     for _, place, host in hosts:
         if hasattr(host, attribute):
             raise ValueError(
                 f"{place} already has an adapter: a slot takes one of each set, and {name!r} has it"
             )
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}
-    present = [adapter for *_, adapter in _adapters(transformer)]
+    present = [adapter for *_, adapter in adapters_in(transformer)]
     adapters = {id(p) for adapter in present for p in adapter.parameters()}
     for parameter in transformer.parameters():
         if id(parameter) not in trained_by_peft | adapters:
@@ -203,132 +194,10 @@ def set_adapters(model: nn.Module, name: str) -> None:
     Raises:
         ValueError: no set has the name; nothing is changed then.
     """
-    transformer = _transformer(model)
-    _check_present(transformer, name)
-    for _, _, each, adapter in _adapters(transformer):
+    transformer = transformer_of(model)
+    check_present(transformer, name)
+    for _, _, each, adapter in adapters_in(transformer):
         adapter.active = each == name
-
-
-def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = DEFAULT) -> None:
-    """Write a set of the model's adapters, and every other parameter that trains (the head), to `folder`.
-
-    Two files: the configuration as JSON and the weights as safetensors; the set's name isn't in them. LoRA factors are
-    left to peft's own `save_pretrained`.
-
-    Raises:
-        ValueError: the model has no adapters, none of this name, or no GPT-2 inside.
-        OSError: the folder can't be written.
-    """
-    transformer = _transformer(model)
-    if not _adapters(transformer):
-        raise ValueError("the model has no adapters to save: call add_adapters first")
-    _check_present(transformer, name)
-    configs = _configs(transformer, name)
-    adapter_keys = set(_adapter_shapes(model, configs))
-    parameters = _plain_parameters(model, name)
-    trained = sorted(k for k, p in parameters.items() if p.requires_grad and k not in adapter_keys)
-    description = {
-        "format": FORMAT,
-        "width": transformer.config.n_embd,
-        "layers": transformer.config.n_layer,
-        "adapters": [asdict(config) for config in configs],
-        "trained": trained,
-    }
-    tensors = {k: parameters[k].detach().contiguous() for k in sorted(adapter_keys | set(trained))}
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all; the weights first, since the JSON is what vouches for them.
-    save_file(tensors, path / f"{WEIGHTS_FILE}.tmp")
-    os.replace(path / f"{WEIGHTS_FILE}.tmp", path / WEIGHTS_FILE)
-    (path / f"{CONFIG_FILE}.tmp").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(path / f"{CONFIG_FILE}.tmp", path / CONFIG_FILE)
-
-
-def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = DEFAULT) -> nn.Module:
-    """Load what `save_adapters` wrote as the set of this name, adding it where the model has none so named, in place.
-
-    Whatever else trained is loaded too, the head above all, which all sets share.
-
-    Returns:
-        The model, its adapters and head trainable as `add_adapters` leaves them.
-
-    Raises:
-        FileNotFoundError: a file is missing in `folder`.
-        ValueError: the files are damaged, of another version, don't fit the model (width, layers, other
-            adapters, a missing or extra key, a shape), or hold another head than the one that other sets of the model
-            use; or a name as `add_adapters` refuses it. Nothing is changed then.
-    """
-    path = Path(folder)
-    transformer = _transformer(model)
-    configs, trained = _read_description(path / CONFIG_FILE, transformer)
-    tensors = _read_tensors(path / WEIGHTS_FILE)
-    present = _configs(transformer, name)
-    if present and _by_slot(present) != _by_slot(configs):
-        raise ValueError(f"{path}: the model has other adapters: {present}, the file {configs}")
-    shapes = _adapter_shapes(model, configs)
-    parameters = _plain_parameters(model, name)
-    for key in trained:
-        if key not in parameters:
-            raise ValueError(
-                f"{path}: trained parameter {key!r} doesn't exist in the model: build it with that head"
-            )
-        shapes[key] = parameters[key].shape
-    missing, extra = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
-    if missing or extra:
-        raise ValueError(f"{path / WEIGHTS_FILE}: missing keys {missing}, unexpected keys {extra}")
-    for key, shape in shapes.items():
-        if tensors[key].shape != shape:
-            found = tuple(tensors[key].shape)
-            raise ValueError(
-                f"{path / WEIGHTS_FILE}: {key} has shape {found}, the model needs {tuple(shape)}"
-            )
-    others = sorted({each for _, _, each, _ in _adapters(transformer)} - {name})
-    changed = [
-        key
-        for key in trained
-        if others and not torch.equal(tensors[key].to(parameters[key]), parameters[key])
-    ]
-    if changed:
-        raise ValueError(
-            f"{path}: {', '.join(changed)} would change for {', '.join(others)} too: load into a model of its own"
-        )
-    for config in [] if present else configs:
-        add_adapters(model, config, name)
-    parameters = _plain_parameters(model, name)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            parameters[key].copy_(tensor)
-    return model
-
-
-def _read_description(path: Path, transformer: GPT2Model) -> tuple[list[AdapterConfig], list[str]]:
-    """The configs and the names of other trained parameters; ValueError where they don't fit the model."""
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format"]
-        if version != FORMAT:
-            raise ValueError(f"format {version}, this fastpeft reads format {FORMAT}")
-        configs = [AdapterConfig(**config) for config in description["adapters"]]
-        size = description["width"], description["layers"]
-        trained = [str(name) for name in description["trained"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a description of adapters: {error}") from error
-    if size != (transformer.config.n_embd, transformer.config.n_layer):
-        raise ValueError(
-            f"{path}: adapters for width {size[0]} and {size[1]} layers, "
-            f"the model has {transformer.config.n_embd} and {transformer.config.n_layer}"
-        )
-    return configs, trained
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def adapt_output(host: Any, args: Any, output: Any) -> Any:
@@ -394,7 +263,7 @@ def adapters_of(host: nn.Module) -> dict[str, Any]:
     """The adapters behind a module by the names of their sets."""
     if adapt_output not in host._forward_hooks.values():
         return {}
-    prefix = f"{_attribute(DEFAULT)}_"
+    prefix = f"{attribute_of(DEFAULT)}_"
     return {
         key.removeprefix(prefix) if key.startswith(prefix) else DEFAULT: module
         for key, module in host._modules.items()
@@ -402,7 +271,7 @@ def adapters_of(host: nn.Module) -> dict[str, Any]:
     }
 
 
-def _attribute(name: str) -> str:
+def attribute_of(name: str) -> str:
     """What a host has the adapter of this set as; ValueError for what can't be a set's name."""
     if not isinstance(name, str) or not name or "." in name or name == BASE:
         raise ValueError(
@@ -413,11 +282,12 @@ def _attribute(name: str) -> str:
 
 def _active(transformer: GPT2Model) -> str | None:
     """The name of the set in use; None where there is none."""
-    return next((name for _, _, name, adapter in _adapters(transformer) if adapter.active), None)
+    return next((name for _, _, name, adapter in adapters_in(transformer) if adapter.active), None)
 
 
-def _check_present(transformer: GPT2Model, name: str) -> None:
-    names = dict.fromkeys(each for _, _, each, _ in _adapters(transformer))
+def check_present(transformer: GPT2Model, name: str) -> None:
+    """ValueError where no set of adapters has the name."""
+    names = dict.fromkeys(each for _, _, each, _ in adapters_in(transformer))
     if name not in names:
         raise ValueError(f"no set of adapters is named {name!r}: the model has {', '.join(names) or 'none'}")
 
@@ -426,14 +296,15 @@ def _kind(slot: str) -> type[Adapter]:
     return ParallelAdapter if slot == PARALLEL else Adapter
 
 
-def _transformer(model: nn.Module) -> GPT2Model:
+def transformer_of(model: nn.Module) -> GPT2Model:
+    """The one GPT-2 in the model; ValueError where there is none, or several."""
     found = [module for module in model.modules() if isinstance(module, GPT2Model)]
     if len(found) != 1:
         raise ValueError(f"adapters need one GPT-2 in the model; {type(model).__name__} has {len(found)}")
     return found[0]
 
 
-def _hosts(
+def hosts_of(
     transformer: GPT2Model, slot: str, layers: tuple[int, ...] | None = None
 ) -> list[tuple[str, nn.Module]]:
     """Names (below the GPT2Model) and modules whose output a slot adapts, in these layers or in all."""
@@ -450,82 +321,19 @@ def _hosts(
     ]
 
 
-def _adapters(transformer: GPT2Model) -> list[tuple[str, int, str, Adapter]]:
+def adapters_in(transformer: GPT2Model) -> list[tuple[str, int, str, Adapter]]:
     """Slot, place in the slot (of a block: its index), set and module of every adapter that `add_adapters` put in."""
     return [
         (slot, index, name, adapter)
         for slot in SLOTS
-        for index, (_, host) in enumerate(_hosts(transformer, slot))
+        for index, (_, host) in enumerate(hosts_of(transformer, slot))
         for name, adapter in adapters_of(host).items()
         if isinstance(adapter, Adapter) and isinstance(adapter, ParallelAdapter) == (slot == PARALLEL)
     ]
 
 
-def _configs(transformer: GPT2Model, name: str) -> list[AdapterConfig]:
-    """The adapters that a set has in each slot, as they are: one config for all blocks that have them alike."""
-    layers: dict[tuple[str, int, str, float], list[int]] = {}
-    for slot, index, each, a in _adapters(transformer):
-        alike = slot, a.down.out_features, activation_name(a.act) or "", a.scale
-        if each == name:
-            layers.setdefault(alike, []).append(index)
-    everywhere = {slot: list(range(len(_hosts(transformer, slot)))) for slot in SLOTS}
-    return [
-        AdapterConfig(
-            (slot,), bottleneck, activation, scale, None if found == everywhere[slot] else tuple(found)
-        )
-        for (slot, bottleneck, activation, scale), found in layers.items()
-    ]
-
-
-def _by_slot(configs: list[AdapterConfig]) -> set[AdapterConfig]:
-    return {replace(config, slots=(slot,)) for config in configs for slot in config.slots}
-
-
-def _adapter_shapes(model: nn.Module, configs: list[AdapterConfig]) -> dict[str, torch.Size]:
-    """Plain name and shape of every parameter the adapters of `configs` have, or would have, in `model`, unnamed."""
-    transformer = _transformer(model)
-    root = next(name for name, module in _unwrap(model).named_modules() if module is transformer)
-    prefix = f"{root}." if root else ""
-    width = transformer.config.n_embd
-    return {
-        f"{prefix}{name}.adapter.{part}": torch.Size(shape)
-        for config in configs
-        for slot in config.slots
-        for name, _ in _hosts(transformer, slot, config.layers)
-        for part, shape in (
-            ("down.weight", (config.bottleneck, width)),
-            ("down.bias", (config.bottleneck,)),
-            ("up.weight", (width, config.bottleneck)),
-            ("up.bias", (width,)),
-        )
-    }
-
-
-def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Parameters by the names the model has without peft and with this set of adapters alone, as the unnamed one.
-
-    Those that peft saves by itself are left out.
-    """
-    root = _unwrap(model)
-    left_out = {id(p) for m in root.modules() if isinstance(m, BaseTunerLayer) for p in _tuner_parameters(m)}
-    plain: dict[str, nn.Parameter] = {}
-    for prefix, module in root.named_modules():
-        for each, adapter in adapters_of(module).items():
-            left_out |= {id(p) for p in adapter.parameters()}
-            if each == name:
-                plain |= dict(adapter.named_parameters(prefix=f"{prefix}.{_attribute(DEFAULT)}"))
-        wrapped = isinstance(module, ModulesToSaveWrapper)
-        for key, parameter in module.named_parameters(prefix=prefix, recurse=False):
-            if id(parameter) not in left_out and not wrapped:
-                plain[key.replace(".base_layer.", ".")] = parameter
-    for prefix, module in root.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):  # one head, though the wrapper holds it twice
-            plain = {k: p for k, p in plain.items() if not k.startswith(f"{prefix}.")}
-            plain |= dict(module.modules_to_save[module.active_adapter].named_parameters(prefix=prefix))
-    return plain
-
-
-def _tuner_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+def tuner_parameters(layer: BaseTunerLayer) -> list[nn.Parameter]:
+    """What a layer of peft has of its own, beside the layer that it wraps."""
     parts = [getattr(layer, name, None) for name in layer.adapter_layer_names]
     return [p for part in parts if isinstance(part, (nn.Module)) for p in part.parameters()]
 
@@ -535,22 +343,7 @@ def _peft_parameters(module: nn.Module) -> list[nn.Parameter]:
     found: list[nn.Parameter] = []
     for child in module.modules():
         if isinstance(child, BaseTunerLayer):
-            found += _tuner_parameters(child)
+            found += tuner_parameters(child)
         elif isinstance(child, ModulesToSaveWrapper):
             found += child.modules_to_save.parameters()
     return found
-
-
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model below torch.compile's, DistributedDataParallel's and peft's wrappers."""
-    while True:
-        if isinstance(model, PeftModel):
-            return model.get_base_model()
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module
-            if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            else None
-        )
-        if inner is None:
-            return model
-        model = inner

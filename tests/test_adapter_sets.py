@@ -19,7 +19,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import fastpeft
 from fastpeft import AdapterConfig
-from fastpeft.adapters import CONFIG_FILE, WEIGHTS_FILE
+from fastpeft.saving import CONFIG_FILE, WEIGHTS_FILE
 
 #: Slots that sets share and slots of their own, in all layers or in one; shapes, activations and scales that differ.
 SETS = {

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
 import fastpeft
-from fastpeft.adapters import CONFIG_FILE, PARALLEL, SLOTS, WEIGHTS_FILE, Adapter
+from fastpeft.adapters import PARALLEL, SLOTS, Adapter
+from fastpeft.saving import CONFIG_FILE, WEIGHTS_FILE
 
 #: As many as one model takes: the MLP has an adapter after it or one beside it.
 TOGETHER = tuple(slot for slot in SLOTS if slot != PARALLEL)

@@ -21,9 +21,10 @@ from peft import (
 from safetensors.torch import save_file
 from torch import nn
 
-from fastpeft.adapters import AdapterConfig, add_adapters, save_adapters
+from fastpeft.adapters import AdapterConfig, add_adapters
 from fastpeft.compare.methods import PREFIX_TOKENS, Method
 from fastpeft.compare.tasks import CLASSIFY, LM
+from fastpeft.saving import save_adapters
 
 HEAD_FILE = "head.safetensors"
 #: Of transformers: what the base model is for each task.
