@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from fastpeft.ops import adapter, lora_linear
     from fastpeft.patching import patch, unpatch
     from fastpeft.reporting import report
+    from fastpeft.runs import Run
     from fastpeft.saving import load_adapters, save_adapters
-    from fastpeft.sweep import Result, Run, Sweep
+    from fastpeft.sweep import Result, Sweep
 
 __version__ = "0.1.0"
 __all__ = [

@@ -10,26 +10,18 @@ import copy
 import json
 import logging
 import math
-import re
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from peft import LoraConfig, PeftModel, get_peft_model, load_peft_weights, set_peft_model_state_dict
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import (
-    GPT2ForSequenceClassification,
-    GPT2LMHeadModel,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -38,55 +30,18 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastpeft.groups import BASE
+from fastpeft.batches import Orders, join, losses_of, targets_of
 from fastpeft.heads import IGNORED
-from fastpeft.lm_head import routed_lm_head_loss
 from fastpeft.mixing import adapter_rows
-from fastpeft.modules import is_plain
-from fastpeft.packing import Reads
 from fastpeft.patching import patch
-from fastpeft.swap import is_fused
+from fastpeft.runs import Run, check, owner_of, with_adapter
 
 logger = logging.getLogger(__name__)
 
 #: What peft writes into a config beside what it is told.
 _ELSEWHERE = ("base_model_name_or_path", "peft_version")
-#: Names that peft has for something else, beside any part of "lora_".
-_PEFTS = {
-    "default", BASE, "base_model", "model", "base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"
-}  # fmt: skip
-#: The names of what a run may train, and in them the run's.
-_TRAINED = re.compile(
-    r"base_model\.model\.(?:transformer\.h\..+\.lora_[AB]|score\.modules_to_save)\.([^.]+)\.(?:weight|bias)"
-)
-#: Initialisations that read nothing but the seed: others take something out of the base, which the runs share.
-_INITS = (True, False, "gaussian")
-_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
-_ORDERS = ("random", "sequential", "group_by_length")
-#: The fields of TrainingArguments that mean for a sweep what they mean for each run alone; others must be as they come.
-_KNOWN = {
-    "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "weight_decay",
-    "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_grad_norm", "gradient_accumulation_steps", "seed",
-    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16", "use_cpu",
-    "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
-    "dataloader_pin_memory", "disable_tqdm", "report_to", "run_name", "log_level", "logging_strategy",
-    "logging_first_step", "logging_steps", "logging_dir", "logging_nan_inf_filter", "save_strategy", "save_steps",
-    "save_total_limit", "remove_unused_columns", "label_names", "project", "trackio_space_id",
-    "per_device_eval_batch_size", "ddp_find_unused_parameters",  # which nothing here asks about
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of a sweep: an adapter, and how it trains; None leaves that to the sweep's arguments."""
-
-    name: str  # of the adapter, of its folder, and of its line in the logs
-    config: LoraConfig
-    learning_rate: float | None = None
-    seed: int | None = None  # of the adapter's first weights and of the order of the examples
 
 
 @dataclass(frozen=True)
@@ -130,12 +85,12 @@ class Sweep:
         collate_fn: Callable[[list[Any]], dict[str, Tensor]] | None = None,
     ) -> None:
         runs = list(runs)
-        _check(model, runs, arguments, dataset)
+        check(model, runs, arguments, dataset)
         filled = [_filled(run, arguments) for run in runs]
         wrapped: Any = None
         for run in filled:
             set_seed(run.seed)
-            wrapped = _with_adapter(model, wrapped, run)
+            wrapped = with_adapter(model, wrapped, run)
         wrapped.set_requires_grad([run.name for run in filled])
         self.model: PeftModel = patch(wrapped)  # type: ignore[assignment]
         self.trainer = _SideBySide(
@@ -191,7 +146,7 @@ class _SideBySide(Trainer):
         self._parameters: dict[str, list[nn.Parameter]] = {name: [] for name in self.live}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._parameters[_owner(name)].append(parameter)
+                self._parameters[owner_of(name)].append(parameter)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Of batches that hold a run's examples after another's."""
@@ -199,7 +154,7 @@ class _SideBySide(Trainer):
         loader: Any = DataLoader(
             self.train_dataset,  # type: ignore[arg-type]
             batch_size=len(self.runs) * args.train_batch_size,
-            sampler=_Orders(sampler, [run.seed for run in self.runs], args.train_batch_size),
+            sampler=Orders(sampler, [run.seed for run in self.runs], args.train_batch_size),
             collate_fn=self._collated,
             drop_last=args.dataloader_drop_last,
             num_workers=args.dataloader_num_workers,
@@ -212,7 +167,7 @@ class _SideBySide(Trainer):
         size = len(examples) // len(self.runs)
         starts = range(0, len(examples), size)
         batches = [self.data_collator(examples[start : start + size]) for start in starts]
-        return _joined(batches, size, self.model.config.pad_token_id or 0)
+        return join(batches, size, self.model.config.pad_token_id or 0)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Trainer's, of groups of parameters that are one run's, with its learning rate."""
@@ -224,7 +179,7 @@ class _SideBySide(Trainer):
             for run in self.runs:
                 for decays in True, False:
                     own = [
-                        p for n, p in trained.items() if _owner(n) == run.name and (n in decaying) == decays
+                        p for n, p in trained.items() if owner_of(n) == run.name and (n in decaying) == decays
                     ]
                     decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": own, "lr": run.learning_rate, "weight_decay": decay})
@@ -242,7 +197,7 @@ class _SideBySide(Trainer):
             ]
         self._losses: Any = 0.0
         return batches, sum(
-            (_targets(each["labels"]) != IGNORED).view(len(self.live), -1).sum(1) for each in batches
+            (targets_of(each["labels"]) != IGNORED).view(len(self.live), -1).sum(1) for each in batches
         )
 
     def compute_loss(
@@ -252,7 +207,7 @@ class _SideBySide(Trainer):
         size = len(inputs["input_ids"]) // len(self.live)
         self._give(tuple(name for name in self.live for _ in range(size)))
         with self.accelerator.autocast():
-            losses = _losses(self.model.get_base_model(), **inputs)
+            losses = losses_of(self.model.get_base_model(), **inputs)
         of_runs = losses.view(len(self.live), -1).sum(1) / num_items_in_batch
         self._losses = self._losses + of_runs.detach()
         return of_runs.sum()
@@ -350,82 +305,6 @@ class _Watch(TrainerCallback):
     on_epoch_end = on_step_end
 
 
-class _Orders(Sampler[int]):
-    """A batch of each run in turn, each in the order in which Trainer would have it from the run's seed."""
-
-    def __init__(self, sampler: Any, seeds: list[int], batch_size: int) -> None:
-        self._sampler, self._seeds, self._batch_size = sampler, seeds, batch_size
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._seeds) * len(self._sampler)
-
-    def __iter__(self) -> Iterator[int]:
-        orders = []
-        for seed in self._seeds:
-            self._sampler.generator = torch.Generator().manual_seed(seed + self._epoch)
-            orders.append(list(self._sampler))
-        for start in range(0, len(self._sampler), self._batch_size):
-            for order in orders:
-                yield from order[start : start + self._batch_size]
-
-
-def _targets(labels: Tensor) -> Tensor:
-    """What each position is to predict, (rows, length); of a classifier's labels, what each text is, (rows,)."""
-    return labels if labels.dim() == 1 else F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-
-
-def _losses(head: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
-    """The loss of each target, 0 where it is ignored."""
-    given, targets = {"input_ids": input_ids, "attention_mask": attention_mask}, _targets(labels)
-    if isinstance(head, GPT2ForSequenceClassification):
-        return F.cross_entropy(head(**given, use_cache=False).logits, targets, reduction="none")
-    reads = Reads(positions=targets != IGNORED)
-    hidden = head.transformer(**given, use_cache=False, reads=reads).last_hidden_state
-    weight, bias, site = head.lm_head.weight, head.lm_head.bias, head._fastpeft
-    losses, route = routed_lm_head_loss(
-        hidden, weight, targets, bias, IGNORED, "none", None, 0.0, site.backend
-    )
-    site.record(route)
-    return losses
-
-
-#: What a batch holds, and what its padding is, None for the model's own.
-_FILL = {"input_ids": None, "attention_mask": 0, "labels": IGNORED}
-
-
-def _joined(batches: list[dict[str, Tensor]], size: int, padding: int) -> dict[str, Tensor]:
-    """Batches of one run each, one below the other; the shorter get padding after what they have."""
-    unknown = sorted({key for batch in batches for key in batch} - {*_FILL})
-    if unknown or any(not {"input_ids", "labels"} <= {*batch} for batch in batches):
-        raise ValueError(
-            f"collate_fn gave {', '.join(batches[0])}: a sweep takes input_ids, labels and attention_mask"
-        )
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    joined = {}
-    for key, fill in _FILL.items():
-        parts = [batch.get(key, torch.ones_like(batch["input_ids"])) for batch in batches]
-        if any(len(part) != size for part in parts):
-            raise ValueError(
-                f"collate_fn made {len(parts[0])} rows of {size} examples: a row for each is needed"
-            )
-        value = padding if fill is None else fill
-        joined[key] = torch.cat(
-            [F.pad(p, (0, longest - p.shape[1]), value=value) if p.dim() > 1 else p for p in parts]
-        )
-    return joined
-
-
-def _owner(parameter: str) -> str:
-    """The run that a trained parameter of this name is of."""
-    found = _TRAINED.fullmatch(parameter)
-    assert found, parameter
-    return found[1]
-
-
 def _stopped(history: list[Any]) -> dict[str, str]:
     """The runs that have stopped, and why."""
     return {name: why for entry in history for name, why in entry.get("stopped", {}).items()}
@@ -442,116 +321,3 @@ def _filled(run: Run, arguments: TrainingArguments) -> Any:
         name: getattr(arguments, name) for name in ("learning_rate", "seed") if getattr(run, name) is None
     }
     return replace(run, **left)
-
-
-def _with_adapter(model: Any, wrapped: Any, run: Run) -> Any:
-    """`model` under peft with this run's adapter beside those that `wrapped`, if it is one, has already."""
-    config = copy.deepcopy(run.config)  # peft writes into it
-    if wrapped is None:
-        return get_peft_model(model, config, adapter_name=run.name)
-    wrapped.add_adapter(run.name, config)
-    return wrapped
-
-
-def _check(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any) -> None:
-    """Raises where a sweep can't train this, before anything changes."""
-    _check_model(model)
-    _check_arguments(arguments)
-    if not hasattr(dataset, "__len__") or not len(dataset):
-        raise ValueError("dataset has no length: each run draws an order of its own from all of its examples")
-    if not runs:
-        raise ValueError("no runs: give a fastpeft.Run for each adapter to train")
-    names = [run.name for run in runs]
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"several runs are named {', '.join(repeated)}: each needs a name of its own")
-    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
-    for run in runs:
-        _check_run(run, parts)
-    if len({run.config.task_type for run in runs}) > 1:
-        raise ValueError("the runs' configs have different task_types: peft wraps a model for one of them")
-    _rehearse(model, runs)
-
-
-def _check_model(model: Any) -> None:
-    if any(is_fused(module) for module in model.modules()):
-        raise ValueError(
-            "the model is patched already: fastpeft.unpatch(model) first, a sweep patches by itself"
-        )
-    inner = getattr(model, "transformer", None)
-    wrapped = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-    if (
-        type(model) not in (GPT2LMHeadModel, GPT2ForSequenceClassification)
-        or type(inner) is not GPT2Model
-        or wrapped
-    ):
-        raise TypeError(
-            f"a sweep takes a plain GPT2LMHeadModel or GPT2ForSequenceClassification, without adapters, got "
-            f"{'one with adapters' if wrapped else type(model).__name__}: give the model that they go into"
-        )
-    head = model.score if isinstance(model, GPT2ForSequenceClassification) else model.lm_head
-    if type(head) is not nn.Linear or not is_plain(head):
-        raise ValueError("the model's head is more than a linear layer: a sweep computes its loss by itself")
-    if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
-        raise ValueError(
-            "call model.gradient_checkpointing_disable() first: rows of runs don't go through it"
-        )
-    config: Any = model.config
-    if isinstance(model, GPT2ForSequenceClassification):
-        if config.pad_token_id is None:
-            raise ValueError("config.pad_token_id is None: GPT-2 finds the last token of each text by it")
-        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
-            raise ValueError(
-                "a sweep classifies by one label a text: num_labels from 2, no other problem_type"
-            )
-
-
-def _check_arguments(arguments: Any) -> None:
-    if arguments.world_size > 1 or arguments.n_gpu > 1:
-        raise ValueError("a sweep runs in one process on one device: hide other GPUs by CUDA_VISIBLE_DEVICES")
-    default = TrainingArguments(arguments.output_dir, use_cpu=arguments.use_cpu)
-    for field in fields(arguments):
-        name = field.name
-        if name not in _KNOWN and getattr(arguments, name) != getattr(default, name):
-            raise ValueError(f"a sweep doesn't know TrainingArguments' {name}: leave it as it comes")
-    for name, known in (("optim", _OPTIMISERS), ("train_sampling_strategy", _ORDERS)):
-        if getattr(arguments, name) not in known:
-            raise ValueError(f"{name}={getattr(arguments, name)!r}: a sweep takes one of {', '.join(known)}")
-
-
-def _check_run(run: Run, parts: set[str]) -> None:
-    if not re.fullmatch(r"[\w-]+", run.name, re.ASCII) or run.name in parts | _PEFTS or run.name in "lora_":
-        raise ValueError(
-            f"run name {run.name!r}: take letters, digits, - and _, and nothing that peft could take for a part of the "
-            "model's names or its own"
-        )
-    if type(run.config) is not LoraConfig:
-        raise TypeError(
-            f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes LoraConfig"
-        )
-    for name, known in (("init_lora_weights", _INITS), ("layer_replication", (None,))):
-        if (found := getattr(run.config, name)) not in known:
-            raise ValueError(f"run {run.name}: {name}={found!r} would change the base, which the runs share")
-
-
-def _rehearse(model: Any, runs: list[Run]) -> None:
-    """Put the adapters on a model without memory, and see that each trains nothing but LoRA and a head of its own."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=()), torch.device("meta"):
-        warnings.simplefilter("ignore")  # they come again
-        wrapped, twin = None, type(model)(copy.deepcopy(model.config))
-        for run in runs:
-            try:
-                wrapped = _with_adapter(twin, wrapped, run)
-                wrapped.set_requires_grad([run.name])
-            except (KeyError, TypeError, ValueError) as error:
-                raise ValueError(f"run {run.name}: {error}") from error
-            trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-            strange = [name for name in trained if not _TRAINED.fullmatch(name)] + [
-                name
-                for name, m in wrapped.named_modules()
-                if isinstance(m, LoraLayer) and (type(m) is not LoraLinear or m.lora_variant)
-            ]
-            if strange:
-                raise ValueError(
-                    f"run {run.name}: {strange[0]} isn't plain LoRA of the blocks' projections, nor a classifier's "
-                    "head: a sweep trains nothing else"
-                )

@@ -1,0 +1,176 @@
+"""The runs of a sweep, each an adapter on one base: what they may be, and what is refused before anything changes."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainingArguments
+from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+
+from fastpeft.groups import BASE
+from fastpeft.modules import is_plain
+from fastpeft.swap import is_fused
+
+#: Names that peft has for something else, beside any part of "lora_".
+_PEFTS = {
+    "default", BASE, "base_model", "model", "base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"
+}  # fmt: skip
+#: The names of what a run may train, and in them the run's.
+_TRAINED = re.compile(
+    r"base_model\.model\.(?:transformer\.h\..+\.lora_[AB]|score\.modules_to_save)\.([^.]+)\.(?:weight|bias)"
+)
+#: Initialisations that read nothing but the seed: others take something out of the base, which the runs share.
+_INITS = (True, False, "gaussian")
+_OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
+_ORDERS = ("random", "sequential", "group_by_length")
+#: The fields of TrainingArguments that mean for a sweep what they mean for each run alone; others must be as they come.
+_KNOWN = {
+    "output_dir", "per_device_train_batch_size", "num_train_epochs", "max_steps", "learning_rate", "weight_decay",
+    "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "max_grad_norm", "gradient_accumulation_steps", "seed",
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio", "bf16", "use_cpu",
+    "train_sampling_strategy", "length_column_name", "dataloader_drop_last", "dataloader_num_workers",
+    "dataloader_pin_memory", "disable_tqdm", "report_to", "run_name", "log_level", "logging_strategy",
+    "logging_first_step", "logging_steps", "logging_dir", "logging_nan_inf_filter", "save_strategy", "save_steps",
+    "save_total_limit", "remove_unused_columns", "label_names", "project", "trackio_space_id",
+    "per_device_eval_batch_size", "ddp_find_unused_parameters",  # which nothing here asks about
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep: an adapter, and how it trains; None leaves that to the sweep's arguments."""
+
+    name: str  # of the adapter, of its folder, and of its line in the logs
+    config: LoraConfig
+    learning_rate: float | None = None
+    seed: int | None = None  # of the adapter's first weights and of the order of the examples
+
+
+def check(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any) -> None:
+    """Raises where a sweep can't train this, before anything changes."""
+    _check_model(model)
+    _check_arguments(arguments)
+    if not hasattr(dataset, "__len__") or not len(dataset):
+        raise ValueError("dataset has no length: each run draws an order of its own from all of its examples")
+    if not runs:
+        raise ValueError("no runs: give a fastpeft.Run for each adapter to train")
+    names = [run.name for run in runs]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several runs are named {', '.join(repeated)}: each needs a name of its own")
+    parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
+    for run in runs:
+        _check_run(run, parts)
+    if len({run.config.task_type for run in runs}) > 1:
+        raise ValueError("the runs' configs have different task_types: peft wraps a model for one of them")
+    _rehearse(model, runs)
+
+
+def _check_model(model: Any) -> None:
+    if any(is_fused(module) for module in model.modules()):
+        raise ValueError(
+            "the model is patched already: fastpeft.unpatch(model) first, a sweep patches by itself"
+        )
+    inner = getattr(model, "transformer", None)
+    wrapped = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    if (
+        type(model) not in (GPT2LMHeadModel, GPT2ForSequenceClassification)
+        or type(inner) is not GPT2Model
+        or wrapped
+    ):
+        raise TypeError(
+            f"a sweep takes a plain GPT2LMHeadModel or GPT2ForSequenceClassification, without adapters, got "
+            f"{'one with adapters' if wrapped else type(model).__name__}: give the model that they go into"
+        )
+    head = model.score if isinstance(model, GPT2ForSequenceClassification) else model.lm_head
+    if type(head) is not nn.Linear or not is_plain(head):
+        raise ValueError("the model's head is more than a linear layer: a sweep computes its loss by itself")
+    if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
+        raise ValueError(
+            "call model.gradient_checkpointing_disable() first: rows of runs don't go through it"
+        )
+    config: Any = model.config
+    if isinstance(model, GPT2ForSequenceClassification):
+        if config.pad_token_id is None:
+            raise ValueError("config.pad_token_id is None: GPT-2 finds the last token of each text by it")
+        if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
+            raise ValueError(
+                "a sweep classifies by one label a text: num_labels from 2, no other problem_type"
+            )
+
+
+def _check_arguments(arguments: Any) -> None:
+    if arguments.world_size > 1 or arguments.n_gpu > 1:
+        raise ValueError("a sweep runs in one process on one device: hide other GPUs by CUDA_VISIBLE_DEVICES")
+    default = TrainingArguments(arguments.output_dir, use_cpu=arguments.use_cpu)
+    for field in fields(arguments):
+        name = field.name
+        if name not in _KNOWN and getattr(arguments, name) != getattr(default, name):
+            raise ValueError(f"a sweep doesn't know TrainingArguments' {name}: leave it as it comes")
+    for name, known in (("optim", _OPTIMISERS), ("train_sampling_strategy", _ORDERS)):
+        if getattr(arguments, name) not in known:
+            raise ValueError(f"{name}={getattr(arguments, name)!r}: a sweep takes one of {', '.join(known)}")
+
+
+def _check_run(run: Run, parts: set[str]) -> None:
+    if not re.fullmatch(r"[\w-]+", run.name, re.ASCII) or run.name in parts | _PEFTS or run.name in "lora_":
+        raise ValueError(
+            f"run name {run.name!r}: take letters, digits, - and _, and nothing that peft could take for a part of the "
+            "model's names or its own"
+        )
+    if type(run.config) is not LoraConfig:
+        raise TypeError(
+            f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes LoraConfig"
+        )
+    for name, known in (("init_lora_weights", _INITS), ("layer_replication", (None,))):
+        if (found := getattr(run.config, name)) not in known:
+            raise ValueError(f"run {run.name}: {name}={found!r} would change the base, which the runs share")
+
+
+def _rehearse(model: Any, runs: list[Run]) -> None:
+    """Put the adapters on a model without memory, and see that each trains nothing but LoRA and a head of its own."""
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=()), torch.device("meta"):
+        warnings.simplefilter("ignore")  # they come again
+        wrapped, twin = None, type(model)(copy.deepcopy(model.config))
+        for run in runs:
+            try:
+                wrapped = with_adapter(twin, wrapped, run)
+                wrapped.set_requires_grad([run.name])
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"run {run.name}: {error}") from error
+            trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
+            strange = [name for name in trained if not _TRAINED.fullmatch(name)] + [
+                name
+                for name, m in wrapped.named_modules()
+                if isinstance(m, LoraLayer) and (type(m) is not LoraLinear or m.lora_variant)
+            ]
+            if strange:
+                raise ValueError(
+                    f"run {run.name}: {strange[0]} isn't plain LoRA of the blocks' projections, nor a classifier's "
+                    "head: a sweep trains nothing else"
+                )
+
+
+def with_adapter(model: Any, wrapped: Any, run: Run) -> Any:
+    """`model` under peft with this run's adapter beside those that `wrapped`, if it is one, has already."""
+    config = copy.deepcopy(run.config)  # peft writes into it
+    if wrapped is None:
+        return get_peft_model(model, config, adapter_name=run.name)
+    wrapped.add_adapter(run.name, config)
+    return wrapped
+
+
+def owner_of(parameter: str) -> str:
+    """The run that a trained parameter of this name is of."""
+    found = _TRAINED.fullmatch(parameter)
+    assert found, parameter
+    return found[1]
