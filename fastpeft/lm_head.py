@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastpeft import ops, reference
 from fastpeft.autograd import watched
+from fastpeft.checks import check_dtypes, check_shapes, check_tensors
 from fastpeft.gemm import mm
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -81,7 +82,7 @@ def routed_lm_head_loss(
     """`lm_head_loss`, with the route it took, which a head records."""
     _check(hidden, weight, labels, bias, reduction, num_items, label_smoothing)
     hidden, weight, bias = ops.as_autocast(hidden, weight, bias)
-    ops.check_dtypes(hidden=hidden, weight=weight, bias=bias)
+    check_dtypes(hidden=hidden, weight=weight, bias=bias)
     route = ops.route_for(backend, False, hidden.device)
     targets = labels.reshape(-1)
     counts = targets != ignore_index
@@ -259,7 +260,7 @@ def _check(
         raise ValueError(f"num_items takes the place of the mean's count, and reduction is {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be between 0 and 1, got {label_smoothing}")
-    ops.check_tensors(hidden=hidden, weight=weight, bias=bias)
+    check_tensors(hidden=hidden, weight=weight, bias=bias)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels have dtype {labels.dtype}: use int64, as labels.long() gives")
     if labels.device != hidden.device:
@@ -267,7 +268,7 @@ def _check(
             f"labels are on {labels.device} and hidden on {hidden.device}: move them to one device"
         )
     v, k = weight.shape if weight.dim() == 2 else (-1, -1)
-    ops.check_shapes(
+    check_shapes(
         ("hidden", hidden, (*labels.shape, k)),
         ("bias", bias, (v,)),
         against=f"labels of shape {tuple(labels.shape)} and weight of shape {tuple(weight.shape)} (vocabulary, width)",

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import gemm, ops, reference
 from fastpeft.adapters import Adapter
+from fastpeft.checks import FLOATS
 from fastpeft.stock import Defined
 from fastpeft.swap import Site, stands_for
 
@@ -150,7 +151,7 @@ def why_not_tensors(first: Tensor, *others: Tensor, same_dtype: bool = True) -> 
     for tensor in (first, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its tensors are {type(tensor).__name__}"
-        if tensor.dtype not in ops.FLOATS:
+        if tensor.dtype not in FLOATS:
             return f"dtype {tensor.dtype}"
         if saves and tensor.is_inference():  # no autograd function can save one
             return "its tensors are of torch.inference_mode"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import numbers
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -16,11 +15,10 @@ from torch.autograd import forward_ad
 
 from fastpeft import autograd, reference
 from fastpeft.backends import BACKENDS
+from fastpeft.checks import check_adapter, check_dtypes, check_lora_linear
 from fastpeft.kernels.memo import Memo
 from fastpeft.kernels.rows import as_rows, as_taken, rows_in
 from fastpeft.projections import Grouped, Projection, Update
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Route(NamedTuple):
@@ -223,7 +221,7 @@ def routed_lora_linear(
     """
     if decided is None:
         for each in [layer] if isinstance(layer, Projection) else layer.apart():
-            _check_lora_linear(x, each)
+            check_lora_linear(x, each)
     route = (route_for if decided is None else decided.chosen)(backend, exact, x.device)
     if decided is None or _autocasts(x):
         x, layer = _as_autocast(x, layer)
@@ -568,7 +566,7 @@ def routed_adapter(
     """`adapter`, added to a block's residual if there is one, with the route it took, which modules record."""
     outer = None if residual is None else Residual(residual, 0.0)
     if decided is None:
-        _check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+        check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
         route = route_for(backend, exact, x.device)
     else:
         route = decided.chosen(backend, exact, x.device)
@@ -752,85 +750,3 @@ def dtype_here(x: Tensor) -> torch.dtype | None:
 
 def _autocasts(x: Tensor) -> bool:
     return x.device.type in _AUTOCASTS and torch.is_autocast_enabled(x.device.type)
-
-
-def _check_lora_linear(x: Tensor, projection: Projection) -> None:
-    weight, bias, lora_a, lora_b, scaling, dropout_p, _ = projection
-    _check_number("scaling", scaling)
-    check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
-    k, n = weight.shape if weight.dim() == 2 else (-1, -1)
-    rank = lora_a.shape[0]
-    check_shapes(
-        ("x", x, (*x.shape[:-1], k)),
-        ("bias", bias, (n,)),
-        ("lora_a", lora_a, (rank, k)),
-        ("lora_b", lora_b, (n, rank)),
-        against=f"weight of shape {tuple(weight.shape)} (in_features, out_features)",
-    )
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
-
-
-def _check_adapter(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str,
-    scale: float,
-) -> None:
-    _check_number("scale", scale)
-    check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(
-            f"unknown activation {activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
-        )
-    rank, k = down_weight.shape if down_weight.dim() == 2 else (-1, -1)
-    check_shapes(
-        ("x", x, (*x.shape[:-1], k)),
-        ("down_bias", down_bias, (rank,)),
-        ("up_weight", up_weight, (k, rank)),
-        ("up_bias", up_bias, (k,)),
-        against=f"down_weight of shape {tuple(down_weight.shape)} (bottleneck, width)",
-    )
-
-
-def _check_number(name: str, value: Any) -> None:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(
-            f"{name} must be a number, got {type(value).__name__}, which would get no gradient here"
-        )
-
-
-def check_tensors(**named: Tensor | None) -> None:
-    """Raises where one of these tensors has a dtype that isn't served, or isn't where the first is."""
-    (first, x), *_ = named.items()
-    assert x is not None
-    if x.dim() == 0:
-        raise ValueError(f"{first} must have at least one dimension, got a scalar")
-    for name, tensor in named.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64")
-        if tensor.device != x.device:
-            raise ValueError(
-                f"{name} is on {tensor.device} and {first} on {x.device}: move them to one device"
-            )
-
-
-def check_dtypes(**named: Tensor | None) -> None:
-    """Raises where one of these tensors hasn't the dtype of the first."""
-    (first, x), *others = named.items()
-    assert x is not None
-    for name, tensor in others:
-        if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(f"{name} must have {first}'s dtype {x.dtype}, got {tensor.dtype}")
-
-
-def check_shapes(*named: tuple[str, Tensor | None, tuple[int, ...]], against: str) -> None:
-    """Raises where one of these tensors hasn't the shape beside it."""
-    for name, tensor, shape in named:
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape} beside {against}")

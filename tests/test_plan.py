@@ -673,7 +673,7 @@ def test_a_plan_asks_nothing_again(monkeypatch):
     from fastpeft import lora
 
     monkeypatch.setattr(lora, "why_not_lora", lambda *given: pytest.fail("asked again"))
-    monkeypatch.setattr(ops, "_check_lora_linear", lambda *given: pytest.fail("checked again"))
+    monkeypatch.setattr(ops, "check_lora_linear", lambda *given: pytest.fail("checked again"))
     outcome(model)
     outcome(model, 9)
     nn.Linear(1, 1).register_forward_hook(print)  # somebody's, whose handle counts among all
@@ -686,6 +686,6 @@ def test_nor_does_one_of_rows_with_adapters(monkeypatch):
     from fastpeft import lora
 
     monkeypatch.setattr(lora, "why_not_lora", lambda *given: pytest.fail("asked again"))
-    monkeypatch.setattr(ops, "_check_lora_linear", lambda *given: pytest.fail("checked again"))
+    monkeypatch.setattr(ops, "check_lora_linear", lambda *given: pytest.fail("checked again"))
     outcome_of_rows(model)
     outcome_of_rows(model, ROWS[::-1])
