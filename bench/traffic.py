@@ -38,6 +38,7 @@ from fastpeft import modules, ops, reference
 from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tiling
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
+from fastpeft.projections import Projection
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 VOCABULARY = 50257
@@ -187,10 +188,10 @@ def bound(x: Tensor, y: Tensor, parameters: Iterable[Tensor]) -> Traffic:
     return Traffic([Kernel("bound", forward)], [Kernel("bound", forward - bias + gradients)], stored_bytes(x))
 
 
-def projection(layer: Any, dropout_p: float) -> ops.Projection:
+def projection(layer: Any, dropout_p: float) -> Projection:
     """A peft layer as fastpeft's operations take it; the module itself leaves meta tensors to stock."""
     base, a, b = layer.base_layer, layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    return ops.Projection(base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
+    return Projection(base.weight, base.bias, a, b, layer.scaling["default"], dropout_p)
 
 
 def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from fastpeft.adapters import adapted, adapts
 from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
+from fastpeft.projections import Projection
 from fastpeft.swap import Site, stands_for
 
 
@@ -183,7 +184,7 @@ def _at_once(
     return None
 
 
-def _links(stages: list[Stage], projections: list[ops.Projection]) -> list[ops.Link] | None:
+def _links(stages: list[Stage], projections: list[Projection]) -> list[ops.Link] | None:
     """The stages as one operation takes them; None where something between them isn't what it knows."""
     links = []
     for i, (_, norm, act, dropout) in enumerate(stages):

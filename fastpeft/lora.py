@@ -17,6 +17,7 @@ from fastpeft import ops
 from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
 from fastpeft.plan import Plan
+from fastpeft.projections import Grouped, Projection, Update
 from fastpeft.swap import Site, stands_for
 
 
@@ -49,7 +50,7 @@ class FusedLoraLinear(LoraLinear):
             return self._grouped(x, args, kwargs, groups, residual)
         site = self._fastpeft
         plan = None if args or kwargs else planned(self, x)
-        layer: ops.Projection | ops.Grouped
+        layer: Projection | Grouped
         rest: list[str] = []
         if plan is None:
             reason = why_not_here() or (
@@ -202,7 +203,7 @@ class LoraPlan(Plan):
             and super().holds(module, x, walked)
         )
 
-    def layer(self, groups: Groups | None = None) -> ops.Projection | ops.Grouped:
+    def layer(self, groups: Groups | None = None) -> Projection | Grouped:
         """What the call computes, with an update for each group where there are groups.
 
         Of tensors that `holds` has just seen.
@@ -212,18 +213,18 @@ class LoraPlan(Plan):
             weight = weight.t()
         held = zip(factors[::3], factors[1::3], self.adapters, self._dropouts, strict=True)
         updates = [
-            ops.Update(lora_a, lora_b, float(self._scaling[name]), dropout_p(dropout))
+            Update(lora_a, lora_b, float(self._scaling[name]), dropout_p(dropout))
             for lora_a, lora_b, name, dropout in held
         ]
         if groups is None:
-            return ops.Projection(weight, bias, *updates[0])
+            return Projection(weight, bias, *updates[0])
         of = dict(zip(self.adapters, updates, strict=True))
-        return ops.Grouped(weight, bias, [of.get(name) for name in groups.names], groups.bounds)
+        return Grouped(weight, bias, [of.get(name) for name in groups.names], groups.bounds)
 
-    def projection(self, groups: Groups | None) -> ops.Projection:
+    def projection(self, groups: Groups | None) -> Projection:
         """`layer` as kernels take it, of one adapter or more."""
         layer = self.layer(groups)
-        found = layer.stacked(layer.weight.device) if isinstance(layer, ops.Grouped) else layer
+        found = layer.stacked(layer.weight.device) if isinstance(layer, Grouped) else layer
         assert found is not None
         return found
 
@@ -274,7 +275,7 @@ def for_kernels(layer: Any, x: Tensor, width: int, walked: Any, groups: Groups |
     return plan if plan.adapters else None
 
 
-def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
+def projection_of(module: Any) -> tuple[Projection, list[str]]:
     """What a call of this LoRA layer fuses, as its state is now, and the adapters that it has to add one by one."""
     base = module.base_layer
     weight, bias = _weight(base), base.bias
@@ -294,14 +295,14 @@ def projection_of(module: Any) -> tuple[ops.Projection, list[str]]:
         lora_a = torch.cat([module.lora_A[name].weight for name in names])
         lora_b = torch.cat([module.lora_B[name].weight * module.scaling[name] for name in names], dim=1)
         scaling = 1.0
-    return ops.Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
+    return Projection(weight, bias, lora_a, lora_b, scaling, dropouts[0]), rest
 
 
-def grouped_of(module: Any, groups: Groups) -> ops.Grouped:
+def grouped_of(module: Any, groups: Groups) -> Grouped:
     """What a call of this LoRA layer on these groups of rows fuses, as its state is now."""
     base = module.base_layer
     updates = [
-        ops.Update(
+        Update(
             module.lora_A[name].weight,
             module.lora_B[name].weight,
             module.scaling[name],
@@ -311,7 +312,7 @@ def grouped_of(module: Any, groups: Groups) -> ops.Grouped:
         else None
         for name in groups.names
     ]
-    return ops.Grouped(_weight(base), base.bias, updates, groups.bounds)
+    return Grouped(_weight(base), base.bias, updates, groups.bounds)
 
 
 def _weight(base: Any) -> Tensor:

@@ -16,6 +16,7 @@ from transformers import GPT2ForSequenceClassification, GPT2ForTokenClassificati
 
 import fastpeft
 from fastpeft import ops
+from fastpeft.projections import Grouped, Update
 
 #: Ranks, scalings and targets that differ; "b" is rank-stabilised, "c" isn't in c_attn and "d" is nowhere else.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -185,7 +186,7 @@ def test_each_adapter_drops_by_its_own_law():
     """Of y = keep / (1 - p), with every factor the identity."""
     x, eye, zeros = torch.ones(3, 200, 64), torch.eye(64), torch.zeros(64, 64)
     laws = (0.0, 0.2, 0.75)
-    layer = ops.Grouped(zeros, None, [ops.Update(eye, eye, 1.0, p) for p in laws], (0, 200, 400, 600))
+    layer = Grouped(zeros, None, [Update(eye, eye, 1.0, p) for p in laws], (0, 200, 400, 600))
     masks = []
     for _ in range(2):
         y, _ = ops.routed_lora_linear(x, layer, "auto", False)

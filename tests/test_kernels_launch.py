@@ -21,6 +21,7 @@ from fastpeft import ops
 from fastpeft.kernels import launch, lora_chain, tiling
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.shrink import Shrink
+from fastpeft.projections import Projection
 
 
 class FakeKernel:
@@ -131,7 +132,7 @@ def call(backend, *, strict=False, dropout_p=0.5):
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
     torch.manual_seed(5)
     y, route = ops.routed_lora_linear(
-        x, ops.Projection(weight, bias, a, b, 1.0, dropout_p), backend, False, strict
+        x, Projection(weight, bias, a, b, 1.0, dropout_p), backend, False, strict
     )
     return y, route, torch.get_rng_state()
 

@@ -15,6 +15,7 @@ import fastpeft
 from fastpeft import ops, reference
 from fastpeft.kernels import dropout, launch, layer_norm, lora_chain
 from fastpeft.kernels.shrink import Shrink
+from fastpeft.projections import Projection
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -102,7 +103,7 @@ class TestTheChain:
 
     def layer(self, device, p=P):
         x, *tensors = lora_arguments(9, 24, 16, 3, "fp32", device).values()
-        return x, ops.Projection(*tensors, 1.0, p)
+        return x, Projection(*tensors, 1.0, p)
 
     def test_the_layer_takes_what_the_norm_leaves(self, device, shrinks):
         x, layer = self.layer(device)
@@ -126,7 +127,7 @@ class TestTheChain:
         _, *tensors = lora_arguments(9, 16, 24, 3, "fp32", device).values()
         links = [
             ops.Link(fc, norm_of(24, device), activates=True),
-            ops.Link(ops.Projection(*tensors, 1.0, P), residual_p=P),
+            ops.Link(Projection(*tensors, 1.0, P), residual_p=P),
         ]
         found = ops.lora_chain(x, None, links, "triton")
         reasons = {route.reason for route in found.routes}
