@@ -24,6 +24,7 @@ from transformers import (
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from fastpeft import ops
+from fastpeft.autocast import dtype_here
 from fastpeft.deferred import Product, defer, reading
 from fastpeft.modules import is_plain, why_not_here, why_not_tensors
 from fastpeft.packing import PackedModel, Reads
@@ -126,7 +127,7 @@ class _Deferring:
         if reason:
             site.record(ops.Route("stock", reason))
             return layer(hidden)
-        dtype = ops.dtype_here(hidden) or hidden.dtype
+        dtype = dtype_here(hidden) or hidden.dtype
         return defer(Product(hidden, layer.weight, layer.bias, dtype, site))
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastpeft import ops, reference
+from fastpeft.autocast import as_autocast
 from fastpeft.autograd import watched
 from fastpeft.checks import check_dtypes, check_shapes, check_tensors
 from fastpeft.gemm import mm
@@ -81,7 +82,7 @@ def routed_lm_head_loss(
 ) -> tuple[Tensor, ops.Route]:
     """`lm_head_loss`, with the route it took, which a head records."""
     _check(hidden, weight, labels, bias, reduction, num_items, label_smoothing)
-    hidden, weight, bias = ops.as_autocast(hidden, weight, bias)
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     check_dtypes(hidden=hidden, weight=weight, bias=bias)
     route = ops.route_for(backend, False, hidden.device)
     targets = labels.reshape(-1)

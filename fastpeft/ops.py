@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastpeft import autograd, reference
+from fastpeft.autocast import as_autocast, autocasts, layer_as_autocast
 from fastpeft.backends import BACKENDS
-from fastpeft.checks import check_adapter, check_dtypes, check_lora_linear
+from fastpeft.checks import check_adapter, check_lora_linear
 from fastpeft.kernels.memo import Memo
 from fastpeft.kernels.rows import as_rows, as_taken, rows_in
-from fastpeft.projections import Grouped, Projection, Update
+from fastpeft.projections import Grouped, Projection
 
 
 class Route(NamedTuple):
@@ -223,8 +224,8 @@ def routed_lora_linear(
         for each in [layer] if isinstance(layer, Projection) else layer.apart():
             check_lora_linear(x, each)
     route = (route_for if decided is None else decided.chosen)(backend, exact, x.device)
-    if decided is None or _autocasts(x):
-        x, layer = _as_autocast(x, layer)
+    if decided is None or autocasts(x):
+        x, layer = layer_as_autocast(x, layer)
     projection: Projection | None = None
     if route.path == "triton":
         projection = layer.stacked(x.device) if isinstance(layer, Grouped) else layer
@@ -303,11 +304,11 @@ def lora_chain(
     if not launch.eager(x):
         return None
     outside = None
-    if _autocasts(x):
+    if autocasts(x):
         # A LayerNorm and a sum are float32 there, the layers between them aren't.
         if any(link.norm or (link.residual_p is not None and link is not links[-1]) for link in links):
             return None
-        links = [link._replace(projection=_as_autocast(x, link.projection)[1]) for link in links]
+        links = [link._replace(projection=layer_as_autocast(x, link.projection)[1]) for link in links]
         x, *_ = as_autocast(x)
         if residual is not None and residual.dtype != x.dtype and links[-1].residual_p is not None:
             outside, residual = Residual(residual, links[-1].residual_p), None
@@ -669,12 +670,6 @@ def _triton_too_old() -> str | None:
 
 _TRITON_TOO_OLD = _triton_too_old()
 
-#: Devices that have an autocast; of another torch mustn't be asked whether it is on. Known at import: Dynamo of torch
-#: 2.11 can't trace the question.
-_AUTOCASTS = frozenset(
-    filter(torch.amp.is_autocast_available, ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "xla"))
-)
-
 
 def _refuse(backend: str, reason: str) -> Route:
     if backend == "triton":
@@ -721,32 +716,3 @@ def _drawn(x: Tensor, count: int) -> Sequence[Tensor]:
     """Seeds from torch's generator on x's device, int64, of which a kernel reads the first element."""
     # 16 bytes apart: kernels are built for pointers so aligned.
     return torch.randint(2**63 - 1, (count, 2), device=x.device).unbind()
-
-
-def _as_autocast(x: Tensor, layer: Any) -> tuple[Tensor, Any]:
-    """x and the layer as autocast would have them; TypeError where weight or bias still differ from x."""
-    if isinstance(layer, Grouped):
-        updates = [u and Update._make((*as_autocast(*u[:2]), *u[2:])) for u in layer.updates]
-        x, weight, bias = as_autocast(x, *layer[:2])
-        layer = Grouped(weight, bias, updates, layer.bounds)
-    else:
-        x, weight, bias, lora_a, lora_b = as_autocast(x, *layer[:4])
-        numbers = float(layer.scaling), float(layer.dropout_p)
-        layer = Projection(weight, bias, lora_a, lora_b, *numbers, layer.groups)
-    check_dtypes(x=x, weight=weight, bias=bias)
-    return x, layer
-
-
-def as_autocast(x: Tensor, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """A linear layer's inputs in the dtype that they have there, `dtype_here`."""
-    dtype = dtype_here(x)
-    return (x, *tensors) if dtype is None else tuple(t if t is None else t.to(dtype) for t in (x, *tensors))
-
-
-def dtype_here(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives a linear layer's inputs, all but float64 ones; None where it is off."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else None
-
-
-def _autocasts(x: Tensor) -> bool:
-    return x.device.type in _AUTOCASTS and torch.is_autocast_enabled(x.device.type)
