@@ -15,7 +15,7 @@ import checkout  # noqa: F401
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from fastpeft import graphs, ops
+from fastpeft import graphs, routes
 from fastpeft.kernels import launch, tiling
 
 
@@ -84,7 +84,7 @@ def nowhere(architecture: tiling.Architecture) -> Iterator[Launches]:
             (launch, "unsupported_device", lambda device: None),
             (launch, "_capability", lambda device: divmod(architecture.name, 10)),
             (tiling, "architecture", lambda device: architecture),
-            (ops, "on_cpu", lambda tensor: False),
+            (routes, "on_cpu", lambda tensor: False),
         ):
             stack.enter_context(mock.patch.object(where, name, value))
         yield launches

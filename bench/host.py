@@ -159,10 +159,13 @@ modules.HARMLESS_MODES.add(Operators)  # which counts what fastpeft runs
 
 _PLANNING_FILES = tuple(
     f"{name}.py"
-    for name in ("kernels/memo", "kernels/tiling", "kernels/tuning", "fastpeft/plan", "fastpeft/trunk")
-)
+    for name in (
+        "kernels/memo", "kernels/tiling", "kernels/tuning",
+        "fastpeft/checks", "fastpeft/plan", "fastpeft/routes", "fastpeft/trunk",
+    )
+)  # fmt: skip
 _PLANNING_NAMES = (
-    "_check", "confirm", "_kind_of", "_norm_kind", "_once", "_planned", "_settings", "_why_not", "choose", "chosen",
+    "_check", "_norm_kind", "_once", "_planned", "_settings", "_why_not",
     "for_kernels", "holds", "planned", "projection", "read", "why_not",
 )  # fmt: skip
 

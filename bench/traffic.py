@@ -34,11 +34,12 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import NewGELUActivation
 
 import fastpeft
-from fastpeft import modules, ops, reference
+from fastpeft import modules, ops, reference, routes
 from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tiling
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
 from fastpeft.projections import Projection
+from fastpeft.routes import Route
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 VOCABULARY = 50257
@@ -133,8 +134,8 @@ def counted(kernels: list[Kernel]) -> Iterator[None]:
 def on_an_h100() -> Iterator[None]:
     """Within it fastpeft takes the route and the tiles that it takes on an H100."""
     with (
-        mock.patch.object(ops, "choose", return_value=ops.Route("triton", "counted")),
-        mock.patch.object(ops, "confirm", new=lambda route, *_: route),
+        mock.patch.object(routes, "choose", return_value=Route("triton", "counted")),
+        mock.patch.object(routes, "confirm", new=lambda route, *_: route),
         mock.patch.object(launch, "unsupported", return_value=None),
         mock.patch.object(layer_norm, "ready", return_value=None),
         mock.patch.object(layer_norm, "ready_to_shrink", return_value=None),

@@ -19,6 +19,7 @@ from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
 from fastpeft.projections import Projection
+from fastpeft.routes import Decided
 from fastpeft.swap import Site, stands_for
 
 
@@ -203,7 +204,7 @@ def _normed(norm: nn.Module, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     if type(norm) is not nn.LayerNorm:
         return norm(x), x
     if site.plan is None:
-        site.plan = ops.Decided()
+        site.plan = Decided()
     return ops.layer_norm(x, norm, site.backend, site.plan)
 
 

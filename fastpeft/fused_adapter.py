@@ -12,6 +12,7 @@ from fastpeft import ops, reference
 from fastpeft.adapters import Adapter, activation_name
 from fastpeft.modules import is_plain, why_not_here, why_not_tensors
 from fastpeft.plan import Plan
+from fastpeft.routes import Route
 from fastpeft.swap import Site
 
 
@@ -33,7 +34,7 @@ class FusedAdapter(nn.Module):
             )
             reason = reason or why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
             if reason:
-                site.record(ops.Route("stock", reason))
+                site.record(Route("stock", reason))
                 y = super().forward(x, *args, **kwargs)
                 return y if residual is None else residual + y
             down, up = self.down, self.up

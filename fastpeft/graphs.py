@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastpeft import ops
+from fastpeft import routes
 from fastpeft.kernels.rows import rounded
 
 MOST = 64  # graphs of a model. None is given up for another: cuBLAS's memory goes with the first of a stream that goes
@@ -428,7 +428,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         _ = ctx.saved_tensors
-        if torch.is_grad_enabled() or ops.transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
+        if torch.is_grad_enabled() or routes.transformed() or torch._C._functorch.is_legacy_batchedtensor(dy):
             raise RuntimeError(
                 "graphs are differentiable once, one gradient at a time: fastpeft.patch(model) without"
             )

@@ -23,11 +23,11 @@ from transformers import (
 )
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from fastpeft import ops
 from fastpeft.autocast import dtype_here
 from fastpeft.deferred import Product, defer, reading
 from fastpeft.modules import is_plain, why_not_here, why_not_tensors
 from fastpeft.packing import PackedModel, Reads
+from fastpeft.routes import Route
 from fastpeft.stock import Defined
 from fastpeft.swap import stands_for, stock_class
 from fastpeft.trunk import why_not_module
@@ -125,7 +125,7 @@ class _Deferring:
         if hidden.dtype == torch.float64:
             reason = "stock rounds float64 logits to float32 before the loss"
         if reason:
-            site.record(ops.Route("stock", reason))
+            site.record(Route("stock", reason))
             return layer(hidden)
         dtype = dtype_here(hidden) or hidden.dtype
         return defer(Product(hidden, layer.weight, layer.bias, dtype, site))
@@ -150,7 +150,7 @@ def _fused(stock: Any) -> type[nn.Module]:
             return stock.forward(self, *args, **kwargs, **told)
         reason = _why_not_deferred(self, given)
         if reason:
-            self._fastpeft.record(ops.Route("stock", reason))
+            self._fastpeft.record(Route("stock", reason))
             return stock.forward(self, *args, **kwargs, **told)
         return reading(stock.forward(_Deferring(self), *args, **kwargs, **told))
 

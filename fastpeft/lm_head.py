@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastpeft import ops, reference
+from fastpeft import reference, routes
 from fastpeft.autocast import as_autocast
 from fastpeft.autograd import watched
 from fastpeft.checks import check_dtypes, check_shapes, check_tensors
 from fastpeft.gemm import mm
+from fastpeft.routes import Route
 
 REDUCTIONS = ("mean", "sum", "none")
 #: Logits in a chunk, the only large buffer: rows enough for a product with the weight not to wait for the weight.
@@ -79,15 +80,15 @@ def routed_lm_head_loss(
     num_items: Tensor | float | None,
     label_smoothing: float,
     backend: str,
-) -> tuple[Tensor, ops.Route]:
+) -> tuple[Tensor, Route]:
     """`lm_head_loss`, with the route it took, which a head records."""
     _check(hidden, weight, labels, bias, reduction, num_items, label_smoothing)
     hidden, weight, bias = as_autocast(hidden, weight, bias)
     check_dtypes(hidden=hidden, weight=weight, bias=bias)
-    route = ops.route_for(backend, False, hidden.device)
+    route = routes.route_for(backend, False, hidden.device)
     targets = labels.reshape(-1)
     counts = targets != ignore_index
-    if torch.compiler.is_compiling() or ops.transformed():
+    if torch.compiler.is_compiling() or routes.transformed():
         # What traces or transforms knows the plain formula.
         losses = reference.lm_head_losses(
             hidden.flatten(0, -2), weight, bias, targets, ignore_index, label_smoothing
@@ -112,7 +113,7 @@ def routed_lm_head_loss(
 
 
 def _confirmed(
-    route: ops.Route,
+    route: Route,
     backend: str,
     hidden: Tensor,
     weight: Tensor,
@@ -120,7 +121,7 @@ def _confirmed(
     labels: Tensor,
     smoothing: float,
     ahead: bool,
-) -> ops.Route:
+) -> Route:
     """`route` where the kernels serve these operands, are built and not measured slower."""
     from fastpeft.kernels import lm_head as kernels
     from fastpeft.kernels import tuning
@@ -129,11 +130,11 @@ def _confirmed(
         return lambda *tensors: LmHeadLoss.apply(*tensors, labels, smoothing, ahead, by_kernels)
 
     operands = hidden, weight, bias
-    return ops.confirm(
+    return routes.confirm(
         route,
         backend,
         False,
-        ops.why_not_products(backend, hidden, 1, weight, bias),
+        routes.why_not_products(backend, hidden, 1, weight, bias),
         lambda: kernels.ready(*operands),
         lambda: tuning.slower_than("lm_head", operands, (smoothing, ahead), through(True), through(False)),
     )
@@ -238,7 +239,7 @@ def _chunks(
         largest, of_label = logits.amax(1), logits.gather(1, label)[:, 0]
         aim = of_label if smoothing == 0.0 else torch.lerp(of_label, logits.mean(1), smoothing)
         # A pass in place on the CPU, whose kernel reads a row's elements before it writes them.
-        shares = torch.softmax(logits, 1, out=logits if ops.on_cpu(logits) else None)
+        shares = torch.softmax(logits, 1, out=logits if routes.on_cpu(logits) else None)
         # The largest share is 1 / Σ exp(l - largest), and never tiny.
         losses = largest - shares.amax(1).log() - aim
         if smoothing > 0.0:

@@ -18,6 +18,7 @@ from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
 from fastpeft.plan import Plan
 from fastpeft.projections import Grouped, Projection, Update
+from fastpeft.routes import Decided, Route
 from fastpeft.swap import Site, stands_for
 
 
@@ -58,7 +59,7 @@ class FusedLoraLinear(LoraLinear):
             )
             reason = reason or why_not_tensors(x, self.base_layer.weight)
             if reason:
-                site.record(ops.Route("stock", reason))
+                site.record(Route("stock", reason))
                 return ops.added(super().forward(x, *args, **kwargs), residual)
             layer, rest = projection_of(self)
         else:
@@ -97,7 +98,7 @@ class FusedLoraLinear(LoraLinear):
             wide = x.shape[-1:] == (self.in_features,)
             reason = None if plan else _why_not_call(self, x, adapters) or (None if wide else "an error")
         if reason:
-            site.record(ops.Route("stock", reason))
+            site.record(Route("stock", reason))
             stock = super().forward
             if groups is None:
                 y = stock(x, *args, adapter_names=names, **kwargs)
@@ -148,16 +149,16 @@ class LoraPlan(Plan):
                 (lora_b._parameters, "weight"),
                 (lora_b._parameters, "bias"),
             ]
-        self._chains: dict[int, tuple[Sequence[LoraPlan], ops.Decided]] = {}
+        self._chains: dict[int, tuple[Sequence[LoraPlan], Decided]] = {}
         super().__init__(module, [module, *factors], [module.base_layer, *chain(*parts)])
         self._decided = module._fastpeft.decided
 
-    def before(self, others: Sequence[LoraPlan]) -> ops.Decided:
+    def before(self, others: Sequence[LoraPlan]) -> Decided:
         """What was found out about a chain of this layer and of these others behind it."""
         known, decided = self._chains.get(len(others), ((), None))
         if decided is None or not all(map(is_, known, others)):
             kinds = self._kind(), *(each._kind() for each in others)
-            decided = self._decided.once(kinds, ops.Decided)
+            decided = self._decided.once(kinds, Decided)
             self._chains[len(others)] = others, decided
         return decided
 

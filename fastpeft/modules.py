@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import gemm, ops, reference
+from fastpeft import gemm, ops, reference, routes
 from fastpeft.adapters import Adapter
 from fastpeft.checks import FLOATS
+from fastpeft.routes import Route
 from fastpeft.stock import Defined
 from fastpeft.swap import Site, stands_for
 
@@ -41,9 +42,9 @@ class FusedGelu(NewGELUActivation):
         reason = "exact=True keeps stock's arithmetic" if self._fastpeft.exact else _why_not_operators()
         reason = reason or why_not_tensors(input)
         if reason:
-            self._fastpeft.record(ops.Route("stock", reason))
+            self._fastpeft.record(Route("stock", reason))
             return super().forward(input)
-        self._fastpeft.record(ops.Route("torch", "one pass"))
+        self._fastpeft.record(Route("torch", "one pass"))
         return reference.gelu_new(input)
 
 
@@ -76,15 +77,15 @@ FROZEN = (FusedConv1D, FusedLinear)
 
 def _is_served(module: Any, x: Tensor) -> bool:
     """Whether this call of a fused frozen layer goes to oneDNN itself, noted in its site."""
-    if not ops.on_cpu(module.weight):  # moved since; a GPU doesn't wait for notes
+    if not routes.on_cpu(module.weight):  # moved since; a GPU doesn't wait for notes
         return False
     reason = _why_not_frozen_call(module, x) or why_not_frozen(module)
-    module._fastpeft.record(ops.Route("stock", reason) if reason else ops.Route("torch", "oneDNN"))
+    module._fastpeft.record(Route("stock", reason) if reason else Route("torch", "oneDNN"))
     return reason is None
 
 
 def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or ops.transformed():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or routes.transformed():
         return "traced"  # whatever traces or transforms knows stock's product
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
@@ -111,7 +112,7 @@ def why_not_here() -> str | None:
     """Why no module may be fused in this call, whatever it is: something looks at what is inside, or replaced it."""
     if torch.compiler.is_compiling():
         return _replaced()
-    return "global module hooks" if _has_any_global_hook() else _why_not_operators() or ops.transformed()
+    return "global module hooks" if _has_any_global_hook() else _why_not_operators() or routes.transformed()
 
 
 def _why_not_operators() -> str | None:

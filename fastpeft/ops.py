@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from packaging.version import Version
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastpeft import autograd, reference
+from fastpeft import autograd, reference, routes
 from fastpeft.autocast import as_autocast, autocasts, layer_as_autocast
-from fastpeft.backends import BACKENDS
 from fastpeft.checks import check_adapter, check_lora_linear
-from fastpeft.kernels.memo import Memo
-from fastpeft.kernels.rows import as_rows, as_taken, rows_in
+from fastpeft.kernels.rows import as_rows, as_taken
 from fastpeft.projections import Grouped, Projection
-
-
-class Route(NamedTuple):
-    """Which implementation serves a call, `triton` or `torch`, and why."""
-
-    path: str
-    reason: str
+from fastpeft.routes import Confirmed, Decided, Route
 
 
 class Residual(NamedTuple):
@@ -55,36 +44,6 @@ class Chained(NamedTuple):
     routes: Sequence[Route]
 
 
-class Confirmed(NamedTuple):
-    """The route that was confirmed for a call, and where its kernels keep what they prepare for such calls."""
-
-    route: Route
-    prepared: Any = None
-
-
-class Decided:
-    """What was found out about a kind of call, for the next of its kind not to ask again.
-
-    Whoever holds one vouches for the operands' shapes, dtypes, strides and device, and for its options; what else
-    counts is in the keys. They hold no number of rows but the steps in which tiles are chosen: there are few.
-    """
-
-    def __init__(self) -> None:
-        self.route: Route | None = None
-        self.answers = Memo(256)
-
-    def chosen(self, backend: str, exact: bool, device: torch.device) -> Route:
-        """`choose`, asked once."""
-        if self.route is None:
-            self.route = choose(backend, exact, device)
-        return self.route
-
-    @property
-    def by_torch(self) -> bool:
-        """Whether torch was chosen."""
-        return self.route is not None and self.route.path == "torch"
-
-
 def _once(
     decided: Decided | None,
     route: Route,
@@ -102,29 +61,9 @@ def _once(
         (each.projection.dropout_p > 0.0, each.residual_p and True, each.norm and _norm_kind(each.norm))
         for each in links
     ]
-    key = _kind_of(rows, residual), *some, *stores
+    key = routes.kind_of(rows, residual), *some, *stores
     return decided.answers.once(
         key, lambda: _confirmed(route, backend, strict, rows, residual, links, stores)
-    )
-
-
-def _kind_of(rows: Tensor, residual: Tensor | None) -> Hashable:
-    """Of a call, what counts for its kernels beside the operands that a `Decided` is for."""
-    import fastpeft.kernels.launch as launch
-    import fastpeft.kernels.tiling as tiling
-
-    aligned = (rows.data_ptr() | (0 if residual is None else residual.data_ptr())) % 16 == 0
-    tf32 = rows.dtype == torch.float32 and launch.tf32_allowed()
-    count = rows_in(rows)
-    return (
-        tiling.steps(count),
-        count > 0,
-        rows.dtype,
-        rows.dim() == 2 and rows.stride(),
-        aligned,
-        None if residual is None else residual.dtype,
-        torch.is_inference_mode_enabled(),
-        tf32,
     )
 
 
@@ -223,7 +162,7 @@ def routed_lora_linear(
     if decided is None:
         for each in [layer] if isinstance(layer, Projection) else layer.apart():
             check_lora_linear(x, each)
-    route = (route_for if decided is None else decided.chosen)(backend, exact, x.device)
+    route = (routes.route_for if decided is None else decided.chosen)(backend, exact, x.device)
     if decided is None or autocasts(x):
         x, layer = layer_as_autocast(x, layer)
     projection: Projection | None = None
@@ -252,7 +191,7 @@ def routed_lora_linear(
                 return y if residual_rows is not None else added(y, residual), found
         route = found
     rows = as_rows(x)
-    if isinstance(layer, Projection) and (torch.compiler.is_compiling() or transformed()):
+    if isinstance(layer, Projection) and (torch.compiler.is_compiling() or routes.transformed()):
         # The compiler fuses the plain formula by itself.
         weight, bias, lora_a, lora_b, scaling, dropout_p, _ = layer
         dropped = F.dropout(x, dropout_p).to(lora_a.dtype)
@@ -386,7 +325,7 @@ def _confirmed(
 
     tensors = [t for link in links for t in link.projection[:4]]
     rank = max(link.projection.lora_b.shape[-1] for link in links)
-    unsupported = why_not_products(backend, rows, rank, *tensors, residual)
+    unsupported = routes.why_not_products(backend, rows, rank, *tensors, residual)
     alone = len(links) == 1 and links[0].norm is None
     if not alone and (unsupported or not _fit(rows, residual, links)):
         return Confirmed(Route("torch", "layer by layer"))  # where each says why
@@ -428,7 +367,7 @@ def _confirmed(
             return None
         return tuning.slower_than("lora_chain", given, drops, through_kernels, through_pytorch)
 
-    return Confirmed(confirm(route, backend, strict, unsupported, ready, slower), how)
+    return Confirmed(routes.confirm(route, backend, strict, unsupported, ready, slower), how)
 
 
 def _with(links: list[Link], tensors: Sequence[Any]) -> list[Link]:
@@ -480,7 +419,7 @@ def layer_norm(
     Where the norm trains, or Triton won't serve it, torch does.
     """
     # The compiler fuses the plain formula by itself.
-    if not torch.compiler.is_compiling() and choose(backend, False, x.device).path == "triton":
+    if not torch.compiler.is_compiling() and routes.choose(backend, False, x.device).path == "triton":
         from fastpeft.kernels import layer_norm as kernels
 
         key = *_norm_kind(norm), x.shape[-1], x.dtype, x.device, x.data_ptr() % 16, x.numel() > 0
@@ -545,7 +484,7 @@ def added(y: Tensor, residual: Residual | None) -> Tensor:
 
 def dropped(x: Tensor, dropout_p: float) -> Tensor:
     """`F.dropout(x, dropout_p)`, on the CPU with fewer random numbers."""
-    if dropout_p == 0.0 or not on_cpu(x) or torch.compiler.is_compiling() or transformed():
+    if dropout_p == 0.0 or not routes.on_cpu(x) or torch.compiler.is_compiling() or routes.transformed():
         return F.dropout(x, dropout_p)
     return autograd.Dropout.apply(x, dropout_p)
 
@@ -568,7 +507,7 @@ def routed_adapter(
     outer = None if residual is None else Residual(residual, 0.0)
     if decided is None:
         check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
-        route = route_for(backend, exact, x.device)
+        route = routes.route_for(backend, exact, x.device)
     else:
         route = decided.chosen(backend, exact, x.device)
     rows, scale = as_rows(x), float(scale)
@@ -588,7 +527,7 @@ def routed_adapter(
         given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
 
         def found() -> Confirmed:
-            confirmed = confirm(
+            confirmed = routes.confirm(
                 route,
                 backend,
                 strict,
@@ -598,13 +537,15 @@ def routed_adapter(
             )
             return Confirmed(confirmed)
 
-        kind = _kind_of(rows, residual_rows)
+        kind = routes.kind_of(rows, residual_rows)
         route, _ = found() if decided is None else decided.answers.once(kind, found)
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
     wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
-    if torch.compiler.is_compiling() or transformed():  # the compiler fuses the plain formula by itself
+    if (
+        torch.compiler.is_compiling() or routes.transformed()
+    ):  # the compiler fuses the plain formula by itself
         down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
         down_bias = None if down_bias is None else down_bias.to(wide)
         up_bias = None if up_bias is None else up_bias.to(wide)
@@ -616,93 +557,6 @@ def routed_adapter(
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         y = autograd.Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, scale)
     return added(y.to(x.dtype).view(x.shape), outer), route
-
-
-def on_cpu(t: Tensor) -> bool:
-    """Whether what is written for the CPU alone serves t."""
-    return t.is_cpu
-
-
-def transformed() -> str | None:
-    """What makes of the computation more than a forward and a backward pass, which only stock's operations bear."""
-    if torch._C._are_functorch_transforms_active():
-        return "torch.func transforms it"
-    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
-
-
-def choose(backend: str, exact: bool, device: torch.device) -> Route:
-    """The route that calls on `device` take, as far as the device decides it.
-
-    Raises ValueError for an unknown backend, or where `backend="triton"` can't run there.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
-    if exact:
-        return Route("torch", "exact=True keeps torch's arithmetic")
-    if backend == "torch":
-        return Route("torch", "backend='torch'")
-    if backend == "auto" and device.type != "cuda":
-        return Route("torch", f"PyTorch path on {device.type}")
-    if _TRITON_TOO_OLD:
-        return _refuse(backend, _TRITON_TOO_OLD)
-    try:
-        from fastpeft.kernels import launch
-    except ImportError:
-        return _refuse(backend, "triton is not installed")
-    reason = launch.unsupported_device(device)
-    return _refuse(backend, reason) if reason else Route("triton", "fused kernels")
-
-
-def route_for(backend: str, exact: bool, device: torch.device) -> Route:
-    """`choose` for a call, whose circumstances count too."""
-    reason = transformed()
-    return _refuse(backend, reason) if reason else choose(backend, exact, device)
-
-
-def _triton_too_old() -> str | None:
-    """That the installed triton lacks what the kernels use, asked of its metadata, without importing it."""
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return f"triton {version} is older than 3.6" if Version(version) < Version("3.6") else None
-
-
-_TRITON_TOO_OLD = _triton_too_old()
-
-
-def _refuse(backend: str, reason: str) -> Route:
-    if backend == "triton":
-        raise ValueError(f"backend='triton' can't serve this: {reason}")
-    return Route("torch", reason)
-
-
-def confirm(
-    route: Route,
-    backend: str,
-    strict: bool,
-    unsupported: str | None,
-    ready: Callable[[], str | None],
-    slower: Callable[[], str | None],
-) -> Route:
-    """`route` where the kernels serve the call, are built and not measured slower; before a seed is drawn."""
-    if unsupported:
-        return _refuse(backend, unsupported)
-    if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
-        return route
-    failure = ready()
-    if failure and strict:
-        raise RuntimeError(failure)
-    reason = failure or (slower() if backend == "auto" else None)
-    return Route("torch", reason) if reason else route
-
-
-def why_not_products(backend: str, x: Tensor, rank: int, *others: Tensor | None) -> str | None:
-    """Why the kernels that multiply x by a weight don't serve it, or had better not where nobody asks for them."""
-    from fastpeft.kernels import launch
-
-    reason = launch.unsupported(x, rank, *others)
-    return reason or (launch.better_by_cublas(x) if backend == "auto" else None)
 
 
 def _new_seeds(x: Tensor, *dropouts: float) -> list[Tensor | None]:

@@ -21,11 +21,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
-from fastpeft import attention, groups, ops
+from fastpeft import attention, groups, routes
 from fastpeft.block import Packed, called, projected
 from fastpeft.graphs import Graphs
 from fastpeft.kernels.rows import rounded
 from fastpeft.modules import why_not_here
+from fastpeft.routes import Route
 from fastpeft.swap import Site, stands_for
 from fastpeft.trunk import Trunk
 
@@ -86,7 +87,7 @@ class PackedAttention(GPT2Attention):
             else:
                 grid = packed.in_grid(rows).view(-1, rows.shape[1])
                 kept.update(*self._heads(grid, packed.grid)[1:], self.layer_idx)
-        if ops.on_cpu(qkv) and longest <= _SHORT:
+        if routes.on_cpu(qkv) and longest <= _SHORT:
             query, key, value = (
                 part.to(torch.promote_types(part.dtype, torch.float32)) for part in (query, key, value)
             )
@@ -100,7 +101,7 @@ class PackedAttention(GPT2Attention):
             mask = torch.zeros_like(later, dtype=query.dtype).masked_fill(later, torch.finfo(query.dtype).min)
             mask = mask[:, None, None]
         dropout = self.attn_dropout.p if self.training else 0.0
-        if ops.on_cpu(qkv) and dropout > 0.0 and not torch.compiler.is_compiling():
+        if routes.on_cpu(qkv) and dropout > 0.0 and not torch.compiler.is_compiling():
             output = attention.dropping(query, key, value, mask, dropout, self.scaling)
         elif packed.mask is not None:
             output, _ = eager_attention_forward(
@@ -179,7 +180,7 @@ class PackedModel(GPT2Model):
             or _layout(self, arguments, reads, site)
         )
         if isinstance(packed, str):
-            site.record(ops.Route("stock", packed))
+            site.record(Route("stock", packed))
             return super().forward(*args, **kwargs)
         graphs = site.graphs
         given = _caches(self, arguments), packed.groups is not None
@@ -201,7 +202,7 @@ class PackedModel(GPT2Model):
         reason = "packed: no padding between the embeddings and the head"
         if graphs is not None:
             reason += f"; no graph: {graphs.why_not}" if graphs.why_not else ", replayed as a graph"
-        site.record(ops.Route("packed", reason))
+        site.record(Route("packed", reason))
         return output if packed.whole else _unpacked(packed, output)
 
 

@@ -13,7 +13,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Attention, GPT2Block, GPT2Model
 from transformers.pytorch_utils import Conv1D
 
-from fastpeft import ops, probe
+from fastpeft import probe, routes
 from fastpeft.adapters import Adapter, ParallelAdapter
 from fastpeft.fused_adapter import FusedAdapter, why_not_adapter
 from fastpeft.graphs import Graphs
@@ -95,7 +95,7 @@ def patch(
     for candidate in plan:
         device = next((p.device for p in candidate.module.parameters()), None)
         if device is not None and candidate.swaps:
-            ops.choose(backend, exact, device)
+            routes.choose(backend, exact, device)
     swaps = [c for c in (plan if exact else found) if c.swaps]
     runtime = [] if scope == "layers" or exact else _runtime(model)
     if strict:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fastpeft import ops
 from fastpeft.modules import is_plain, why_not_here
+from fastpeft.routes import Decided
 
 
 class Plan(ABC):
@@ -39,7 +39,7 @@ class Plan(ABC):
         # What inference mode made can't be saved for backward: it is asked about at each call.
         self._whole = not any(t is False or (t is not None and t.is_inference()) for t in self.tensors)
         #: What was found out about its operation.
-        self.decided = ops.Decided()
+        self.decided = Decided()
 
     @abstractmethod
     def read(self) -> list[Tensor | None]:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import nn
 
-from fastpeft import ops
 from fastpeft.kernels.memo import Memo
+from fastpeft.routes import Route
 
 _Fused = TypeVar("_Fused", bound=type[nn.Module])
 #: The fused class of every stock class that has one.
@@ -26,16 +26,16 @@ class Site:
     backend: str
     exact: bool
     strict: bool
-    last: ops.Route | None = None
+    last: Route | None = None
     calls: int = 0
     plan: Any = None  # what its last call found out, for the next to compare
-    decided: Memo = field(default_factory=lambda: Memo(64))  # ops.Decided by what plans were of
+    decided: Memo = field(default_factory=lambda: Memo(64))  # Decided by what plans were of
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which begin without a plan: it is of this module."""
         return {**vars(self), "plan": None, "decided": Memo(64)}
 
-    def record(self, route: ops.Route) -> None:
+    def record(self, route: Route) -> None:
         """Note a call; not while compiling, where a changing counter would recompile each call."""
         if not torch.compiler.is_compiling():
             self.last = route

@@ -146,7 +146,7 @@ def test_a_backend_that_this_machine_cannot_run_is_refused(files, tmp_path, caps
     def cannot(backend, exact, device):
         raise ValueError(f"no {backend} on {device}")
 
-    monkeypatch.setattr(runner.ops, "choose", cannot)
+    monkeypatch.setattr(runner.routes, "choose", cannot)
     said = _refused(["compare", "--backend", "triton", "--out", str(tmp_path / "out")], capsys)
     assert "--backend triton: no triton on" in said
     assert list(tmp_path.iterdir()) == []

@@ -22,6 +22,7 @@ from fastpeft.kernels import launch, lora_chain, tiling
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.shrink import Shrink
 from fastpeft.projections import Projection
+from fastpeft.routes import Route
 
 
 class FakeKernel:
@@ -141,7 +142,7 @@ def test_a_failed_build_falls_back_before_a_seed_is_drawn_and_strict_raises(monk
     monkeypatch.setattr(lora_chain, "ready", lambda *a: "linear_kernel can't be built here: too large")
     y, route, state = call("triton")
     expected, _, expected_state = call("torch")
-    assert route == ops.Route("torch", "linear_kernel can't be built here: too large")
+    assert route == Route("torch", "linear_kernel can't be built here: too large")
     assert torch.equal(y, expected)
     assert torch.equal(state, expected_state)
     with pytest.raises(RuntimeError, match="can't be built here"):

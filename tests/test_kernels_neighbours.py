@@ -25,6 +25,7 @@ import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
 from fastpeft.kernels import dropout, launch, layer_norm, lora_chain, lora_linear, tiling
+from fastpeft.routes import Route
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -425,7 +426,7 @@ class TestWhatGoesLayerByLayer:
 
     def test_a_projection_without_lora(self):
         mlp = self.run(with_lora(gpt2(), ("c_attn", "c_fc")))
-        assert mlp.c_fc._fastpeft.last == fastpeft.ops.Route("triton", "fused kernels")
+        assert mlp.c_fc._fastpeft.last == Route("triton", "fused kernels")
 
     def test_a_backend_that_isnt_triton(self):
         mlp = self.run(with_lora(gpt2()), backend="auto")
@@ -434,7 +435,7 @@ class TestWhatGoesLayerByLayer:
     def test_kernels_that_cant_be_built(self, monkeypatch):
         monkeypatch.setattr(lora_chain, "ready", unless_alone)
         mlp = self.run(with_lora(gpt2()))
-        assert mlp.c_fc._fastpeft.last == fastpeft.ops.Route("triton", "fused kernels")
+        assert mlp.c_fc._fastpeft.last == Route("triton", "fused kernels")
         strict = patched(with_lora(gpt2()), strict=True)
         with pytest.raises(RuntimeError, match="can't be built here"):
             step(strict)

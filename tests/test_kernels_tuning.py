@@ -8,6 +8,7 @@ from kernel_checks import check_lora, draws_of, lora_arguments
 from triton.runtime.errors import OutOfResources
 
 import fastpeft
+from fastpeft import routes
 from fastpeft.kernels import launch, lora_linear, tiling, tuning
 from fastpeft.projections import Projection
 
@@ -84,9 +85,9 @@ def test_tuning_changes_the_tiles_and_not_the_result(clock, monkeypatch):
 def test_pytorch_serves_what_it_was_measured_to_do_faster(clock, monkeypatch, times, path):
     clock.times = times
     monkeypatch.setattr(tuning, "fastest", lambda kernel, x, key, candidates, run: candidates[0])
-    choose = fastpeft.ops.choose
+    choose = routes.choose
     monkeypatch.setattr(
-        fastpeft.ops,
+        routes,
         "choose",
         lambda backend, *rest: choose("triton" if backend == "auto" else backend, *rest),
     )

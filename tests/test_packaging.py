@@ -19,7 +19,7 @@ import torch
 from packaging.requirements import Requirement
 
 import fastpeft
-from fastpeft import ops
+from fastpeft import routes
 from fastpeft.__main__ import NEEDS, main
 
 ROOT = Path(__file__).parent.parent
@@ -63,13 +63,13 @@ print(fastpeft.lora_linear(x, torch.ones(4, 3), None, torch.ones(1, 4), torch.on
 )
 def test_an_old_triton_is_refused_by_name(monkeypatch, version, reason):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    assert ops._triton_too_old() == reason
-    monkeypatch.setattr(ops, "_TRITON_TOO_OLD", reason)
-    assert ops.choose("auto", False, torch.device("cpu")).path == "torch"
+    assert routes._triton_too_old() == reason
+    monkeypatch.setattr(routes, "_TRITON_TOO_OLD", reason)
+    assert routes.choose("auto", False, torch.device("cpu")).path == "torch"
     if reason:
-        assert ops.choose("auto", False, torch.device("cuda")) == ("torch", reason)
+        assert routes.choose("auto", False, torch.device("cuda")) == ("torch", reason)
         with pytest.raises(ValueError, match=reason):
-            ops.choose("triton", False, torch.device("cpu"))
+            routes.choose("triton", False, torch.device("cpu"))
 
 
 def test_what_importing_fastpeft_brings_and_when(tmp_path):

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from rich.console import Console
 
-from fastpeft import ops
+from fastpeft import routes
 from fastpeft.compare import (
     base_model,
     card,
@@ -215,7 +215,7 @@ def _base(
 
 def _check_backend(backend: str, device: torch.device) -> None:
     try:
-        ops.choose(backend, exact=False, device=device)
+        routes.choose(backend, exact=False, device=device)
     except ValueError as error:
         raise BadInput(f"--backend {backend}: {error}") from None
 
