@@ -39,6 +39,7 @@ from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tiling
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
 from fastpeft.projections import Projection
+from fastpeft.residuals import Residual, added
 from fastpeft.routes import Route
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
@@ -262,9 +263,9 @@ def neighbour_variants(tokens: int, rank: int, dropout_p: float, dtype: str) -> 
 
         def block(x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
             qkv = c_attn(norm(x))
-            x = ops.added(c_proj(attended), ops.Residual(x, RESIDUAL_DROPOUT))
+            x = added(c_proj(attended), Residual(x, RESIDUAL_DROPOUT))
             y = mlp_c_proj(gelu(c_fc(norm(x))))
-            return qkv, ops.added(y, ops.Residual(x, RESIDUAL_DROPOUT))
+            return qkv, added(y, Residual(x, RESIDUAL_DROPOUT))
 
         return traffic(block, rows, parameters)
 

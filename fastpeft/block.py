@@ -19,6 +19,7 @@ from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
 from fastpeft.projections import Projection
+from fastpeft.residuals import Residual, dropped
 from fastpeft.routes import Decided
 from fastpeft.swap import Site, stands_for
 
@@ -229,12 +230,12 @@ def _drops(dropout: nn.Module) -> float | None:
     return dropout_p(dropout) if type(dropout) is nn.Dropout else None
 
 
-def _residual(residual: Tensor | None, dropout: nn.Module) -> ops.Residual | None:
+def _residual(residual: Tensor | None, dropout: nn.Module) -> Residual | None:
     """A residual for an operation to add; None where there is none, or dropout isn't all that happens on the way."""
     p = _drops(dropout)
-    return None if residual is None or p is None else ops.Residual(residual, p)
+    return None if residual is None or p is None else Residual(residual, p)
 
 
 def _dropped(x: Tensor, dropout: nn.Module) -> Tensor:
     p = _drops(dropout)
-    return dropout(x) if p is None else ops.dropped(x, p)
+    return dropout(x) if p is None else dropped(x, p)

@@ -18,6 +18,7 @@ from fastpeft.groups import Groups, order_of
 from fastpeft.modules import FROZEN, is_plain, why_not_here, why_not_tensors
 from fastpeft.plan import Plan
 from fastpeft.projections import Grouped, Projection, Update
+from fastpeft.residuals import Residual, added
 from fastpeft.routes import Decided, Route
 from fastpeft.swap import Site, stands_for
 
@@ -39,7 +40,7 @@ class FusedLoraLinear(LoraLinear):
         self,
         x: Tensor,
         *args: Any,
-        residual: ops.Residual | None = None,
+        residual: Residual | None = None,
         groups: Groups | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -60,7 +61,7 @@ class FusedLoraLinear(LoraLinear):
             reason = reason or why_not_tensors(x, self.base_layer.weight)
             if reason:
                 site.record(Route("stock", reason))
-                return ops.added(super().forward(x, *args, **kwargs), residual)
+                return added(super().forward(x, *args, **kwargs), residual)
             layer, rest = projection_of(self)
         else:
             layer = plan.layer()
@@ -75,7 +76,7 @@ class FusedLoraLinear(LoraLinear):
             dropped = self.lora_dropout[name](x.to(self.lora_A[name].weight.dtype))
             y = (y + self.lora_B[name](self.lora_A[name](dropped)) * self.scaling[name]).to(y.dtype)
         site.record(route)
-        return ops.added(y, residual) if rest else y
+        return added(y, residual) if rest else y
 
     def _grouped(
         self,
@@ -83,7 +84,7 @@ class FusedLoraLinear(LoraLinear):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         groups: Groups | None,
-        residual: ops.Residual | None,
+        residual: Residual | None,
     ) -> Tensor:
         """`forward`, of rows that use different adapters."""
         site, names = self._fastpeft, kwargs.pop("adapter_names", ())
@@ -107,7 +108,7 @@ class FusedLoraLinear(LoraLinear):
                     stock(x.flatten(0, -2)[rows][None], adapter_names=[name]) for name, rows in groups.rows()
                 ]
                 y = torch.cat(parts, 1).view(*x.shape[:-1], -1)
-            return ops.added(y, residual)
+            return added(y, residual)
         order = None
         if groups is None:
             order = order_of(tuple(names), x.device)
@@ -120,7 +121,7 @@ class FusedLoraLinear(LoraLinear):
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
-        return y if order is None else ops.added(order.put_back(y), residual)
+        return y if order is None else added(order.put_back(y), residual)
 
 
 class LoraPlan(Plan):

@@ -15,14 +15,8 @@ from fastpeft.autocast import as_autocast, autocasts, layer_as_autocast
 from fastpeft.checks import check_adapter, check_lora_linear
 from fastpeft.kernels.rows import as_rows, as_taken
 from fastpeft.projections import Grouped, Projection
+from fastpeft.residuals import Residual, added, rows_of
 from fastpeft.routes import Confirmed, Decided, Route
-
-
-class Residual(NamedTuple):
-    """What a layer's result is added to, `x + dropout(result)`."""
-
-    x: Tensor
-    dropout_p: float
 
 
 class Link(NamedTuple):
@@ -182,7 +176,7 @@ def routed_lora_linear(
                 return added(_unrowed(y, x), residual), found
         else:
             rows = as_taken(x)
-            residual_rows, residual_p = _rows_of(residual, rows)
+            residual_rows, residual_p = rows_of(residual, rows)
             links = [Link(projection, residual_p=residual_p)]
             found, how = _once(decided, route, backend, strict, rows, residual_rows, links, ["y"])
             if found.path == "triton":
@@ -469,26 +463,6 @@ def _shrinks(x: Tensor, weight: Tensor, bias: Tensor, following: Projection, str
     return failure is None
 
 
-def _rows_of(residual: Residual | None, rows: Tensor) -> tuple[Tensor | None, float | None]:
-    """A residual as the kernels add it to rows, and its dropout; None where there is none, or it is wider."""
-    if residual is None or residual.x.dtype != rows.dtype:
-        return None, None
-    held = residual.x.contiguous()
-    return held if held.dim() == rows.dim() else as_rows(held), residual.dropout_p
-
-
-def added(y: Tensor, residual: Residual | None) -> Tensor:
-    """y, added to a residual if there is one."""
-    return y if residual is None else residual.x + dropped(y, residual.dropout_p)
-
-
-def dropped(x: Tensor, dropout_p: float) -> Tensor:
-    """`F.dropout(x, dropout_p)`, on the CPU with fewer random numbers."""
-    if dropout_p == 0.0 or not routes.on_cpu(x) or torch.compiler.is_compiling() or routes.transformed():
-        return F.dropout(x, dropout_p)
-    return autograd.Dropout.apply(x, dropout_p)
-
-
 def routed_adapter(
     x: Tensor,
     down_weight: Tensor,
@@ -515,7 +489,7 @@ def routed_adapter(
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
 
-        residual_rows, _ = _rows_of(outer, rows)
+        residual_rows, _ = rows_of(outer, rows)
 
         def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, more: Any) -> Tensor:
             return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale, more)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from tolerances import assert_as_good_as
 
 import fastpeft
-from fastpeft import attention, masks, ops, reference
+from fastpeft import attention, masks, reference
+from fastpeft.residuals import dropped
 
 M, K, N, R = 37, 24, 40, 5
 
@@ -295,12 +296,12 @@ def test_dropping_attention_is_the_same_under_autocast(dtype):
 def test_dropped_equals_the_formula(dtype, dropout_p, strided, drawn_masks):
     x = lora_inputs(dtype)["weight"]
     inputs = {"x": x.detach().T.requires_grad_() if strided else x}
-    fused = outcome(ops.dropped, inputs, dropout_p=dropout_p)
+    fused = outcome(dropped, inputs, dropout_p=dropout_p)
     options = {"keep": drawn_masks[0], "dropout_p": dropout_p}
     pytorch = outcome(reference.dropout, inputs, **options)
     truth = outcome(reference.dropout, inputs, cast=torch.float64, **options)
     assert_outcomes(fused, pytorch, truth)
-    assert ops.dropped(x, 0.0) is x
+    assert dropped(x, 0.0) is x
 
 
 def test_exact_dropout_is_the_mask_of_f_dropout_and_leaves_the_generator_where_it_would():
