@@ -18,6 +18,7 @@ from fastpeft.adapters import adapted, adapts
 from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
+from fastpeft.norms import layer_norm
 from fastpeft.projections import Projection
 from fastpeft.residuals import Residual, dropped
 from fastpeft.routes import Decided
@@ -206,7 +207,7 @@ def _normed(norm: nn.Module, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         return norm(x), x
     if site.plan is None:
         site.plan = Decided()
-    return ops.layer_norm(x, norm, site.backend, site.plan)
+    return layer_norm(x, norm, site.backend, site.plan)
 
 
 def called(layer: Any, x: Tensor, packed: Packed) -> Tensor:

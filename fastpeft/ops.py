@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from fastpeft import autograd, reference, routes
 from fastpeft.autocast import as_autocast, autocasts, layer_as_autocast
 from fastpeft.checks import check_adapter, check_lora_linear
 from fastpeft.kernels.rows import as_rows, as_taken
+from fastpeft.norms import norm_kind, norm_served
 from fastpeft.projections import Grouped, Projection
 from fastpeft.residuals import Residual, added, rows_of
 from fastpeft.routes import Confirmed, Decided, Route
@@ -52,7 +53,7 @@ def _once(
     if decided is None:
         return _confirmed(route, backend, strict, rows, residual, links, stores)
     some = [
-        (each.projection.dropout_p > 0.0, each.residual_p and True, each.norm and _norm_kind(each.norm))
+        (each.projection.dropout_p > 0.0, each.residual_p and True, each.norm and norm_kind(each.norm))
         for each in links
     ]
     key = routes.kind_of(rows, residual), *some, *stores
@@ -327,7 +328,7 @@ def _confirmed(
     for i, link in enumerate(links):
         normed, served = residual if i else rows, "alone"
         if link.norm is not None and normed is not None:
-            served = _norm_served(normed, link.norm, link.projection, strict)
+            served = norm_served(normed, link.norm, link.projection, strict)
         if served == "stock":
             return Confirmed(Route("torch", "a LayerNorm that torch serves"))
         shrinks.append(served == "shrunk")
@@ -403,64 +404,6 @@ def _routes(links: list[Link], shrinks: list[bool]) -> list[Route]:
         names = [name for name, there in (("LayerNorm", shrinks[i]), ("GELU", link.activates)) if there]
         found.append(Route("triton", f"fused kernels, {' and '.join(names)} included") if names else _FUSED)
     return found
-
-
-def layer_norm(
-    x: Tensor, norm: torch.nn.LayerNorm, backend: str, decided: Decided | None = None
-) -> tuple[Tensor, Tensor]:
-    """The LayerNorm of x, and x to go on with as the residual; by Triton, their gradients meet in one kernel.
-
-    Where the norm trains, or Triton won't serve it, torch does.
-    """
-    # The compiler fuses the plain formula by itself.
-    if not torch.compiler.is_compiling() and routes.choose(backend, False, x.device).path == "triton":
-        from fastpeft.kernels import layer_norm as kernels
-
-        key = *_norm_kind(norm), x.shape[-1], x.dtype, x.device, x.data_ptr() % 16, x.numel() > 0
-        served = (decided or Decided()).answers.once(key, lambda: _norm_served(x, norm))
-        if served != "stock":
-            return kernels.layer_norm(x, norm.weight, norm.bias, norm.eps)
-    return norm(x), x
-
-
-def _norm_kind(norm: torch.nn.LayerNorm) -> tuple[Hashable, ...]:
-    """What it depends on how this LayerNorm is served, but for what is true of x."""
-    held = norm._parameters["weight"], norm._parameters["bias"]
-    return tuple(p if p is None else (p.dtype, p.shape, p.stride(), p.device, p.requires_grad) for p in held)
-
-
-def _norm_served(
-    x: Tensor, norm: torch.nn.LayerNorm, following: Projection | None = None, strict: bool = False
-) -> str:
-    """How a LayerNorm is served: "stock", "alone", or "shrunk" with the layer that follows, which drops its result."""
-    from fastpeft.kernels import launch
-    from fastpeft.kernels import layer_norm as kernels
-
-    weight, bias = norm.weight, norm.bias
-    if weight is None or bias is None or weight.requires_grad or bias.requires_grad:
-        return "stock"
-    if x.shape[-1] > kernels.MAX_WIDTH or launch.unsupported(x, 1) or kernels.ready(x, weight):
-        return "stock"
-    if following is None or following.dropout_p == 0.0 or following.groups:
-        return "alone"
-    if not _shrinks(x, weight, bias, following, strict):
-        return "alone"
-    return "shrunk"
-
-
-def _shrinks(x: Tensor, weight: Tensor, bias: Tensor, following: Projection, strict: bool) -> bool:
-    """Whether the LayerNorm's kernel can compute what `following` needs, which drops its result."""
-    from fastpeft.kernels import layer_norm as kernels
-    from fastpeft.kernels import tiling
-
-    if torch.is_inference_mode_enabled() or x.numel() == 0:
-        return False
-    if tiling.layer_norm_shrink(x, following.lora_a.shape[0]) is None:
-        return False
-    failure = kernels.ready_to_shrink(x, weight, bias, following.lora_a)
-    if failure and strict:
-        raise RuntimeError(failure)
-    return failure is None
 
 
 def routed_adapter(

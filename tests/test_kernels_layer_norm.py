@@ -12,7 +12,7 @@ from torch import nn
 from transformers import GPT2ForSequenceClassification
 
 import fastpeft
-from fastpeft import ops, reference
+from fastpeft import norms, ops, reference
 from fastpeft.kernels import dropout, launch, layer_norm, lora_chain
 from fastpeft.kernels.shrink import Shrink
 from fastpeft.projections import Projection
@@ -359,7 +359,7 @@ class TestTheModel:
         patched(model), patched(other)
         mine = outcome(model, padded)
         assert self.counts(launches)[0] == 4
-        monkeypatch.setattr(ops, "_shrinks", lambda *a: False)
+        monkeypatch.setattr(norms, "_shrinks", lambda *a: False)
         expected = outcome(other, padded)
         for name, value in mine.items():
             torch.testing.assert_close(value, expected[name])
