@@ -34,7 +34,8 @@ from torch.utils._pytree import tree_leaves
 from transformers.activations import NewGELUActivation
 
 import fastpeft
-from fastpeft import modules, ops, reference, routes
+from fastpeft import chain, modules, ops, reference, routes
+from fastpeft.chain import Link
 from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tiling
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
@@ -201,9 +202,9 @@ def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:
     return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False)[0]
 
 
-def fused_chain(links: list[ops.Link], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Layers with what stands between them by `ops.lora_chain`: the result, and the residual to go on with."""
-    served = ops.lora_chain(x, residual, links, "auto")
+def fused_chain(links: list[Link], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Layers with what stands between them by `chain.lora_chain`: the result, and the residual to go on with."""
+    served = chain.lora_chain(x, residual, links, "auto")
     assert served is not None
     return served.y, served.residual
 
@@ -282,11 +283,11 @@ def block_at_once(
 ) -> tuple[Tensor, Tensor]:
     """A block's projections with their neighbours as the model scope runs them: qkv, and what the block returns."""
     c_attn, c_proj, c_fc, mlp_c_proj = (projection(layer, dropout_p) for layer in every)
-    qkv, residual = fused_chain([ops.Link(c_attn, norm)], x, None)
+    qkv, residual = fused_chain([Link(c_attn, norm)], x, None)
     behind = [
-        ops.Link(c_proj, residual_p=RESIDUAL_DROPOUT),
-        ops.Link(c_fc, norm, activates=True),
-        ops.Link(mlp_c_proj, residual_p=RESIDUAL_DROPOUT),
+        Link(c_proj, residual_p=RESIDUAL_DROPOUT),
+        Link(c_fc, norm, activates=True),
+        Link(mlp_c_proj, residual_p=RESIDUAL_DROPOUT),
     ]
     return qkv, fused_chain(behind, attended, residual)[0]
 

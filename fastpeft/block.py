@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block
 
-from fastpeft import ops
 from fastpeft.adapters import adapted, adapts
+from fastpeft.chain import Link, lora_chain
 from fastpeft.groups import Groups
 from fastpeft.lora import FusedLoraLinear, dropout_p, for_kernels
 from fastpeft.modules import FusedGelu
@@ -175,7 +175,7 @@ def _at_once(
             continue
         site = stages[0].layer._fastpeft
         decided = plans[0].before(plans[1:count])
-        served = ops.lora_chain(x, residual, links, site.backend, site.strict, decided)
+        served = lora_chain(x, residual, links, site.backend, site.strict, decided)
         if served is None:
             continue
         for stage, link, route in zip(stages, links, served.routes, strict=False):
@@ -187,7 +187,7 @@ def _at_once(
     return None
 
 
-def _links(stages: list[Stage], projections: list[Projection]) -> list[ops.Link] | None:
+def _links(stages: list[Stage], projections: list[Projection]) -> list[Link] | None:
     """The stages as one operation takes them; None where something between them isn't what it knows."""
     links = []
     for i, (_, norm, act, dropout) in enumerate(stages):
@@ -197,7 +197,7 @@ def _links(stages: list[Stage], projections: list[Projection]) -> list[ops.Link]
         p = None if dropout is None else _drops(dropout)
         if (dropout is not None and p is None) or (norm is not None and type(norm) is not nn.LayerNorm):
             return None
-        links.append(ops.Link(projections[i], norm, activates, p))
+        links.append(Link(projections[i], norm, activates, p))
     return links
 
 

@@ -88,6 +88,18 @@ class Grouped(NamedTuple):
         return stacked
 
 
+def by_torch(rows: Tensor, layer: Projection | Grouped, exact: bool) -> Tensor:
+    """A LoRA layer of rows (M, K) on the PyTorch path."""
+    parts: Sequence[autograd.Part]
+    if isinstance(layer, Grouped):
+        weight, bias, *_ = layer
+        parts, factors = layer.parts()
+    else:
+        weight, bias, *factors, scaling, dropout_p, _ = layer
+        parts = (autograd.Part(None, scaling, dropout_p),)
+    return autograd.LoraLinear.apply(rows, weight, bias, parts, exact, *factors)
+
+
 @functools.lru_cache(maxsize=8)
 def _rows(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The group of each row, and where each group's begin; asked for by every layer of a call."""

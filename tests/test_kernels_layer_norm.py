@@ -12,7 +12,8 @@ from torch import nn
 from transformers import GPT2ForSequenceClassification
 
 import fastpeft
-from fastpeft import norms, ops, reference
+from fastpeft import chain, norms, ops, reference
+from fastpeft.chain import Link
 from fastpeft.kernels import dropout, launch, layer_norm, lora_chain
 from fastpeft.kernels.shrink import Shrink
 from fastpeft.projections import Projection
@@ -107,10 +108,10 @@ class TestTheChain:
 
     def test_the_layer_takes_what_the_norm_leaves(self, device, shrinks):
         x, layer = self.layer(device)
-        links = [ops.Link(layer, norm_of(24, device))]
-        ops.lora_chain(x, None, links, "triton")  # on a GPU it is built, which goes through all kernels
+        links = [Link(layer, norm_of(24, device))]
+        chain.lora_chain(x, None, links, "triton")  # on a GPU it is built, which goes through all kernels
         shrinks.clear()
-        y, residual, (route,) = ops.lora_chain(x, None, links, "triton")
+        y, residual, (route,) = chain.lora_chain(x, None, links, "triton")
         assert (route.reason, shrinks) == (INCLUDED, [])
         assert residual is x or torch.equal(residual, x)
         normed = norm_of(24, device)(x)
@@ -126,10 +127,10 @@ class TestTheChain:
         x, fc = self.layer(device)
         _, *tensors = lora_arguments(9, 16, 24, 3, "fp32", device).values()
         links = [
-            ops.Link(fc, norm_of(24, device), activates=True),
-            ops.Link(Projection(*tensors, 1.0, P), residual_p=P),
+            Link(fc, norm_of(24, device), activates=True),
+            Link(Projection(*tensors, 1.0, P), residual_p=P),
         ]
-        found = ops.lora_chain(x, None, links, "triton")
+        found = chain.lora_chain(x, None, links, "triton")
         reasons = {route.reason for route in found.routes}
         assert (reasons, drawn) == ({"fused kernels, LayerNorm and GELU included"}, [(3, 2)])
 
@@ -140,10 +141,10 @@ class TestTheChain:
         x, layer = self.layer(device)
         layer.lora_a.requires_grad_()
         x.requires_grad_(trains)
-        links = [ops.Link(layer, norm_of(24, device))]
-        ops.lora_chain(x, None, links, "triton")  # on a GPU it is built, which goes through all kernels
+        links = [Link(layer, norm_of(24, device))]
+        chain.lora_chain(x, None, links, "triton")  # on a GPU it is built, which goes through all kernels
         seen.clear()
-        y, residual, _ = ops.lora_chain(x, None, links, "triton")
+        y, residual, _ = chain.lora_chain(x, None, links, "triton")
         assert y.requires_grad
         assert residual.requires_grad == trains
         y.sum().backward()
@@ -173,7 +174,7 @@ class TestTheChain:
             torch.inference_mode(step_aside == "inference mode"),
             torch.autocast(device, torch.bfloat16, enabled=step_aside == "autocast"),
         ):
-            found = ops.lora_chain(x, None, [ops.Link(layer, norm)], "triton")
+            found = chain.lora_chain(x, None, [Link(layer, norm)], "triton")
         served = step_aside in ("no dropout", "rank", "inference mode")  # by the layer's own pass, or none
         assert (found is not None) == served
         assert seen == []
@@ -245,7 +246,7 @@ def layers(model, name):
 class TestTheModel:
     @pytest.fixture(autouse=True)
     def seeded(self, monkeypatch):
-        monkeypatch.setattr(ops, "_drawn", seeds)
+        monkeypatch.setattr(chain, "_drawn", seeds)
 
     @pytest.fixture
     def launches(self, monkeypatch):
