@@ -165,7 +165,7 @@ _PLANNING_FILES = tuple(
     )
 )  # fmt: skip
 _PLANNING_NAMES = (
-    "_check", "norm_kind", "once", "_planned", "_settings", "_why_not",
+    "_check", "norm_kind", "served", "_planned", "_settings", "_why_not",
     "for_kernels", "holds", "planned", "projection", "read", "why_not",
 )  # fmt: skip
 

@@ -41,7 +41,6 @@ from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
 from fastpeft.projections import Projection
 from fastpeft.residuals import Residual, added
-from fastpeft.routes import Route
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 VOCABULARY = 50257
@@ -136,8 +135,8 @@ def counted(kernels: list[Kernel]) -> Iterator[None]:
 def on_an_h100() -> Iterator[None]:
     """Within it fastpeft takes the route and the tiles that it takes on an H100."""
     with (
-        mock.patch.object(routes, "choose", return_value=Route("triton", "counted")),
-        mock.patch.object(routes, "confirm", new=lambda route, *_: route),
+        mock.patch.object(routes, "choose", return_value=routes.FUSED),
+        mock.patch.object(routes, "confirm", return_value=routes.FUSED),
         mock.patch.object(launch, "unsupported", return_value=None),
         mock.patch.object(layer_norm, "ready", return_value=None),
         mock.patch.object(layer_norm, "ready_to_shrink", return_value=None),

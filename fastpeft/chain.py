@@ -14,7 +14,7 @@ from fastpeft.kernels.rows import as_rows, as_taken
 from fastpeft.norms import norm_kind, norm_served
 from fastpeft.projections import Projection, by_torch
 from fastpeft.residuals import Residual, added
-from fastpeft.routes import Confirmed, Decided, Route
+from fastpeft.routes import Decided, Route
 
 
 class Link(NamedTuple):
@@ -27,23 +27,32 @@ class Link(NamedTuple):
     residual_p: float | None = None
 
 
+class Chain(NamedTuple):
+    """What is asked of the kernels."""
+
+    rows: Tensor  # (M, K), or (..., K) and contiguous
+    residual: Tensor | None  # contiguous, of the shape of what it is added to
+    links: list[Link]
+    stores: list[str]  # of each link, as `kernels.lora_layer.Call` has it
+
+
+class How(NamedTuple):
+    """How a chain is served: the route, and by kernels what each layer has prepared, whether its norm leaves its xa,
+    and the route that its module records.
+    """
+
+    route: Route
+    prepared: Sequence[Any] = ()
+    shrinks: Sequence[bool] = ()
+    routes: Sequence[Route] = ()
+
+
 class Chained(NamedTuple):
     """What comes of a chain, the residual to go on with unless it was added, and the route of each link."""
 
     y: Tensor
     residual: Tensor | None
     routes: Sequence[Route]
-
-
-class How(NamedTuple):
-    """How the kernels serve a chain: what each layer has prepared, whether its norm leaves its xa, and the routes."""
-
-    prepared: list[Any]
-    shrinks: list[bool]
-    routes: list[Route]
-
-
-_FUSED = Route("triton", "fused kernels")
 
 
 def lora_chain(
@@ -79,66 +88,51 @@ def lora_chain(
         residual = residual.contiguous() if rows is x else as_rows(residual.contiguous())
     layers, activated = [link.projection for link in links], [link.activates for link in links]
     stores = kernels.stores(rows, residual, layers, activated)
-    route, how = once(decided, _FUSED, backend, strict, rows, residual, links, stores)
-    if route.path != "triton":
+    chain = Chain(rows, residual, links, stores)
+    how = served(chain, backend, strict, decided)
+    if how.route.path != "triton":
         return None
-    y, carried = by_kernels(rows, residual, links, stores, how)
+    y, carried = by_kernels(chain, how)
     if rows is not x:
         y, carried = unrowed(y, x), None if carried is None else unrowed(carried, x)
     return Chained(added(y, outside), carried, how.routes)
 
 
-def once(
-    decided: Decided | None,
-    route: Route,
-    backend: str,
-    strict: bool,
-    rows: Tensor,
-    residual: Tensor | None,
-    links: list[Link],
-    stores: list[str],
-) -> Confirmed:
-    """What `confirmed` says; asked once for such a call."""
+def served(chain: Chain, backend: str, strict: bool, decided: Decided | None) -> How:
+    """How a chain is served, for which Triton was chosen; found out once for its kind where that is kept."""
     if decided is None:
-        return confirmed(route, backend, strict, rows, residual, links, stores)
+        return _found(chain, backend, strict)
     some = [
         (each.projection.dropout_p > 0.0, each.residual_p and True, each.norm and norm_kind(each.norm))
-        for each in links
+        for each in chain.links
     ]
-    key = routes.kind_of(rows, residual), *some, *stores
-    return decided.answers.once(key, lambda: confirmed(route, backend, strict, rows, residual, links, stores))
+    key = routes.kind_of(chain.rows, chain.residual), *some, *chain.stores
+    return decided.answers.once(key, lambda: _found(chain, backend, strict))
 
 
-def confirmed(
-    route: Route,
-    backend: str,
-    strict: bool,
-    rows: Tensor,
-    residual: Tensor | None,
-    links: list[Link],
-    stores: list[str],
-) -> Confirmed:
-    """How a chain's call is served: by `route`, prepared, where kernels serve all of it, are built and not slower."""
+def _found(chain: Chain, backend: str, strict: bool) -> How:
+    """How a chain is served: by kernels where these serve all of it, are built and not slower."""
     from fastpeft.kernels import lora_chain, tuning
 
+    rows, residual, links, stores = chain
     tensors = [t for link in links for t in link.projection[:4]]
     rank = max(link.projection.lora_b.shape[-1] for link in links)
     unsupported = routes.why_not_products(backend, rows, rank, *tensors, residual)
     alone = len(links) == 1 and links[0].norm is None
-    if not alone and (unsupported or not _fit(rows, residual, links)):
-        return Confirmed(Route("torch", "layer by layer"))  # where each says why
+    if not alone and (unsupported or not _fits(chain)):
+        return How(Route("torch", "layer by layer"))  # where each says why
     shrinks = []
     for i, link in enumerate(links):
-        normed, served = residual if i else rows, "alone"
+        normed, by = residual if i else rows, "alone"
         if link.norm is not None and normed is not None:
-            served = norm_served(normed, link.norm, link.projection, strict)
-        if served == "stock":
-            return Confirmed(Route("torch", "a LayerNorm that torch serves"))
-        shrinks.append(served == "shrunk")
-    how = How([lora_chain.Layer() for _ in links], shrinks, _routes(links, shrinks))
+            by = norm_served(normed, link.norm, link.projection, strict)
+        if by == "stock":
+            return How(Route("torch", "a LayerNorm that torch serves"))
+        shrinks.append(by == "shrunk")
+    how = How(routes.FUSED, [lora_chain.Layer() for _ in links], shrinks, _routes(links, shrinks))
 
     def through_kernels(x: Any, residual: Any, *tensors: Any) -> Tensor:
-        return by_kernels(x, residual, _with(links, tensors), stores, how)[0]
+        return by_kernels(Chain(x, residual, _with(links, tensors), stores), how)[0]
 
     def through_pytorch(x: Any, residual: Any, *tensors: Any) -> Any:
         for projection, norm, activates, residual_p in _with(links, tensors):
@@ -153,9 +147,8 @@ def confirmed(
         # Laid out as all rows of their kind: a single one's strides may be any.
         added_rows = None if residual is None else as_rows(residual)
         seed = torch.empty(2, dtype=torch.int64, device=rows.device)
-        drops = [p for link in links for p in (link.projection.dropout_p, link.residual_p or 0.0)]
-        seeds = [seed if p > 0.0 else None for p in drops]
-        return lora_chain.ready(as_rows(rows), added_rows, _for_kernels(links, stores, how, seeds))
+        seeds = [seed if p > 0.0 else None for p in _drops(links)]
+        return lora_chain.ready(as_rows(rows), added_rows, _for_kernels(chain, how, seeds))
 
     drops = tuple((link.projection.dropout_p, link.residual_p) for link in links)
     given = (rows, residual, *tensors)
@@ -165,7 +158,8 @@ def confirmed(
             return None
         return tuning.slower_than("lora_chain", given, drops, through_kernels, through_pytorch)
 
-    return Confirmed(routes.confirm(route, backend, strict, unsupported, ready, slower), how)
+    route = routes.confirm(backend, strict, unsupported, ready, slower)
+    return how if route.path == "triton" else How(route)
 
 
 def _with(links: list[Link], tensors: Sequence[Any]) -> list[Link]:
@@ -178,8 +172,9 @@ def _with(links: list[Link], tensors: Sequence[Any]) -> list[Link]:
     ]
 
 
-def _fit(rows: Tensor, residual: Tensor | None, links: list[Link]) -> bool:
+def _fits(chain: Chain) -> bool:
     """Whether everything in a chain has one dtype and the widths that it takes, to be computed at once."""
+    rows, residual, links, _ = chain
     width = rows.shape[-1]
     held = [*(t for link in links for t in link.projection[:2]), residual]
     held += [p for link in links if link.norm is not None for p in (link.norm.weight, link.norm.bias)]
@@ -205,32 +200,37 @@ def _routes(links: list[Link], shrinks: list[bool]) -> list[Route]:
             found.append(found[-1])
             continue
         names = [name for name, there in (("LayerNorm", shrinks[i]), ("GELU", link.activates)) if there]
-        found.append(Route("triton", f"fused kernels, {' and '.join(names)} included") if names else _FUSED)
+        found.append(
+            Route("triton", f"fused kernels, {' and '.join(names)} included") if names else routes.FUSED
+        )
     return found
 
 
-def by_kernels(
-    rows: Tensor, residual: Tensor | None, links: list[Link], stores: list[str], how: How
-) -> tuple[Tensor, Tensor | None]:
+def by_kernels(chain: Chain, how: How) -> tuple[Tensor, Tensor | None]:
     """A chain by the kernels: its result, and the residual to go on with."""
     import fastpeft.kernels.lora_chain as kernels
 
-    drops = [p for link in links for p in (link.projection.dropout_p, link.residual_p or 0.0)]
-    return kernels.lora_chain(rows, residual, _for_kernels(links, stores, how, new_seeds(rows, *drops)))
+    rows, residual, links, _ = chain
+    return kernels.lora_chain(rows, residual, _for_kernels(chain, how, new_seeds(rows, *_drops(links))))
 
 
-def _for_kernels(links: list[Link], stores: list[str], how: How, seeds: Sequence[Tensor | None]) -> list[Any]:
-    """Links as the kernels take them, with two seeds for each: of the mask before lora_a, and of the residual's."""
+def _drops(links: list[Link]) -> list[float]:
+    """Two dropouts for each link: before lora_a, and of the result."""
+    return [p for link in links for p in (link.projection.dropout_p, link.residual_p or 0.0)]
+
+
+def _for_kernels(chain: Chain, how: How, seeds: Sequence[Tensor | None]) -> list[Any]:
+    """Links as the kernels take them, with a seed for each of their `_drops`."""
     import fastpeft.kernels.lora_chain as kernels
 
     found = []
-    for i, (projection, norm, _, residual_p) in enumerate(links):
+    for i, (projection, norm, _, residual_p) in enumerate(chain.links):
         weight, bias, lora_a, lora_b, scaling, dropout_p, groups = projection
         inner, outer = seeds[2 * i], seeds[2 * i + 1]
         call = kernels.Call(
             scaling,
             None if inner is None else kernels.Dropout(dropout_p, inner),
-            stores[i],
+            chain.stores[i],
             None if outer is None else kernels.Dropout(residual_p or 0.0, outer),
             groups,
         )

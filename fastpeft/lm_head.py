@@ -103,7 +103,7 @@ def routed_lm_head_loss(
         ahead = torch.is_grad_enabled() and hidden.requires_grad and not trains
         given = states, weight, bias, kept, label_smoothing, ahead
         if route.path == "triton":
-            route = _confirmed(route, backend, *given)
+            route = _confirmed(backend, *given)
         losses = LmHeadLoss.apply(*given, route.path == "triton")
         if some and reduction == "none":
             losses = losses.new_zeros(len(targets)).index_copy(0, rows, losses)
@@ -113,7 +113,6 @@ def routed_lm_head_loss(
 
 
 def _confirmed(
-    route: Route,
     backend: str,
     hidden: Tensor,
     weight: Tensor,
@@ -122,7 +121,7 @@ def _confirmed(
     smoothing: float,
     ahead: bool,
 ) -> Route:
-    """`route` where the kernels serve these operands, are built and not measured slower."""
+    """The route of these operands: whether the kernels serve them, are built and not measured slower."""
     from fastpeft.kernels import lm_head as kernels
     from fastpeft.kernels import tuning
 
@@ -131,7 +130,6 @@ def _confirmed(
 
     operands = hidden, weight, bias
     return routes.confirm(
-        route,
         backend,
         False,
         routes.why_not_products(backend, hidden, 1, weight, bias),

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastpeft import autograd, reference, routes
 from fastpeft.autocast import autocasts, layer_as_autocast
-from fastpeft.chain import Link, by_kernels, confirmed, new_seeds, once, unrowed
+from fastpeft.chain import Chain, Link, by_kernels, new_seeds, served, unrowed
 from fastpeft.checks import check_adapter, check_lora_linear
 from fastpeft.kernels.rows import as_rows, as_taken
 from fastpeft.projections import Grouped, Projection, by_torch
 from fastpeft.residuals import Residual, added, rows_of
-from fastpeft.routes import Confirmed, Decided, Route
+from fastpeft.routes import Decided, Route
 
 
 def lora_linear(
@@ -123,25 +123,23 @@ def routed_lora_linear(
         route = route if projection is not None else Route("torch", "no row has an update")
     if projection is not None:
         import fastpeft.kernels.launch as launch
-        import fastpeft.kernels.lora_linear as kernels
 
-        if not launch.eager(x):
-            rows = as_rows(x)
-            found = confirmed(route, backend, strict, rows, None, [Link(projection)], ["y"]).route
-            if found.path == "triton":
+        eager = launch.eager(x)
+        rows = as_taken(x) if eager else as_rows(x)
+        residual_rows, residual_p = rows_of(residual, rows) if eager else (None, None)
+        chain = Chain(rows, residual_rows, [Link(projection, residual_p=residual_p)], ["y"])
+        how = served(chain, backend, strict, decided)
+        route = how.route
+        if route.path == "triton":
+            if eager:
+                y, _ = by_kernels(chain, how)
+            else:
+                import fastpeft.kernels.lora_linear as kernels
+
                 (seed,) = new_seeds(x, projection.dropout_p)
                 y = kernels.lora_linear(rows, *projection[:6], seed)
-                return added(unrowed(y, x), residual), found
-        else:
-            rows = as_taken(x)
-            residual_rows, residual_p = rows_of(residual, rows)
-            links = [Link(projection, residual_p=residual_p)]
-            found, how = once(decided, route, backend, strict, rows, residual_rows, links, ["y"])
-            if found.path == "triton":
-                y, _ = by_kernels(rows, residual_rows, links, ["y"], how)
-                y = y if rows is x else unrowed(y, x)
-                return y if residual_rows is not None else added(y, residual), found
-        route = found
+            y = y if rows is x else unrowed(y, x)
+            return y if residual_rows is not None else added(y, residual), route
     rows = as_rows(x)
     if isinstance(layer, Projection) and (torch.compiler.is_compiling() or routes.transformed()):
         # The compiler fuses the plain formula by itself.
@@ -196,19 +194,17 @@ def routed_adapter(
 
         given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
 
-        def found() -> Confirmed:
-            confirmed = routes.confirm(
-                route,
+        def found() -> Route:
+            return routes.confirm(
                 backend,
                 strict,
                 launch.unsupported(rows, down_weight.shape[0], *given),
                 lambda: kernels.ready(*given[:5], activation, residual_rows),
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
             )
-            return Confirmed(confirmed)
 
         kind = routes.kind_of(rows, residual_rows)
-        route, _ = found() if decided is None else decided.answers.once(kind, found)
+        route = found() if decided is None else decided.answers.once(kind, found)
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from packaging.version import Version
@@ -21,6 +21,9 @@ class Route(NamedTuple):
 
     path: str
     reason: str
+
+
+FUSED = Route("triton", "fused kernels")
 
 
 def choose(backend: str, exact: bool, device: torch.device) -> Route:
@@ -43,7 +46,7 @@ def choose(backend: str, exact: bool, device: torch.device) -> Route:
     except ImportError:
         return _refuse(backend, "triton is not installed")
     reason = launch.unsupported_device(device)
-    return _refuse(backend, reason) if reason else Route("triton", "fused kernels")
+    return _refuse(backend, reason) if reason else FUSED
 
 
 def route_for(backend: str, exact: bool, device: torch.device) -> Route:
@@ -53,23 +56,25 @@ def route_for(backend: str, exact: bool, device: torch.device) -> Route:
 
 
 def confirm(
-    route: Route,
     backend: str,
     strict: bool,
     unsupported: str | None,
     ready: Callable[[], str | None],
     slower: Callable[[], str | None],
 ) -> Route:
-    """`route` where the kernels serve the call, are built and not measured slower; before a seed is drawn."""
+    """The route of a call for which Triton was chosen: whether the kernels serve it, are built and not measured slower.
+
+    To be asked before a seed is drawn.
+    """
     if unsupported:
         return _refuse(backend, unsupported)
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
-        return route
+        return FUSED
     failure = ready()
     if failure and strict:
         raise RuntimeError(failure)
     reason = failure or (slower() if backend == "auto" else None)
-    return Route("torch", reason) if reason else route
+    return Route("torch", reason) if reason else FUSED
 
 
 def _refuse(backend: str, reason: str) -> Route:
@@ -108,13 +113,6 @@ def _triton_too_old() -> str | None:
 
 
 _TRITON_TOO_OLD = _triton_too_old()
-
-
-class Confirmed(NamedTuple):
-    """The route that was confirmed for a call, and where its kernels keep what they prepare for such calls."""
-
-    route: Route
-    prepared: Any = None
 
 
 class Decided:
