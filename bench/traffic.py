@@ -198,12 +198,12 @@ def projection(layer: Any, dropout_p: float) -> Projection:
 
 def fused_lora(layer: Any, dropout_p: float, x: Tensor) -> Tensor:
     """A peft layer by `fastpeft.lora_linear`."""
-    return ops.routed_lora_linear(x, projection(layer, dropout_p), "auto", False)[0]
+    return ops.routed_lora_linear(x, projection(layer, dropout_p), routes.Options())[0]
 
 
 def fused_chain(links: list[Link], x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Layers with what stands between them by `chain.lora_chain`: the result, and the residual to go on with."""
-    served = chain.lora_chain(x, residual, links, "auto")
+    served = chain.lora_chain(x, residual, links, routes.Options())
     assert served is not None
     return served.y, served.residual
 

@@ -79,7 +79,7 @@ def losses_of(head: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tens
     hidden = head.transformer(**given, use_cache=False, reads=reads).last_hidden_state
     weight, bias, site = head.lm_head.weight, head.lm_head.bias, head._fastpeft
     losses, route = routed_lm_head_loss(
-        hidden, weight, targets, bias, IGNORED, "none", None, 0.0, site.backend
+        hidden, weight, targets, bias, IGNORED, "none", None, 0.0, site.options.backend
     )
     site.record(route)
     return losses

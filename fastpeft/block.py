@@ -175,7 +175,7 @@ def _at_once(
             continue
         site = stages[0].layer._fastpeft
         decided = plans[0].before(plans[1:count])
-        served = lora_chain(x, residual, links, site.backend, site.strict, decided)
+        served = lora_chain(x, residual, links, site.options, decided)
         if served is None:
             continue
         for stage, link, route in zip(stages, links, served.routes, strict=False):
@@ -192,7 +192,7 @@ def _links(stages: list[Stage], projections: list[Projection]) -> list[Link] | N
     links = []
     for i, (_, norm, act, dropout) in enumerate(stages):
         activates = act is not None and i < len(stages) - 1
-        if activates and (type(act) is not FusedGelu or act._fastpeft.exact):
+        if activates and (type(act) is not FusedGelu or act._fastpeft.options.exact):
             return None
         p = None if dropout is None else _drops(dropout)
         if (dropout is not None and p is None) or (norm is not None and type(norm) is not nn.LayerNorm):
@@ -207,7 +207,7 @@ def _normed(norm: nn.Module, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
         return norm(x), x
     if site.plan is None:
         site.plan = Decided()
-    return layer_norm(x, norm, site.backend, site.plan)
+    return layer_norm(x, norm, site.options, site.plan)
 
 
 def called(layer: Any, x: Tensor, packed: Packed) -> Tensor:

@@ -14,7 +14,7 @@ from fastpeft.kernels.rows import as_rows, as_taken
 from fastpeft.norms import norm_kind, norm_served
 from fastpeft.projections import Projection, by_torch
 from fastpeft.residuals import Residual, added
-from fastpeft.routes import Decided, Route
+from fastpeft.routes import Decided, Options, Route
 
 
 class Link(NamedTuple):
@@ -59,8 +59,7 @@ def lora_chain(
     x: Tensor,
     residual: Tensor | None,
     links: list[Link],
-    backend: str,
-    strict: bool = False,
+    options: Options,
     decided: Decided | None = None,
 ) -> Chained | None:
     """LoRA layers in a row with what stands between them, by the kernels; None where these won't serve them at once.
@@ -89,7 +88,7 @@ def lora_chain(
     layers, activated = [link.projection for link in links], [link.activates for link in links]
     stores = kernels.stores(rows, residual, layers, activated)
     chain = Chain(rows, residual, links, stores)
-    how = served(chain, backend, strict, decided)
+    how = served(chain, options, decided)
     if how.route.path != "triton":
         return None
     y, carried = by_kernels(chain, how)
@@ -98,26 +97,26 @@ def lora_chain(
     return Chained(added(y, outside), carried, how.routes)
 
 
-def served(chain: Chain, backend: str, strict: bool, decided: Decided | None) -> How:
+def served(chain: Chain, options: Options, decided: Decided | None) -> How:
     """How a chain is served, for which Triton was chosen; found out once for its kind where that is kept."""
     if decided is None:
-        return _found(chain, backend, strict)
+        return _found(chain, options)
     some = [
         (each.projection.dropout_p > 0.0, each.residual_p and True, each.norm and norm_kind(each.norm))
         for each in chain.links
     ]
     key = routes.kind_of(chain.rows, chain.residual), *some, *chain.stores
-    return decided.answers.once(key, lambda: _found(chain, backend, strict))
+    return decided.answers.once(key, lambda: _found(chain, options))
 
 
-def _found(chain: Chain, backend: str, strict: bool) -> How:
+def _found(chain: Chain, options: Options) -> How:
     """How a chain is served: by kernels where these serve all of it, are built and not slower."""
     from fastpeft.kernels import lora_chain, tuning
 
     rows, residual, links, stores = chain
     tensors = [t for link in links for t in link.projection[:4]]
     rank = max(link.projection.lora_b.shape[-1] for link in links)
-    unsupported = routes.why_not_products(backend, rows, rank, *tensors, residual)
+    unsupported = routes.why_not_products(options.backend, rows, rank, *tensors, residual)
     alone = len(links) == 1 and links[0].norm is None
     if not alone and (unsupported or not _fits(chain)):
         return How(Route("torch", "layer by layer"))  # where each says why
@@ -125,7 +124,7 @@ def _found(chain: Chain, backend: str, strict: bool) -> How:
     for i, link in enumerate(links):
         normed, by = residual if i else rows, "alone"
         if link.norm is not None and normed is not None:
-            by = norm_served(normed, link.norm, link.projection, strict)
+            by = norm_served(normed, link.norm, link.projection, options.strict)
         if by == "stock":
             return How(Route("torch", "a LayerNorm that torch serves"))
         shrinks.append(by == "shrunk")
@@ -158,7 +157,7 @@ def _found(chain: Chain, backend: str, strict: bool) -> How:
             return None
         return tuning.slower_than("lora_chain", given, drops, through_kernels, through_pytorch)
 
-    route = routes.confirm(backend, strict, unsupported, ready, slower)
+    route = routes.confirm(options, unsupported, ready, slower)
     return how if route.path == "triton" else How(route)
 
 

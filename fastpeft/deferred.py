@@ -179,8 +179,9 @@ def _cross_entropy(
     autocast = torch.is_autocast_enabled(device)
     with torch.autocast(device, enabled=False):
         hidden, head, bias = product.operands()
+        backend = product.site.options.backend
         loss, route = routed_lm_head_loss(
-            hidden, head, target, bias, ignore_index, reduction, None, label_smoothing, product.site.backend
+            hidden, head, target, bias, ignore_index, reduction, None, label_smoothing, backend
         )
     product.site.record(route)
     return loss.to(torch.float32 if autocast else input.dtype)

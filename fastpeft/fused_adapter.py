@@ -45,9 +45,8 @@ class FusedAdapter(nn.Module):
         down_weight, down_bias, up_weight, up_bias = tensors
         scale = getattr(self, "scale", 1.0)
         layers = down_weight, down_bias, up_weight, up_bias, activation, scale
-        options = site.backend, site.exact, site.strict
         try:
-            y, route = ops.routed_adapter(x, *layers, *options, residual, decided)
+            y, route = ops.routed_adapter(x, *layers, site.options, residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)

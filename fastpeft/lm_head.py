@@ -19,7 +19,7 @@ from fastpeft.autocast import as_autocast
 from fastpeft.autograd import watched
 from fastpeft.checks import check_dtypes, check_shapes, check_tensors
 from fastpeft.gemm import mm
-from fastpeft.routes import Route
+from fastpeft.routes import Options, Route
 
 REDUCTIONS = ("mean", "sum", "none")
 #: Logits in a chunk, the only large buffer: rows enough for a product with the weight not to wait for the weight.
@@ -85,7 +85,7 @@ def routed_lm_head_loss(
     _check(hidden, weight, labels, bias, reduction, num_items, label_smoothing)
     hidden, weight, bias = as_autocast(hidden, weight, bias)
     check_dtypes(hidden=hidden, weight=weight, bias=bias)
-    route = routes.route_for(backend, False, hidden.device)
+    route = routes.route_for(Options(backend), hidden.device)
     targets = labels.reshape(-1)
     counts = targets != ignore_index
     if torch.compiler.is_compiling() or routes.transformed():
@@ -130,8 +130,7 @@ def _confirmed(
 
     operands = hidden, weight, bias
     return routes.confirm(
-        backend,
-        False,
+        Options(backend),
         routes.why_not_products(backend, hidden, 1, weight, bias),
         lambda: kernels.ready(*operands),
         lambda: tuning.slower_than("lm_head", operands, (smoothing, ahead), through(True), through(False)),

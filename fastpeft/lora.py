@@ -66,10 +66,9 @@ class FusedLoraLinear(LoraLinear):
         else:
             layer = plan.layer()
         fused = None if rest else residual
-        options = site.backend, site.exact, site.strict
         decided = None if plan is None else plan.decided
         try:
-            y, route = ops.routed_lora_linear(x, layer, *options, fused, decided)
+            y, route = ops.routed_lora_linear(x, layer, site.options, fused, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         for name in rest:
@@ -115,9 +114,8 @@ class FusedLoraLinear(LoraLinear):
             groups, x = order.groups_of(x), order.put(x)
         layer = plan.layer(groups) if plan else grouped_of(self, groups)
         decided = plan.decided if plan else None
-        options = site.backend, site.exact, site.strict
         try:
-            y, route = ops.routed_lora_linear(x, layer, *options, None if order else residual, decided)
+            y, route = ops.routed_lora_linear(x, layer, site.options, None if order else residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)
@@ -272,7 +270,7 @@ def for_kernels(layer: Any, x: Tensor, width: int, walked: Any, groups: Groups |
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked, None if groups is None else frozenset(groups.names))
-    if plan is None or plan.decided.chosen(site.backend, site.exact, x.device).path != "triton":
+    if plan is None or plan.decided.chosen(site.options, x.device).path != "triton":
         return None
     return plan if plan.adapters else None
 

@@ -39,12 +39,13 @@ class FusedGelu(NewGELUActivation):
     _fastpeft: Site
 
     def forward(self, input: Tensor) -> Tensor:
-        reason = "exact=True keeps stock's arithmetic" if self._fastpeft.exact else _why_not_operators()
+        site = self._fastpeft
+        reason = "exact=True keeps stock's arithmetic" if site.options.exact else _why_not_operators()
         reason = reason or why_not_tensors(input)
         if reason:
-            self._fastpeft.record(Route("stock", reason))
+            site.record(Route("stock", reason))
             return super().forward(input)
-        self._fastpeft.record(Route("torch", "one pass"))
+        site.record(Route("torch", "one pass"))
         return reference.gelu_new(input)
 
 

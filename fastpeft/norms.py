@@ -9,18 +9,18 @@ from torch import Tensor
 
 from fastpeft import routes
 from fastpeft.projections import Projection
-from fastpeft.routes import Decided
+from fastpeft.routes import Decided, Options
 
 
 def layer_norm(
-    x: Tensor, norm: torch.nn.LayerNorm, backend: str, decided: Decided | None = None
+    x: Tensor, norm: torch.nn.LayerNorm, options: Options, decided: Decided | None = None
 ) -> tuple[Tensor, Tensor]:
     """The LayerNorm of x, and x to go on with as the residual; by Triton, their gradients meet in one kernel.
 
     Where the norm trains, or Triton won't serve it, torch does.
     """
     # The compiler fuses the plain formula by itself.
-    if not torch.compiler.is_compiling() and routes.choose(backend, False, x.device).path == "triton":
+    if not torch.compiler.is_compiling() and routes.choose(options, x.device).path == "triton":
         from fastpeft.kernels import layer_norm as kernels
 
         key = *norm_kind(norm), x.shape[-1], x.dtype, x.device, x.data_ptr() % 16, x.numel() > 0

@@ -16,7 +16,7 @@ from fastpeft.checks import check_adapter, check_lora_linear
 from fastpeft.kernels.rows import as_rows, as_taken
 from fastpeft.projections import Grouped, Projection, by_torch
 from fastpeft.residuals import Residual, added, rows_of
-from fastpeft.routes import Decided, Route
+from fastpeft.routes import Decided, Options, Route
 
 
 def lora_linear(
@@ -57,7 +57,7 @@ def lora_linear(
         TypeError: a dtype that isn't served, or `weight`, `bias` in another dtype than x.
     """
     projection = Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
-    y, _ = routed_lora_linear(x, projection, backend, exact)
+    y, _ = routed_lora_linear(x, projection, Options(backend, exact))
     return y
 
 
@@ -94,16 +94,16 @@ def adapter(
             Triton can't serve here, with the reason.
         TypeError: a dtype that isn't served.
     """
-    y, _ = routed_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale, backend, exact)
+    y, _ = routed_adapter(
+        x, down_weight, down_bias, up_weight, up_bias, activation, scale, Options(backend, exact)
+    )
     return y
 
 
 def routed_lora_linear(
     x: Tensor,
     layer: Projection | Grouped,
-    backend: str,
-    exact: bool,
-    strict: bool = False,
+    options: Options,
     residual: Residual | None = None,
     decided: Decided | None = None,
 ) -> tuple[Tensor, Route]:
@@ -114,7 +114,7 @@ def routed_lora_linear(
     if decided is None:
         for each in [layer] if isinstance(layer, Projection) else layer.apart():
             check_lora_linear(x, each)
-    route = (routes.route_for if decided is None else decided.chosen)(backend, exact, x.device)
+    route = (routes.route_for if decided is None else decided.chosen)(options, x.device)
     if decided is None or autocasts(x):
         x, layer = layer_as_autocast(x, layer)
     projection: Projection | None = None
@@ -128,7 +128,7 @@ def routed_lora_linear(
         rows = as_taken(x) if eager else as_rows(x)
         residual_rows, residual_p = rows_of(residual, rows) if eager else (None, None)
         chain = Chain(rows, residual_rows, [Link(projection, residual_p=residual_p)], ["y"])
-        how = served(chain, backend, strict, decided)
+        how = served(chain, options, decided)
         route = how.route
         if route.path == "triton":
             if eager:
@@ -148,7 +148,7 @@ def routed_lora_linear(
         update = scaling * (dropped @ lora_a.T @ lora_b.T)
         y = (F.linear(x, weight.T, bias) + update).to(x.dtype)
     else:
-        y = by_torch(rows, layer, exact)
+        y = by_torch(rows, layer, options.exact)
     return added(unrowed(y, x), residual), route
 
 
@@ -165,9 +165,7 @@ def routed_adapter(
     up_bias: Tensor | None,
     activation: str,
     scale: float,
-    backend: str,
-    exact: bool,
-    strict: bool = False,
+    options: Options,
     residual: Tensor | None = None,
     decided: Decided | None = None,
 ) -> tuple[Tensor, Route]:
@@ -175,9 +173,9 @@ def routed_adapter(
     outer = None if residual is None else Residual(residual, 0.0)
     if decided is None:
         check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
-        route = routes.route_for(backend, exact, x.device)
+        route = routes.route_for(options, x.device)
     else:
-        route = decided.chosen(backend, exact, x.device)
+        route = decided.chosen(options, x.device)
     rows, scale = as_rows(x), float(scale)
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
@@ -196,8 +194,7 @@ def routed_adapter(
 
         def found() -> Route:
             return routes.confirm(
-                backend,
-                strict,
+                options,
                 launch.unsupported(rows, down_weight.shape[0], *given),
                 lambda: kernels.ready(*given[:5], activation, residual_rows),
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
@@ -208,7 +205,7 @@ def routed_adapter(
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
-    wide = torch.promote_types(x.dtype, down_weight.dtype) if exact else x.dtype
+    wide = torch.promote_types(x.dtype, down_weight.dtype) if options.exact else x.dtype
     if torch.compiler.is_compiling() or routes.transformed():
         # The compiler fuses the plain formula by itself.
         down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)

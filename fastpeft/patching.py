@@ -91,11 +91,12 @@ def patch(
         raise ValueError("graphs=True runs packed calls: choose scope='auto' or 'model', and not exact=True")
     found = candidates(model, probing=True)
     # Nobody asked for these, so they decide nothing.
+    options = routes.Options(backend, exact, strict)
     plan = [candidate for candidate in found if candidate.kind not in ("frozen", "packing", "loss")]
     for candidate in plan:
         device = next((p.device for p in candidate.module.parameters()), None)
         if device is not None and candidate.swaps:
-            routes.choose(backend, exact, device)
+            routes.choose(options, device)
     swaps = [c for c in (plan if exact else found) if c.swaps]
     runtime = [] if scope == "layers" or exact else _runtime(model)
     if strict:
@@ -117,12 +118,11 @@ def patch(
     # Frozen layers that aren't served any more, or have LoRA around them now; a runtime that isn't asked for any more.
     restore(m for m in model.modules() if is_fused(m) and _is_optional(m) and id(m) not in kept)
     for name, module, kind, *_ in swaps:
-        swap(module, Site(name, backend, exact, strict), FusedAdapter if kind == "adapter" else None)
+        swap(module, Site(name, options), FusedAdapter if kind == "adapter" else None)
     for name, module in runtime:
-        given = (name, backend, exact, strict)
         whole = stock_class(type(module)) is GPT2Model
         asked = {"only_unmasked": scope == "model", "graphs": Graphs() if graphs else None}
-        swap(module, PackingSite(*given, **cast(Any, asked)) if whole else Site(*given))
+        swap(module, PackingSite(name, options, **cast(Any, asked)) if whole else Site(name, options))
     return model
 
 

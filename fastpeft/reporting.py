@@ -65,7 +65,7 @@ def _row(candidate: Candidate) -> Row:
         return Row(name, kind, "stock", reason, site.calls)
     if kind in _FIRST_REASON:
         return Row(name, kind, "torch", _FIRST_REASON[kind], site.calls)
-    path, why = routes.choose(site.backend, site.exact, next(module.parameters()).device)
+    path, why = routes.choose(site.options, next(module.parameters()).device)
     return Row(name, kind, path, why, site.calls)
 
 

@@ -23,14 +23,23 @@ class Route(NamedTuple):
     reason: str
 
 
+class Options(NamedTuple):
+    """What the user asks of a call, or of all calls of a patched model."""
+
+    backend: str = "auto"
+    exact: bool = False  # peft's own masks and precision, by torch
+    strict: bool = False  # a kernel that can't be built is an error
+
+
 FUSED = Route("triton", "fused kernels")
 
 
-def choose(backend: str, exact: bool, device: torch.device) -> Route:
+def choose(options: Options, device: torch.device) -> Route:
     """The route that calls on `device` take, as far as the device decides it.
 
     Raises ValueError for an unknown backend, or where `backend="triton"` can't run there.
     """
+    backend, exact, _ = options
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if exact:
@@ -49,15 +58,14 @@ def choose(backend: str, exact: bool, device: torch.device) -> Route:
     return _refuse(backend, reason) if reason else FUSED
 
 
-def route_for(backend: str, exact: bool, device: torch.device) -> Route:
+def route_for(options: Options, device: torch.device) -> Route:
     """`choose` for a call, whose circumstances count too."""
     reason = transformed()
-    return _refuse(backend, reason) if reason else choose(backend, exact, device)
+    return _refuse(options.backend, reason) if reason else choose(options, device)
 
 
 def confirm(
-    backend: str,
-    strict: bool,
+    options: Options,
     unsupported: str | None,
     ready: Callable[[], str | None],
     slower: Callable[[], str | None],
@@ -67,13 +75,13 @@ def confirm(
     To be asked before a seed is drawn.
     """
     if unsupported:
-        return _refuse(backend, unsupported)
+        return _refuse(options.backend, unsupported)
     if torch.compiler.is_compiling():  # tensors have no addresses yet, which is what kernels are built for
         return FUSED
     failure = ready()
-    if failure and strict:
+    if failure and options.strict:
         raise RuntimeError(failure)
-    reason = failure or (slower() if backend == "auto" else None)
+    reason = failure or (slower() if options.backend == "auto" else None)
     return Route("torch", reason) if reason else FUSED
 
 
@@ -126,10 +134,10 @@ class Decided:
         self.route: Route | None = None
         self.answers = Memo(256)
 
-    def chosen(self, backend: str, exact: bool, device: torch.device) -> Route:
+    def chosen(self, options: Options, device: torch.device) -> Route:
         """`choose`, asked once."""
         if self.route is None:
-            self.route = choose(backend, exact, device)
+            self.route = choose(options, device)
         return self.route
 
     @property

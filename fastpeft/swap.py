@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastpeft.kernels.memo import Memo
-from fastpeft.routes import Route
+from fastpeft.routes import Options, Route
 
 _Fused = TypeVar("_Fused", bound=type[nn.Module])
 #: The fused class of every stock class that has one.
@@ -23,9 +23,7 @@ class Site:
     """What `patch` decided for one module and what its calls did since; kept on the module as `_fastpeft`."""
 
     name: str
-    backend: str
-    exact: bool
-    strict: bool
+    options: Options
     last: Route | None = None
     calls: int = 0
     plan: Any = None  # what its last call found out, for the next to compare

@@ -17,6 +17,7 @@ from transformers import GPT2ForSequenceClassification, GPT2ForTokenClassificati
 import fastpeft
 from fastpeft import ops
 from fastpeft.projections import Grouped, Update
+from fastpeft.routes import Options
 
 #: Ranks, scalings and targets that differ; "b" is rank-stabilised, "c" isn't in c_attn and "d" is nowhere else.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -189,7 +190,7 @@ def test_each_adapter_drops_by_its_own_law():
     layer = Grouped(zeros, None, [Update(eye, eye, 1.0, p) for p in laws], (0, 200, 400, 600))
     masks = []
     for _ in range(2):
-        y, _ = ops.routed_lora_linear(x, layer, "auto", False)
+        y, _ = ops.routed_lora_linear(x, layer, Options())
         for i, p in enumerate(laws):
             assert set(y[i].unique().tolist()) == {0.0, 1 / (1 - p)} - ({0.0} if p == 0.0 else set())
             assert abs((y[i] == 0).double().mean().item() - p) < 5 * (p * (1 - p) / 12800) ** 0.5 + 1e-12

@@ -143,8 +143,8 @@ def test_an_output_folder_that_cannot_be_written_is_refused(files, capsys):
 
 
 def test_a_backend_that_this_machine_cannot_run_is_refused(files, tmp_path, capsys, monkeypatch):
-    def cannot(backend, exact, device):
-        raise ValueError(f"no {backend} on {device}")
+    def cannot(options, device):
+        raise ValueError(f"no {options.backend} on {device}")
 
     monkeypatch.setattr(runner.routes, "choose", cannot)
     said = _refused(["compare", "--backend", "triton", "--out", str(tmp_path / "out")], capsys)

@@ -22,7 +22,7 @@ from fastpeft.kernels import launch, lora_chain, tiling
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.shrink import Shrink
 from fastpeft.projections import Projection
-from fastpeft.routes import Route
+from fastpeft.routes import Options, Route
 
 
 class FakeKernel:
@@ -133,7 +133,7 @@ def call(backend, *, strict=False, dropout_p=0.5):
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
     torch.manual_seed(5)
     y, route = ops.routed_lora_linear(
-        x, Projection(weight, bias, a, b, 1.0, dropout_p), backend, False, strict
+        x, Projection(weight, bias, a, b, 1.0, dropout_p), Options(backend, strict=strict)
     )
     return y, route, torch.get_rng_state()
 

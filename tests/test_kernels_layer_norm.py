@@ -17,6 +17,7 @@ from fastpeft.chain import Link
 from fastpeft.kernels import dropout, launch, layer_norm, lora_chain
 from fastpeft.kernels.shrink import Shrink
 from fastpeft.projections import Projection
+from fastpeft.routes import Options
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -28,6 +29,7 @@ interpreted = pytest.mark.skipif(
 )
 INCLUDED = "fused kernels, LayerNorm included"
 P = 0.3
+TRITON = Options("triton")
 
 
 def norm_of(k, device, dtype=torch.float32):
@@ -109,15 +111,15 @@ class TestTheChain:
     def test_the_layer_takes_what_the_norm_leaves(self, device, shrinks):
         x, layer = self.layer(device)
         links = [Link(layer, norm_of(24, device))]
-        chain.lora_chain(x, None, links, "triton")  # on a GPU it is built, which goes through all kernels
+        chain.lora_chain(x, None, links, TRITON)  # on a GPU it is built, which goes through all kernels
         shrinks.clear()
-        y, residual, (route,) = chain.lora_chain(x, None, links, "triton")
+        y, residual, (route,) = chain.lora_chain(x, None, links, TRITON)
         assert (route.reason, shrinks) == (INCLUDED, [])
         assert residual is x or torch.equal(residual, x)
         normed = norm_of(24, device)(x)
-        ops.routed_lora_linear(normed, layer, "triton", False)
+        ops.routed_lora_linear(normed, layer, TRITON)
         shrinks.clear()
-        again, route = ops.routed_lora_linear(normed, layer, "triton", False)
+        again, route = ops.routed_lora_linear(normed, layer, TRITON)
         assert (route.reason, shrinks) == ("fused kernels", [1])
         assert not torch.equal(y, again)  # another mask
 
@@ -130,7 +132,7 @@ class TestTheChain:
             Link(fc, norm_of(24, device), activates=True),
             Link(Projection(*tensors, 1.0, P), residual_p=P),
         ]
-        found = chain.lora_chain(x, None, links, "triton")
+        found = chain.lora_chain(x, None, links, TRITON)
         reasons = {route.reason for route in found.routes}
         assert (reasons, drawn) == ({"fused kernels, LayerNorm and GELU included"}, [(3, 2)])
 
@@ -142,9 +144,9 @@ class TestTheChain:
         layer.lora_a.requires_grad_()
         x.requires_grad_(trains)
         links = [Link(layer, norm_of(24, device))]
-        chain.lora_chain(x, None, links, "triton")  # on a GPU it is built, which goes through all kernels
+        chain.lora_chain(x, None, links, TRITON)  # on a GPU it is built, which goes through all kernels
         seen.clear()
-        y, residual, _ = chain.lora_chain(x, None, links, "triton")
+        y, residual, _ = chain.lora_chain(x, None, links, TRITON)
         assert y.requires_grad
         assert residual.requires_grad == trains
         y.sum().backward()
@@ -174,7 +176,7 @@ class TestTheChain:
             torch.inference_mode(step_aside == "inference mode"),
             torch.autocast(device, torch.bfloat16, enabled=step_aside == "autocast"),
         ):
-            found = chain.lora_chain(x, None, [Link(layer, norm)], "triton")
+            found = chain.lora_chain(x, None, [Link(layer, norm)], TRITON)
         served = step_aside in ("no dropout", "rank", "inference mode")  # by the layer's own pass, or none
         assert (found is not None) == served
         assert seen == []

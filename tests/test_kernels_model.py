@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import fastpeft
 from fastpeft.kernels import dropout, launch, lora_layer
 from fastpeft.norms import layer_norm
+from fastpeft.routes import Options
 
 
 def losses(model, steps=4):
@@ -126,7 +127,7 @@ def test_torch_compile_traces_through_a_layer_norm_without_a_break(device):
     norm = torch.nn.LayerNorm(24, device=device).requires_grad_(False)
     x = torch.randn(12, 24, device=device, requires_grad=True)
 
-    def f(x, normed=lambda x: layer_norm(x, norm, "triton")):
+    def f(x, normed=lambda x: layer_norm(x, norm, Options("triton"))):
         h, residual = normed(x)
         return h.sin().sum() + residual.square().sum()
 

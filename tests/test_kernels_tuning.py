@@ -11,6 +11,7 @@ import fastpeft
 from fastpeft import routes
 from fastpeft.kernels import launch, lora_linear, tiling, tuning
 from fastpeft.projections import Projection
+from fastpeft.routes import Options
 
 X = torch.empty(100, 24)
 
@@ -89,13 +90,13 @@ def test_pytorch_serves_what_it_was_measured_to_do_faster(clock, monkeypatch, ti
     monkeypatch.setattr(
         routes,
         "choose",
-        lambda backend, *rest: choose("triton" if backend == "auto" else backend, *rest),
+        lambda options, device: choose(Options("triton") if options == Options() else options, device),
     )
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
     a.requires_grad_()
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    y, route = fastpeft.ops.routed_lora_linear(x, Projection(weight, bias, a, b, 1.0, 0.5), "auto", False)
+    y, route = fastpeft.ops.routed_lora_linear(x, Projection(weight, bias, a, b, 1.0, 0.5), Options())
     assert route.path == path
     assert ("measured here" in route.reason) == (path == "torch")
     torch.set_rng_state(state)
@@ -109,5 +110,5 @@ def test_a_named_backend_is_not_second_guessed(clock, monkeypatch):
     monkeypatch.setattr(tuning, "slower_than", lambda *a: pytest.fail("measured"))
     monkeypatch.setattr(tuning, "fastest", lambda kernel, x, key, candidates, run: candidates[0])
     x, weight, bias, a, b = lora_arguments(9, 24, 16, 3, "fp32", "cpu").values()
-    _, route = fastpeft.ops.routed_lora_linear(x, Projection(weight, bias, a, b, 1.0, 0.0), "triton", False)
+    _, route = fastpeft.ops.routed_lora_linear(x, Projection(weight, bias, a, b, 1.0, 0.0), Options("triton"))
     assert route.path == "triton"

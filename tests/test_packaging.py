@@ -21,6 +21,7 @@ from packaging.requirements import Requirement
 import fastpeft
 from fastpeft import routes
 from fastpeft.__main__ import NEEDS, main
+from fastpeft.routes import Options
 
 ROOT = Path(__file__).parent.parent
 
@@ -65,11 +66,11 @@ def test_an_old_triton_is_refused_by_name(monkeypatch, version, reason):
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
     assert routes._triton_too_old() == reason
     monkeypatch.setattr(routes, "_TRITON_TOO_OLD", reason)
-    assert routes.choose("auto", False, torch.device("cpu")).path == "torch"
+    assert routes.choose(Options(), torch.device("cpu")).path == "torch"
     if reason:
-        assert routes.choose("auto", False, torch.device("cuda")) == ("torch", reason)
+        assert routes.choose(Options(), torch.device("cuda")) == ("torch", reason)
         with pytest.raises(ValueError, match=reason):
-            routes.choose("triton", False, torch.device("cpu"))
+            routes.choose(Options("triton"), torch.device("cpu"))
 
 
 def test_what_importing_fastpeft_brings_and_when(tmp_path):

@@ -215,7 +215,7 @@ def _base(
 
 def _check_backend(backend: str, device: torch.device) -> None:
     try:
-        routes.choose(backend, exact=False, device=device)
+        routes.choose(routes.Options(backend), device)
     except ValueError as error:
         raise BadInput(f"--backend {backend}: {error}") from None
 
