@@ -200,8 +200,7 @@ def routed_adapter(
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
             )
 
-        kind = routes.kind_of(rows, residual_rows)
-        route = found() if decided is None else decided.answers.once(kind, found)
+        route = decided.answers.once(routes.kind_of(rows, residual_rows), found) if decided else found()
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from kernel_checks import lora_arguments
+from kernel_checks import adapter_arguments, lora_arguments
 from models import assert_fused, gpt2, with_adapters, with_lora
 from torch.utils.checkpoint import checkpoint
 
@@ -121,6 +121,13 @@ def test_torch_compile_traces_through_without_a_break(dropout, device):
         return fastpeft.lora_linear(x, weight, bias, a, b, 1.0, dropout, backend="triton").square().sum()
 
     assert_compiled_is_the_same(f, [t.requires_grad_() for t in (x, a, b)])
+
+
+def test_torch_compile_traces_through_an_adapter_without_a_break(device):
+    leaves = [t.requires_grad_() for t in adapter_arguments(12, 24, 3, "fp32", device).values()]
+    assert_compiled_is_the_same(
+        lambda *given: fastpeft.adapter(*given, "gelu", 0.5, backend="triton").square().sum(), leaves
+    )
 
 
 def test_torch_compile_traces_through_a_layer_norm_without_a_break(device):
