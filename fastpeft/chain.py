@@ -1,4 +1,4 @@
-"""LoRA layers in a row with what stands between them, one layer among them, by the kernels."""
+"""LoRA layers in a row with what stands between them, by the kernels; a layer by itself is a chain of one."""
 
 from __future__ import annotations
 

@@ -23,6 +23,10 @@ class Projection(NamedTuple):
     dropout_p: float  # of groups the largest
     groups: Any = None  # kernels.groups.Groups, in which each has its scaling and dropout
 
+    def parts(self) -> tuple[list[autograd.Part], list[Tensor]]:
+        """The update as the PyTorch path takes it, without groups, and its factors."""
+        return [autograd.Part(None, self.scaling, self.dropout_p)], [self.lora_a, self.lora_b]
+
 
 class Update(NamedTuple):
     """The LoRA update of a group of rows."""
@@ -90,14 +94,8 @@ class Grouped(NamedTuple):
 
 def by_torch(rows: Tensor, layer: Projection | Grouped, exact: bool) -> Tensor:
     """A LoRA layer of rows (M, K) on the PyTorch path."""
-    parts: Sequence[autograd.Part]
-    if isinstance(layer, Grouped):
-        weight, bias, *_ = layer
-        parts, factors = layer.parts()
-    else:
-        weight, bias, *factors, scaling, dropout_p, _ = layer
-        parts = (autograd.Part(None, scaling, dropout_p),)
-    return autograd.LoraLinear.apply(rows, weight, bias, parts, exact, *factors)
+    parts, factors = layer.parts()
+    return autograd.LoraLinear.apply(rows, layer.weight, layer.bias, parts, exact, *factors)
 
 
 @functools.lru_cache(maxsize=8)
