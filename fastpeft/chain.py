@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastpeft import reference, routes
 from fastpeft.autocast import as_autocast, autocasts, layer_as_autocast
-from fastpeft.kernels.rows import as_rows, as_taken
+from fastpeft.kernels.rows import as_rows, as_taken, unrowed
 from fastpeft.norms import norm_kind, norm_served
 from fastpeft.projections import Projection, by_torch
 from fastpeft.residuals import Residual, added
@@ -253,8 +253,3 @@ def _drawn(x: Tensor, count: int) -> Sequence[Tensor]:
     """Seeds from torch's generator on x's device, int64, of which a kernel reads the first element."""
     # 16 bytes apart: kernels are built for pointers so aligned.
     return torch.randint(2**63 - 1, (count, 2), device=x.device).unbind()
-
-
-def unrowed(y: Tensor, x: Tensor) -> Tensor:
-    """y (M, N) in the grid of x (..., K)."""
-    return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastpeft import autograd, reference, routes
 from fastpeft.autocast import autocasts, layer_as_autocast
-from fastpeft.chain import Chain, Link, by_kernels, new_seeds, served, unrowed
+from fastpeft.chain import Chain, Link, by_kernels, new_seeds, served
 from fastpeft.checks import check_adapter, check_lora_linear
-from fastpeft.kernels.rows import as_rows, as_taken
+from fastpeft.kernels.rows import as_rows, as_taken, unrowed
 from fastpeft.projections import Grouped, Projection, by_torch
 from fastpeft.residuals import Residual, added, rows_of
 from fastpeft.routes import Decided, Options, Route

@@ -15,6 +15,11 @@ def as_taken(t: Tensor) -> Tensor:
     return t if t.dim() > 1 and t.is_contiguous() else as_rows(t)
 
 
+def unrowed(y: Tensor, x: Tensor) -> Tensor:
+    """Rows y (M, N) in the grid of x (..., K)."""
+    return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
+
+
 def rows_in(t: Tensor) -> int:
     """M of t (M, C), or of t (..., C) seen so."""
     if t.dim() == 2:
