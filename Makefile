@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses=8 --dist=loadgrou
 
 .PHONY: demo test test-full test-peers test-versions test-oldest test-newest test-gpu fuzz bench bench-gpu lint clean
 
-# In 25 steps a language model learns most at ten times the rate of a whole epoch, by every method but prefix.
+# In 25 steps a language model learns most at ten times the rate of a whole epoch, by each of these but prefix.
 demo: $(INSTALLED)
 	$(BIN)/fastpeft compare --max-steps 50 --out demo-report/classify
 	$(BIN)/fastpeft compare --task lm --max-steps 25 --seeds 2 --lr 0.01 --out demo-report/lm

@@ -169,8 +169,8 @@ class LoraLinear(torch.autograd.Function):
 class Stacked(torch.autograd.Function):
     """Factors, (rows, columns) each, in one tensor (groups, most rows, most columns), unset past one's own.
 
-    A group that isn't `there` has none. Of different dtypes they are float32. `torch.stack` of factors that are
-    alike takes the host half the time.
+    A group that isn't `there` has none. Of different dtypes they are float32. Factors that are all alike need no
+    more than `torch.stack`.
     """
 
     @staticmethod

@@ -15,6 +15,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_lora_linear(x: Tensor, projection: Projection) -> None:
+    """Raises TypeError or ValueError where `ops.lora_linear` doesn't serve these."""
     weight, bias, lora_a, lora_b, scaling, dropout_p, _ = projection
     _check_number("scaling", scaling)
     check_tensors(x=x, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b)
@@ -40,6 +41,7 @@ def check_adapter(
     activation: str,
     scale: float,
 ) -> None:
+    """Raises TypeError or ValueError where `ops.adapter` doesn't serve these."""
     _check_number("scale", scale)
     check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
     if activation not in reference.ACTIVATIONS:

@@ -150,14 +150,13 @@ class LoraPlan(Plan):
             ]
         self._chains: dict[int, tuple[Sequence[LoraPlan], Decided]] = {}
         super().__init__(module, [module, *factors], [module.base_layer, *chain(*parts)])
-        self._decided = module._fastpeft.decided
 
     def before(self, others: Sequence[LoraPlan]) -> Decided:
         """What was found out about a chain of this layer and of these others behind it."""
         known, decided = self._chains.get(len(others), ((), None))
         if decided is None or not all(map(is_, known, others)):
             kinds = self._kind(), *(each._kind() for each in others)
-            decided = self._decided.once(kinds, Decided)
+            decided = self._module._fastpeft.decided.once(kinds, Decided)
             self._chains[len(others)] = others, decided
         return decided
 

@@ -27,7 +27,8 @@ class Site:
     last: Route | None = None
     calls: int = 0
     plan: Any = None  # what its last call found out, for the next to compare
-    decided: Memo = field(default_factory=lambda: Memo(64))  # Decided by what plans were of
+    #: What was found out about calls, by what their plans are of.
+    decided: Memo = field(default_factory=lambda: Memo(64))
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles, which begin without a plan: it is of this module."""

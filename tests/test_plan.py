@@ -211,15 +211,31 @@ def interpreted_pair(blocks=(0,), **options):
     return pair(torch.float32, with_lora(model, layers_to_transform=blocks), backend="triton", **options)
 
 
+def drop_nothing(*models):
+    """A mask that drops is drawn anew, unless it drops all: between nothing and all, a change can be seen."""
+    for each in models:
+        layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+
+
+def counts_through_the_kernels(change, changes, model, stock, assert_same):
+    if change == "dropout's p":
+        drop_nothing(model, stock)
+    assert_same(model, stock, 1e-4)
+    assert_fused(model, ("lora",), path="triton")
+    for each in (model, stock):
+        changes[change](each)
+    for _ in range(2):
+        assert_same(model, stock, 1e-4)
+
+
 @pytest.mark.parametrize("scope", ["layers", "auto"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_changed_between_two_calls_counts_at_the_second(change, scope):
     model, stock = pair(torch.float64, scope=scope)
     assert_same(model, stock)
     assert layer_of(model)._fastpeft.plan is not None
-    if change.startswith("dropout"):  # a mask that drops is drawn anew, unless it drops all
-        for each in (model, stock):
-            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+    if change.startswith("dropout"):
+        drop_nothing(model, stock)
     assert_same(model, stock)
     for each in (model, stock):
         CHANGES[change](each)
@@ -237,16 +253,7 @@ def test_what_changed_between_two_calls_counts_at_the_second(change, scope):
      "weight trains", "dropout's p", "forward hook on a", "both adapters"],
 )  # fmt: skip
 def test_through_the_kernels_too(change, scope):
-    model, stock = interpreted_pair(scope=scope)
-    if change == "dropout's p":
-        for each in (model, stock):
-            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
-    assert_same(model, stock, 1e-4)
-    assert_fused(model, ("lora",), path="triton")
-    for each in (model, stock):
-        CHANGES[change](each)
-    for _ in range(2):
-        assert_same(model, stock, 1e-4)
+    counts_through_the_kernels(change, CHANGES, *interpreted_pair(scope=scope), assert_same)
 
 
 @pytest.mark.parametrize("scope", ["layers", "auto"])
@@ -352,8 +359,7 @@ def test_what_changed_between_two_calls_of_rows_with_adapters_counts_too(change,
     """Within one `adapter_rows`, or in one of each call's own, which gives out handles of hooks."""
     model, stock = pair(torch.float64, with_rows(), scope=scope)
     if change.startswith("dropout"):
-        for each in (model, stock):
-            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
+        drop_nothing(model, stock)
     with ExitStack() as stack:
         for each in (model, stock) if once else ():
             stack.enter_context(fastpeft.adapter_rows(each, ROWS))
@@ -377,16 +383,8 @@ def test_what_changed_between_two_calls_of_rows_with_adapters_counts_too(change,
      "second leaves the layer"],
 )  # fmt: skip
 def test_of_rows_with_adapters_through_the_kernels_too(change):
-    model, stock = pair(torch.float32, with_rows(n_embd=16, n_layer=1), backend="triton")
-    if change == "dropout's p":
-        for each in (model, stock):
-            layer_of(each).lora_dropout["default"] = nn.Dropout(0.0)
-    assert_same_rows(model, stock, 1e-4)
-    assert_fused(model, ("lora",), path="triton")
-    for each in (model, stock):
-        ROW_CHANGES[change](each)
-    for _ in range(2):
-        assert_same_rows(model, stock, 1e-4)
+    twins = pair(torch.float32, with_rows(n_embd=16, n_layer=1), backend="triton")
+    counts_through_the_kernels(change, ROW_CHANGES, *twins, assert_same_rows)
 
 
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
