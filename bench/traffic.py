@@ -10,11 +10,16 @@ it, where dropout is one too; a view or an allocation is none; an operand that i
 stores. `bound` is one launch each way that reads and writes each tensor of the operation once.
 
 `saved_bytes` is what autograd keeps between forward and backward, parameters left out, each storage once.
+
+`flops` are those of matrix products, by torch's own counter, which counts what a causal mask hides too. Of fastpeft's
+kernels they are those with frozen weights: a product of rank r has 2r for each element that it reads, so that its bytes
+are what takes its time.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +36,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 from transformers.activations import NewGELUActivation
 
 import fastpeft
@@ -46,9 +52,13 @@ RESIDUAL_DROPOUT = 0.1  # GPT-2's own
 VOCABULARY = 50257
 WIDTHS = (768, 1024, 1280, 1600)  # of the four published sizes
 ADAPTERS = 8  # LoRA adapters that share a step
+LENGTHS = (256, 1024)  # of the rows in which attention sees the tokens
+HEAD_DIM = 64  # of all published sizes
 H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
 aten = torch.ops.aten
 ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
+#: The frozen products of fastpeft's kernels, whose names begin so, by the names of their arguments.
+PRODUCTS = {"linear": "MNK", "head_logits": "MVK", "head_gradient": "MVK"}
 VIEWS = (aten._unsafe_view, aten._reshape_alias)  # those whose schema doesn't say so
 
 
@@ -57,6 +67,7 @@ class Kernel(NamedTuple):
 
     name: str
     bytes: int
+    flops: int = 0  # which a bound has none of
 
 
 class Traffic(NamedTuple):
@@ -112,7 +123,8 @@ class EagerKernels(TorchDispatchMode):
             # A GEMM with beta=0 leaves its first operand alone.
             read = args[1:] if kwargs.get("beta") == 0 else args
             moved = distinct_bytes(tree_leaves((read, kwargs))) + distinct_bytes(tree_leaves(out))
-            self.kernels.append(Kernel(str(func), moved))
+            flops = flop_registry.get(func.overloadpacket, lambda *_, **__: 0)(*args, **kwargs, out_val=out)
+            self.kernels.append(Kernel(str(func), moved, flops))
         return out
 
 
@@ -128,7 +140,10 @@ def counted(kernels: list[Kernel]) -> Iterator[None]:
         # A descriptor stands for its tensor. Only partial sums are read by the kernel that writes them.
         tensors = [getattr(value, "base", value) for value in one.args.values()]
         moved = distinct_bytes(tensors) + distinct_bytes([one.args.get("partials_ptr")])
-        kernels.append(Kernel(one.kernel.__name__, moved))
+        name = one.kernel.__name__
+        product = next((sizes for begins, sizes in PRODUCTS.items() if name.startswith(begins)), None)
+        flops = 2 * math.prod(one.args[size] for size in product) if product else 0
+        kernels.append(Kernel(name, moved, flops))
 
 
 @contextmanager
@@ -400,6 +415,23 @@ def head_variants(tokens: int, k: int, dtype: str) -> dict[str, dict[str, Any]]:
     return {name: {**each.record(), "teraflops": gemm * gemms} for name, (each, gemms) in found.items()}
 
 
+def attention(tokens: int, length: int, dropout_p: float, dtype: str) -> Traffic:
+    """The traffic of a block's attention in rows of `length`, which every variant leaves to torch's FlashAttention.
+
+    Joining the gradients of queries, keys and values is part of it.
+    """
+    heads = WIDTH // HEAD_DIM
+
+    def attended(qkv: Tensor) -> Tensor:
+        split = qkv.view(tokens // length, length, 3, heads, HEAD_DIM).unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in split)
+        y = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, True)[0]
+        return y.transpose(1, 2).reshape(1, tokens, WIDTH)
+
+    qkv = torch.empty(1, tokens, 3 * WIDTH, dtype=DTYPES[dtype], device="meta", requires_grad=True)
+    return traffic(attended, qkv, [])
+
+
 def block(by_layer: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str, int]]:
     """The sums over a block's layers, by variant."""
     variants = next(iter(by_layer.values()))
@@ -408,14 +440,19 @@ def block(by_layer: dict[str, dict[str, dict[str, Any]]]) -> dict[str, dict[str,
 
 
 def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, Any]:
-    """The JSON: `block`, `neighbours`, `adapter`, `many` by variant, `layers` by layer and variant; bytes are bytes."""
+    """The JSON: `block`, `neighbours`, `adapter`, `many` by variant, `layers` by layer and variant; bytes are bytes.
+
+    `attention` is by length, `head` by width and variant; `fewer` has `neighbours` and `head` of a sixteenth of the
+    tokens, which shows what doesn't grow with them.
+    """
+    fewer = tokens // 16
     by_layer = {
         p.name: {v: t.record() for v, t in lora_variants(p.k, p.n, tokens, rank, dropout_p, dtype).items()}
         for p in projections()
     }
     shapes = {
-        "tokens": tokens, "width": WIDTH, "rank": rank, "dropout": dropout_p, "bottleneck": BOTTLENECK,
-        "adapters": ADAPTERS,
+        "tokens": tokens, "width": WIDTH, "rank": rank, "dropout": dropout_p, "model_dropout": RESIDUAL_DROPOUT,
+        "bottleneck": BOTTLENECK, "adapters": ADAPTERS,
     }  # fmt: skip
     return {
         "kind": "traffic",
@@ -426,7 +463,19 @@ def measure(tokens: int, rank: int, dropout_p: float, dtype: str) -> dict[str, A
         "neighbours": {v: t.record() for v, t in neighbour_variants(tokens, rank, dropout_p, dtype).items()},
         "adapter": {v: t.record() for v, t in adapter_variants(tokens, dtype).items()},
         "many": {v: t.record() for v, t in many_variants(tokens, rank, dropout_p, dtype).items()},
+        "attention": {
+            str(length): attention(tokens, length, RESIDUAL_DROPOUT, dtype).record()
+            for length in LENGTHS
+            if tokens % length == 0
+        },
         "head": {str(width): head_variants(tokens, width, dtype) for width in WIDTHS},
+        "fewer": {
+            "tokens": fewer,
+            "neighbours": {
+                v: t.record() for v, t in neighbour_variants(fewer, rank, dropout_p, dtype).items()
+            },
+            "head": {str(WIDTH): head_variants(fewer, WIDTH, dtype)},
+        },
         "layers": by_layer,
         **record.header(),
     }

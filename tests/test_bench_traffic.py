@@ -75,6 +75,26 @@ def test_fastpeft_is_counted_by_its_kernels_and_saves_x_and_xa_alone(layer):
     assert layer["bound"]["bytes"] < layer["fastpeft"]["bytes"] < layer["addmm"]["bytes"]
 
 
+def test_products_are_counted_and_fastpeft_multiplies_by_the_frozen_weight_as_often(layer):
+    flops = {name: sum(k["flops"] for k in row["forward"] + row["backward"]) for name, row in layer.items()}
+    assert flops["frozen"] == flops["fastpeft"] == 2 * 2 * M * K * N
+    # Of rank R: two forward, and a gradient each for xa, for dropout's output and for both factors backward.
+    assert flops["peft_bf16"] == flops["frozen"] + 2 * M * R * (3 * K + 3 * N)
+
+
+def test_attention_is_two_products_forward_and_five_backward():
+    m, length, width, heads = 2048, 256, 768, 12
+    found = traffic.attention(m, length, 0.1, "bf16")
+    product = 2 * m * length * width
+    assert [kernel.flops for kernel in found.forward] == [2 * product]
+    assert [kernel.flops for kernel in found.backward] == [5 * product, 0]
+    row, lse = BF16 * m * width, FP32 * heads * m
+    # q, k, v and y; besides them dy, dq, dk, dv; and dqkv of these, joined. The rest is the state of the generator.
+    least = (4 * row + lse, 8 * row + lse, 6 * row)
+    for kernel, moved in zip(found.forward + found.backward, least, strict=True):
+        assert moved <= kernel.bytes <= moved + 1024
+
+
 @pytest.fixture(scope="module")
 def neighbours():
     return {name: found.record() for name, found in traffic.neighbour_variants(M, R, 0.1, "bf16").items()}
@@ -190,4 +210,13 @@ def test_the_record_of_gpt2_small_names_every_variant_of_every_layer(tmp_path, m
             assert record["block"][variant][key] == sum(by_layer)
     assert record["neighbours"]["fastpeft_model"]["bytes"] <= 1.2 * record["neighbours"]["bound"]["bytes"]
     assert 4.8 < record["block"]["peft_bf16"]["bytes"] / record["block"]["bound"]["bytes"] < 5.0
+    assert list(record["attention"]) == ["256", "1024"]
+    fewer = record["fewer"]
+    assert fewer["tokens"] == record["shapes"]["tokens"] / 16
+    assert fewer["neighbours"].keys() == record["neighbours"].keys()
+    assert fewer["head"]["768"].keys() == record["head"]["768"].keys()
+    flops = [
+        sum(k["flops"] for k in each["neighbours"]["fastpeft_model"]["forward"]) for each in (fewer, record)
+    ]
+    assert 16 * flops[0] == flops[1] == 2 * 8192 * 12 * 768 * 768
     assert {"commit", "machine", "versions", "command", "shapes", "dtype"} <= record.keys()
