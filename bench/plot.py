@@ -224,7 +224,8 @@ def main() -> None:
         print(figures[name])
     if args.table:
         on_gpu = tables.load(args.results / "gpu")
-        tables.rewrite(args.table, [*tables.short(on_gpu), *tables.short(records)])
+        found = [*tables.short(on_gpu), *tables.modelled(records, on_gpu), *tables.short(records)]
+        tables.rewrite(args.table, found)
     if args.report:
         report.write(args.report, args.results, records, figures)
 

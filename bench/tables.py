@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import roofline
+
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 LABELS = {
     "bound": "each tensor once",
@@ -193,6 +195,85 @@ def host(record: dict[str, Any]) -> Iterator[Table]:
         yield Table(f"Host time of {title}", note.format(drops), columns, rows)
 
 
+def modelled(records: roofline.Records, on_gpu: roofline.Records) -> Iterator[Table]:
+    """What steps should take on GPUs, by bench/roofline.py, and beside it those that were measured."""
+    by_kind = {record["kind"]: record for record in records.values()}
+    traffic, host = by_kind.get("traffic", {}), by_kind.get("host", {"variants": {}})
+    counted = traffic.get("attention") and traffic["dtype"] == "bf16"  # older records have no attention
+    if not counted or not roofline.VARIANTS.keys() <= host["variants"].keys():
+        return
+    steps = list(roofline.measured(traffic, on_gpu))
+    both = roofline.models(traffic, host, steps)
+    length, shown = min(map(int, traffic["attention"])), (512, 2048, 8192)
+    rows = []
+    for card in roofline.CARDS:
+        for name in roofline.VARIANTS:
+            lines = [model.on_gpu(name, length, card) for model in both]
+            crossings = [float(f"{line.crossing(both[0].on_host(name)):.2g}") for line in lines]
+            rows.append(
+                [
+                    card.name if name == roofline.BASELINE else "",
+                    name,
+                    f"{1e3 * both[0].on_host(name):.1f}",
+                    pair([1e3 * line.at(shown[1]) for line in lines], ".1f"),
+                    pair(crossings, ".0f"),
+                    *(pair([model.speedup(name, t, length, card) for model in both], ".2f") for t in shown),
+                ]
+            )
+    shapes = traffic["shapes"]
+    note = (
+        "Modelled, not measured: at the peaks of NVIDIA's data sheets / at the share of them that the steps measured "
+        f"below attained. A language model's step without its optimiser, {host['shapes']['layers']} layers, LoRA "
+        f"everywhere, r={shapes['rank']}, dropout {shapes['dropout']:g}, {traffic['dtype']}, rows of {length} tokens "
+        "without padding. A launch takes as long as its bytes or its products, whichever take longer, both counted for "
+        f"{traffic['architecture']} at commit {traffic['commit']}. The host's time is a classifier's on "
+        f"{host['machine']['processor']}, which a host of twice the speed halves, and the tokens with it. "
+        f"{provenance(host)}"
+    )
+    header = ["", "", "host, ms", f"GPU, ms, {shown[1]} tokens", "tokens from which the GPU sets the time"]
+    header += [f"x {roofline.BASELINE}, {tokens} tokens" for tokens in shown]
+    yield Table(
+        "Modelled: from how many tokens the GPU, and not the host, sets a training step's time",
+        note,
+        header,
+        rows,
+    )
+    if steps:
+        yield checked(both, steps, on_gpu)
+
+
+def checked(
+    both: tuple[roofline.Model, roofline.Model], steps: list[roofline.Step], on_gpu: roofline.Records
+) -> Table:
+    """Modelled steps beside the same measured."""
+    rows: list[list[str]] = []
+    for step in steps:
+        tokens, length = step.size
+        seconds = [model.step(step.name, tokens, length, step.card) for model in both]
+        share = both[0].on_gpu(step.name, length, step.card).at(tokens) / step.seconds
+        found = step.point["variants"][roofline.VARIANTS[step.name].measured]["speedup"]["median"]
+        rows.append(
+            [
+                f"{step.card.name}, {size(step.point)}" if step.name == roofline.BASELINE else "",
+                step.name,
+                f"{1e3 * step.seconds:.1f}",
+                pair([1e3 * each for each in seconds], ".1f"),
+                pair([each / step.seconds for each in seconds], ".2f"),
+                f"{share:.2f}",
+                f"{found:.2f}",
+                pair([model.speedup(step.name, tokens, length, step.card) for model in both], ".2f"),
+            ]
+        )
+    header = ["", "", "measured, ms", "modelled, ms", "modelled : measured", "share of the peaks"]
+    header += [f"x {roofline.BASELINE}, measured", f"x {roofline.BASELINE}, modelled"]
+    where = " ".join(provenance(record) for record in on_gpu.values() if record["kind"] == "throughput")
+    note = (
+        "At the peaks / at the greatest share of them that a step of the same kernels attained, which makes that "
+        f"step's own figures agree; modelled with the host of the table above. Measured: {where}"
+    )
+    return Table("How far the model is from what was measured", note, header, rows)
+
+
 def throughput(record: dict[str, Any]) -> Iterator[Table]:
     """Every variant of every point, training and inference apart."""
     header = ["", "ms", "tokens/s", "speed-up (20-80 %)", "x frozen", "x layers", "MB saved", "MB step peak"]
@@ -360,6 +441,11 @@ def failed(row: dict[str, Any]) -> str:
 
 def ratio(spread: dict[str, float]) -> str:
     return f"{spread['median']:.2f} ({spread['q20']:.2f}-{spread['q80']:.2f})"
+
+
+def pair(values: list[float], form: str) -> str:
+    """Figures that belong together, once where they don't differ."""
+    return " / ".join(dict.fromkeys(format(value, form) for value in values))
 
 
 def mega(size: int) -> str:
