@@ -221,23 +221,20 @@ def modelled(records: roofline.Records, on_gpu: roofline.Records) -> Iterator[Ta
                 ]
             )
     shapes = traffic["shapes"]
+    attained = " / at the share of them that the steps of the next table attained" * bool(steps)
     note = (
-        "Modelled, not measured: at the peaks of NVIDIA's data sheets / at the share of them that the steps measured "
-        f"below attained. A language model's step without its optimiser, {host['shapes']['layers']} layers, LoRA "
-        f"everywhere, r={shapes['rank']}, dropout {shapes['dropout']:g}, {traffic['dtype']}, rows of {length} tokens "
-        "without padding. A launch takes as long as its bytes or its products, whichever take longer, both counted for "
+        f"Modelled, not measured: at the peaks of NVIDIA's data sheets{attained}. A language model's step without its "
+        f"embeddings and its optimiser, {host['shapes']['layers']} layers, LoRA everywhere, r={shapes['rank']}, "
+        f"dropout {shapes['dropout']:g}, {traffic['dtype']}, rows of {length} tokens without padding. On every card a "
+        "launch takes as long as its bytes or its products, whichever take longer, both counted for "
         f"{traffic['architecture']} at commit {traffic['commit']}. The host's time is a classifier's on "
-        f"{host['machine']['processor']}, which a host of twice the speed halves, and the tokens with it. "
+        f"{host['machine']['processor']}; a host of twice the speed halves it, and with it about the tokens. "
         f"{provenance(host)}"
     )
     header = ["", "", "host, ms", f"GPU, ms, {shown[1]} tokens", "tokens from which the GPU sets the time"]
     header += [f"x {roofline.BASELINE}, {tokens} tokens" for tokens in shown]
-    yield Table(
-        "Modelled: from how many tokens the GPU, and not the host, sets a training step's time",
-        note,
-        header,
-        rows,
-    )
+    title = "Modelled: from how many tokens the GPU, and not the host, sets a training step's time"
+    yield Table(title, note, header, rows)
     if steps:
         yield checked(both, steps, on_gpu)
 
