@@ -29,6 +29,11 @@ def refuse_second_derivative() -> None:
     )
 
 
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """t in this dtype; where it is already, torch's `to` takes ten times as long to find out."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
 class Part(NamedTuple):
     """A low-rank update of some rows."""
 
@@ -44,6 +49,34 @@ class Part(NamedTuple):
     def scale(self) -> float:
         """The scaling, times what dropout multiplies by what it keeps."""
         return self.scaling * reference.keep_scale(self.dropout_p)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[Part],
+    exact: bool,
+    factors: Sequence[Tensor],
+    saved: list[Tensor | None] | None = None,
+) -> Tensor:
+    """What `LoraLinear` computes, without a derivative; what its backward reads of each part is added to `saved`."""
+    y = mm(x, weight, bias)
+    for part, lora_a, lora_b in zip(parts, factors[::2], factors[1::2], strict=True):
+        wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
+        a, b = as_dtype(lora_a, wide), as_dtype(lora_b, wide)
+        dropped, mask, updated = part.of(x), None, part.of(y)
+        if part.dropout_p > 0.0:
+            mask = masks.draw(as_dtype(dropped, wide), part.dropout_p, exact=exact)
+            dropped = masks.apply(mask, dropped)
+        xa_t = mm(a, as_dtype(dropped, wide).T)
+        if wide == y.dtype:
+            updated.addmm_(xa_t.T, b.T, alpha=part.scale)
+        else:
+            updated.copy_(torch.addmm(as_dtype(updated, wide), xa_t.T, b.T, alpha=part.scale))
+        if saved is not None:
+            saved += (None if mask is None else dropped, mask, lora_a, lora_b, xa_t)
+    return y
 
 
 class LoraLinear(torch.autograd.Function):
@@ -69,23 +102,12 @@ class LoraLinear(torch.autograd.Function):
         exact: bool,
         *factors: Tensor,
     ) -> Tensor:
-        y = mm(x, weight, bias)
         saved: list[Tensor | None] = []
-        whole = ctx.needs_input_grad[1]  # else where x is dropped, backward needn't drop again
-        for part, lora_a, lora_b in zip(parts, factors[::2], factors[1::2], strict=True):
-            wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
-            a, b = lora_a.to(wide), lora_b.to(wide)
-            dropped, mask, updated = part.of(x), None, part.of(y)
-            if part.dropout_p > 0.0:
-                mask = masks.draw(dropped.to(wide), part.dropout_p, exact=exact)
-                dropped = masks.apply(mask, dropped)
-            xa_t = mm(a, dropped.to(wide).T)
-            if wide == y.dtype:
-                updated.addmm_(xa_t.T, b.T, alpha=part.scale)
-            else:
-                updated.copy_(torch.addmm(updated.to(wide), xa_t.T, b.T, alpha=part.scale))
-            saved += (None if whole or mask is None else dropped, mask, lora_a, lora_b, xa_t)
-        whole = whole or not all(part.dropout_p > 0.0 for part in parts)
+        y = lora_linear(x, weight, bias, parts, exact, factors, saved)
+        # Where x is dropped and its weight is frozen, backward takes what dropout left.
+        whole = ctx.needs_input_grad[1] or not all(part.dropout_p > 0.0 for part in parts)
+        if ctx.needs_input_grad[1]:
+            saved[::5] = [None] * len(parts)
         ctx.save_for_backward(x if whole else None, weight, *saved)
         ctx.parts = parts
         ctx.set_materialize_grads(False)
@@ -105,17 +127,17 @@ class LoraLinear(torch.autograd.Function):
             dropped, mask, lora_a, lora_b, xa_t = saved[5 * i : 5 * i + 5]
             need_a, need_b = needed[2 * i : 2 * i + 2]
             wide, d_lora_a, d_lora_b = xa_t.dtype, None, None
-            dy_wide = part.of(dy).to(wide)
+            dy_wide = as_dtype(part.of(dy), wide)
             if need_x or need_a:
-                dxa_t = mm(lora_b.to(wide).T, dy_wide.T).mul_(part.scale)
+                dxa_t = mm(as_dtype(lora_b, wide).T, dy_wide.T).mul_(part.scale)
             if need_a:
                 if dropped is None:
                     dropped = part.of(x) if mask is None else masks.apply(mask, part.of(x))
-                d_lora_a = mm(dxa_t, dropped.to(wide)).to(lora_a.dtype)
+                d_lora_a = as_dtype(mm(dxa_t, as_dtype(dropped, wide)), lora_a.dtype)
             if need_b:
-                d_lora_b = mm(xa_t, dy_wide).mul_(part.scale).T.to(lora_b.dtype)
+                d_lora_b = as_dtype(mm(xa_t, dy_wide).mul_(part.scale).T, lora_b.dtype)
             if dx is not None:
-                updated, a = part.of(dx), lora_a.to(wide)
+                updated, a = part.of(dx), as_dtype(lora_a, wide)
                 if mask is not None:
                     updated += masks.drop_(mask, mm(dxa_t.T, a))
                 elif wide == dx.dtype:
@@ -215,6 +237,29 @@ class Linear(torch.autograd.Function):
         return Linear.apply(dy, weight.T, None), None, None
 
 
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    activation: str,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What `Adapter` computes, without a derivative, and z, (R, M), of which its backward is made."""
+    down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
+    bias = None if down_bias is None else down_bias.to(x.dtype)[:, None]
+    if bias is None or x.dtype.itemsize > 2:
+        z_t = mm(down, x.T) if bias is None else mm(down, x.T).add_(bias)
+    else:  # rounded once, after the bias: a ReLU asks for the sign of a z near 0
+        z_t = torch.addmm(bias, down, x.T)
+    h_t = reference.ACTIVATIONS[activation](z_t)
+    if up_bias is None:
+        return torch.addmm(x, h_t.T, up.T, alpha=scale), z_t
+    # The copy of x that addmm would make carries the bias.
+    return torch.add(x, up_bias.to(x.dtype), alpha=scale).addmm_(h_t.T, up.T, alpha=scale), z_t
+
+
 class Adapter(torch.autograd.Function):
     """`reference.adapter` over rows, saving x and the pre-activation z; h is `act(z)`.
 
@@ -235,20 +280,12 @@ class Adapter(torch.autograd.Function):
         activation: str,
         scale: float,
     ) -> Tensor:
-        down, up = down_weight.to(x.dtype), up_weight.to(x.dtype)
-        bias = None if down_bias is None else down_bias.to(x.dtype)[:, None]
-        if bias is None or x.dtype.itemsize > 2:
-            z_t = mm(down, x.T) if bias is None else mm(down, x.T).add_(bias)
-        else:  # rounded once, after the bias: a ReLU asks for the sign of a z near 0
-            z_t = torch.addmm(bias, down, x.T)
-        h_t = reference.ACTIVATIONS[activation](z_t)
-        ctx.save_for_backward(x, z_t, down_weight, down_bias, up_weight, up_bias)
+        operands = x, down_weight, down_bias, up_weight, up_bias
+        y, z_t = adapter(*operands, activation, scale)
+        ctx.save_for_backward(x, z_t, *operands[1:])
         ctx.activation, ctx.scale = activation, scale
         ctx.set_materialize_grads(False)
-        if up_bias is None:
-            return torch.addmm(x, h_t.T, up.T, alpha=scale)
-        # The copy of x that addmm would make carries the bias.
-        return torch.add(x, up_bias.to(x.dtype), alpha=scale).addmm_(h_t.T, up.T, alpha=scale)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]

@@ -216,5 +216,6 @@ def routed_adapter(
     # The residual keeps x's dtype, so x's dtype rules and autocast has no say.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        y = autograd.Adapter.apply(rows, down_weight, down_bias, up_weight, up_bias, activation, scale)
+        operands = rows, down_weight, down_bias, up_weight, up_bias, activation, scale
+        y = autograd.Adapter.apply(*operands) if torch.is_grad_enabled() else autograd.adapter(*operands)[0]
     return added(y.to(x.dtype).view(x.shape), outer), route

@@ -95,7 +95,10 @@ class Grouped(NamedTuple):
 def by_torch(rows: Tensor, layer: Projection | Grouped, exact: bool) -> Tensor:
     """A LoRA layer of rows (M, K) on the PyTorch path."""
     parts, factors = layer.parts()
-    return autograd.LoraLinear.apply(rows, layer.weight, layer.bias, parts, exact, *factors)
+    if torch.is_grad_enabled():
+        return autograd.LoraLinear.apply(rows, layer.weight, layer.bias, parts, exact, *factors)
+    # An autograd function takes the host as long as its products do.
+    return autograd.lora_linear(rows, layer.weight, layer.bias, parts, exact, factors)
 
 
 @functools.lru_cache(maxsize=8)
