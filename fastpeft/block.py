@@ -61,6 +61,22 @@ class Packed(NamedTuple):
         return rows.view(batch, length, -1)
 
 
+class Grid(NamedTuple):
+    """A call that isn't packed: rows are the caller's grid, and attention is stock's, with its mask and its cache."""
+
+    walked: list[Any]  # as `Packed` has it
+    attend: Any  # stock's function of query, key and value
+    mask: Tensor | None = None  # as stock made it
+    graph: None = None
+    pooled: None = None
+    last: None = None
+    groups: None = None
+
+    def at(self, pooled: Tensor | None) -> Grid:
+        """Itself: nothing leaves."""
+        return self
+
+
 class Stage(NamedTuple):
     """A layer of a block, with what stands before and behind it."""
 
@@ -76,7 +92,7 @@ class FusedMLP(GPT2MLP):
 
     _fastpeft: Site
 
-    def forward(self, hidden_states: Any, *, packed: Packed | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, hidden_states: Any, *, packed: Packed | Grid | None = None) -> Tensor:  # type: ignore[override]
         """The MLP of hidden_states (..., width)."""
         if packed is None:
             return super().forward(hidden_states)
@@ -92,7 +108,7 @@ class FusedBlock(GPT2Block):
     _fastpeft: Site
 
     def forward(  # type: ignore[override]
-        self, hidden_states: Any, *args: Any, packed: Packed | None = None, **kwargs: Any
+        self, hidden_states: Any, *args: Any, packed: Packed | Grid | None = None, **kwargs: Any
     ) -> Tensor:
         """hidden_states (1, T, width), or the whole grid → the same shape, zeros where a head that pools won't look."""
         if packed is None:
@@ -100,7 +116,9 @@ class FusedBlock(GPT2Block):
         if packed.graph is not None:
             return packed.graph(self, hidden_states)
         attn, mlp, site = self.attn, self.mlp, self._fastpeft
-        kept = args[0] if args else None  # the cache, which GPT2Model passes by position
+        kept, mask = args[:2] if args else (None, None)  # which GPT2Model passes by position
+        if isinstance(packed, Grid):
+            packed = packed._replace(mask=mask)
         # Of the last block, keys and values of all tokens, and the rest of the pooled alone.
         pooled = packed.pooled if packed.last is self else None
         if adapts(attn) or adapts(mlp):
@@ -127,7 +145,7 @@ def _at(pooled: Tensor | None, x: Any) -> Any:
 
 
 def through(
-    stages: list[Stage], x: Tensor, residual: Tensor | None, site: Site, packed: Packed
+    stages: list[Stage], x: Tensor, residual: Tensor | None, site: Site, packed: Packed | Grid
 ) -> tuple[Tensor, Tensor | None]:
     """What comes of these stages, and the residual to go on with, None where it was added.
 
@@ -154,7 +172,7 @@ def through(
 
 
 def _at_once(
-    stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed
+    stages: list[Stage], x: Tensor, residual: Tensor | None, packed: Packed | Grid
 ) -> tuple[Tensor, Tensor | None, int] | None:
     """What comes of the first stages, the residual, and how many they were; None where none gain by going at once."""
     plans: list[Any] = []
@@ -210,18 +228,26 @@ def _normed(norm: nn.Module, x: Tensor, site: Site) -> tuple[Tensor, Tensor]:
     return layer_norm(x, norm, site.options, site.plan)
 
 
-def called(layer: Any, x: Tensor, packed: Packed) -> Tensor:
-    """A layer of x, with an adapter of its own for each group of rows where there are groups."""
-    if packed.groups is None or type(layer) is not FusedLoraLinear:
+def called(layer: Any, x: Tensor, packed: Packed | Grid, residual: Residual | None = None) -> Any:
+    """A layer of x, with an adapter of its own for each group of rows where there are groups.
+
+    Of a LoRA layer added to a residual, where one is given.
+    """
+    if type(layer) is not FusedLoraLinear:
         return layer(x)
-    return layer(x, groups=packed.groups)
+    if packed.walked:  # so that there are no hooks to call
+        return layer.forward(x, residual=residual, groups=packed.groups, walked=packed.walked[0])
+    return layer(x, residual=residual, groups=packed.groups)
 
 
-def projected(c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None, packed: Packed) -> Tensor:
+def projected(
+    c_proj: Any, dropout: nn.Module, x: Tensor, residual: Tensor | None, packed: Packed | Grid
+) -> Tensor:
     """`dropout(c_proj(x))`, added to a residual if there is one, in one operation where that can be."""
     added = _residual(residual, dropout)
     if added is not None and type(c_proj) is FusedLoraLinear:
-        return c_proj(x, residual=added, groups=packed.groups)
+        y: Tensor = called(c_proj, x, packed, added)
+        return y
     y = _dropped(called(c_proj, x, packed), dropout)
     return y if residual is None else residual + y
 

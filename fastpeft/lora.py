@@ -42,16 +42,18 @@ class FusedLoraLinear(LoraLinear):
         *args: Any,
         residual: Residual | None = None,
         groups: Groups | None = None,
+        walked: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """x (..., in_features) → (..., out_features), added to a residual if the block gives one.
 
-        The rows of x use other adapters where the block gives their groups, or peft's hook `adapter_names`.
+        The rows of x use other adapters where the block gives their groups, or peft's hook `adapter_names`. A `walked`
+        that it gives is as in `Plan.holds`.
         """
         if groups is not None or kwargs.get("adapter_names") is not None:
             return self._grouped(x, args, kwargs, groups, residual)
         site = self._fastpeft
-        plan = None if args or kwargs else planned(self, x)
+        plan = None if args or kwargs else planned(self, x, walked=walked)
         layer: Projection | Grouped
         rest: list[str] = []
         if plan is None:

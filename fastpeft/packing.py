@@ -11,18 +11,20 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, groups, routes
-from fastpeft.block import Packed, called, projected
+from fastpeft.block import Grid, Packed, called, projected
 from fastpeft.graphs import Graphs
 from fastpeft.kernels.rows import rounded
 from fastpeft.modules import why_not_here
@@ -54,7 +56,7 @@ class PackedAttention(GPT2Attention):
         self,
         hidden_states: Any,
         *args: Any,
-        packed: Packed | None = None,
+        packed: Packed | Grid | None = None,
         kept: Any = None,
         pooled: Tensor | None = None,
         **kwargs: Any,
@@ -65,11 +67,21 @@ class PackedAttention(GPT2Attention):
         rows = self.attended(called(self.c_attn, hidden_states, packed), packed, kept, pooled)
         return projected(self.c_proj, self.resid_dropout, rows, None, packed.at(pooled)), None
 
-    def attended(self, qkv: Tensor, packed: Packed, kept: Any, pooled: Tensor | None) -> Tensor:
+    def attended(self, qkv: Tensor, packed: Packed | Grid, kept: Any, pooled: Tensor | None) -> Tensor:
         """What `c_proj` takes, (1, T, width), or the whole grid, or at the pooled tokens alone, of what `c_attn` gives.
 
         Keys and values go into the cache `kept`, if there is one, in the caller's grid.
         """
+        kept = getattr(kept, "self_attention_cache", kept)
+        if isinstance(packed, Grid):
+            query, key, value = self._heads(qkv, qkv.shape[:2])
+            if kept is not None:
+                key, value = kept.update(key, value, self.layer_idx)
+            dropout = self.attn_dropout.p if self.training else 0.0
+            output, _ = packed.attend(
+                self, query, key, value, packed.mask, dropout=dropout, scaling=self.scaling
+            )
+            return output.reshape(*qkv.shape[:2], self.embed_dim)
         batch, longest = packed.view
         lead, rows = len(qkv), qkv.flatten(0, 1)
         qkv = rows
@@ -81,7 +93,6 @@ class PackedAttention(GPT2Attention):
         # Split before the heads are: the gradient is then joined without another copy.
         query, key, value = self._heads(qkv, packed.view)
         if kept is not None:
-            kept = getattr(kept, "self_attention_cache", kept)
             if packed.whole:
                 kept.update(key, value, self.layer_idx)
             else:
@@ -118,8 +129,8 @@ class PackedAttention(GPT2Attention):
             output = output.index_select(0, slots)
         return output.view(lead, -1, self.embed_dim)
 
-    def _heads(self, qkv: Tensor, shape: tuple[int, int]) -> list[Tensor]:
-        """Query, key and value, (batch, heads, length, head_dim) each, of rows (batch · length, 3 · width)."""
+    def _heads(self, qkv: Tensor, shape: Sequence[int]) -> list[Tensor]:
+        """Query, key and value, (batch, heads, length, head_dim) each, of qkv (..., 3 · width), batch · length rows."""
         parts = qkv.view(*shape, 3, self.num_heads, self.head_dim).unbind(2)
         return [part.transpose(1, 2) for part in parts]
 
@@ -129,6 +140,7 @@ class Settings(NamedTuple):
 
     held: dict[str, Any]
     implementation: str
+    attend: Callable[..., Any] | None  # its function, None where it isn't known
     reason: str | None  # why the model can't run on packed tokens
     asked: list[str]  # outputs that it asks for where a call doesn't say
 
@@ -149,12 +161,15 @@ _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_
 _IGNORED = {"num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _FALSY = {"output_attentions", "output_hidden_states"}
 _NAMES = list(inspect.signature(GPT2Model.forward).parameters)[1:]
-_NO_IDS = "input_ids (batch, length) are needed to see the padding"
-_KINDS = {"past_key_values": "past keys and values, of a cache or a prefix"} | dict.fromkeys(
+#: Of a cache or a prefix; as later versions of transformers name it, too.
+_CACHES = {"past_key_values", "cache"}
+#: Of which stock's attention does nothing but update them with keys and values.
+_KNOWN_CACHES = {DynamicCache, StaticCache, EncoderDecoderCache, type(None)}
+_NAMED = {name: name for name in _FALSY} | dict.fromkeys(
     ("encoder_hidden_states", "encoder_attention_mask"), "cross-attention"
 )
-_KINDS["cache"] = _KINDS["past_key_values"]  # as later versions of transformers name it
-_KINDS["inputs_embeds"] = _NO_IDS
+#: Attention, by how it is configured, that looks at none of what is passed through to it.
+_ATTEND: dict[str, Callable[..., Any]] = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
 _UNREAD = "GPT2Model was called by itself: what of its padding is read isn't known"
 
 
@@ -173,15 +188,21 @@ class PackedModel(GPT2Model):
             return super().forward(*args, **kwargs)
         site = self._fastpeft
         arguments = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
-        packed = (
+        reason = (
             (len(arguments) < len(args) + len(kwargs) and "an error")  # for stock to raise
-            or _why_not_call(self, arguments)
+            or _why_not_blocks(self, arguments)
             or site.trunk.why_not(self)
-            or _layout(self, arguments, reads, site)
         )
+        packed = reason or _why_not_packed(self, arguments) or _layout(self, arguments, reads, site)
         if isinstance(packed, str):
             site.record(Route("stock", packed))
-            return super().forward(*args, **kwargs)
+            if reason or site.settings is None or site.trunk.adapter_names() is not None:
+                return super().forward(*args, **kwargs)
+            grid = Grid([site.trunk.seen], site.settings.attend)
+            try:
+                return super().forward(*args, packed=grid, **kwargs)
+            finally:
+                grid.walked.clear()  # a checkpoint's second forward comes after who knows what
         graphs = site.graphs
         given = _caches(self, arguments), packed.groups is not None
         if graphs is not None and not graphs.refused(self, site.trunk.trained(), *given):
@@ -198,7 +219,7 @@ class PackedModel(GPT2Model):
             output = super().forward(**{**arguments, **chosen})
         finally:
             groups.packed.reset(before)
-            packed.walked.clear()  # a checkpoint's second forward comes after who knows what
+            packed.walked.clear()
         reason = "packed: no padding between the embeddings and the head"
         if graphs is not None:
             reason += f"; no graph: {graphs.why_not}" if graphs.why_not else ", replayed as a graph"
@@ -214,42 +235,57 @@ def why_not_model(transformer: Any) -> str | None:
 def _settings(transformer: Any) -> Settings:
     config = transformer.config
     implementation, reason = config._attn_implementation, None
-    if implementation not in ("eager", "sdpa"):
+    if implementation not in _ATTEND:
         reason = f"attention is {implementation}, not eager or sdpa"
     elif config.reorder_and_upcast_attn:
         reason = "reorder_and_upcast_attn"
     elif not getattr(config, "is_causal", True):
         reason = "attention isn't causal"
     asked = [name for name in _FALSY if getattr(config, name, False)]
-    return Settings(dict(vars(config)), implementation, reason, asked)
+    return Settings(dict(vars(config)), implementation, _ATTEND.get(implementation), reason, asked)
 
 
 def _why_not_settings(settings: Settings) -> str | None:
     if settings.reason:
         return settings.reason
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
-    if attend not in (eager_attention_forward, sdpa_attention_forward):
+    if attend is not settings.attend:
         return f"{settings.implementation} attention isn't transformers' own"
     return None
 
 
-def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
-    """Why this call runs stock, whatever the batch; None where packing computes what stock does."""
+def _why_not_blocks(module: Any, arguments: dict[str, Any]) -> str | None:
+    """Why this call runs stock, whatever the batch; None where fused blocks compute what stock's do."""
     for name, value in arguments.items():
         if name in _TAKEN or name in _IGNORED or value is None or (name in _FALSY and not value):
             continue
-        return _KINDS.get(name, name if name in _FALSY else f"{name}, which packing doesn't know")
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+        if name in _CACHES:
+            kinds = {type(value), type(getattr(value, "self_attention_cache", None))}
+            if not kinds <= _KNOWN_CACHES:
+                return f"a cache that is a {type(value).__name__}"
+        elif name != "inputs_embeds":
+            return _NAMED.get(name, f"{name}, which packing doesn't know")
     if torch.jit.is_tracing():
         return "traced: the number of tokens depends on the data"
     site = module._fastpeft
     if site.settings is None or site.settings.held != vars(module.config):  # whose properties take 2 µs each
         site.settings = _settings(module)
     reason = why_not_here() or _why_not_settings(site.settings)
-    if reason:
-        return reason
-    if type(ids) is not Tensor or ids.dim() != 2 or ids.numel() == 0:
-        return _NO_IDS
+    return reason or next((name for name in site.settings.asked if arguments.get(name) is None), None)
+
+
+def _why_not_packed(module: Any, arguments: dict[str, Any]) -> str | None:
+    """Why a batch of this call keeps its padding, whatever it reads; None where packing computes what stock does."""
+    if any(arguments.get(name) is not None for name in _CACHES):
+        return "past keys and values, of a cache or a prefix"
+    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
+    if (
+        type(ids) is not Tensor
+        or ids.dim() != 2
+        or ids.numel() == 0
+        or arguments.get("inputs_embeds") is not None
+    ):
+        return "input_ids (batch, length) are needed to see the padding"
     if ids.is_meta:
         return "ids without data"
     placed = mask is None and arguments.get("position_ids") is not None
@@ -268,7 +304,7 @@ def _why_not_call(module: Any, arguments: dict[str, Any]) -> str | None:
         given = arguments.get(name)
         if given is not None and (type(given) is not Tensor or tuple(given.shape) not in shapes):
             return f"{name} that haven't the shape of input_ids"
-    return next((name for name in site.settings.asked if arguments.get(name) is None), None)
+    return None
 
 
 def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: PackingSite) -> Packed | str:

@@ -74,6 +74,12 @@ def step(model: nn.Module, seed: int = 7, batch: int = 3, length: int = 9) -> di
     return {"logits": logits.detach(), **grads}
 
 
+def checkpointing(model: Any) -> None:
+    """Has a transformers model compute its blocks again in backward; older versions have the other name."""
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
+
+
 def draws_of(model: nn.Module) -> int:
     """How many draws `assert_as_good_over_draws` needs: 16 behind a head of two numbers, else a few."""
     two = any(getattr(module, "out_features", 0) == 2 for module in model.modules())
