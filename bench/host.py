@@ -10,9 +10,9 @@ round, ratios within a round, medians over rounds.
 
 A step of 8 runs, with its optimiser, is one after another or side by side (`fastpeft.Sweep`).
 
-Attention is one operator with and without dropout, as on a GPU: the CPU would make a dozen of it. A graph's replay is
-one launch of nothing. Parts are of samples
-of the stack: choosing what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
+Attention is one operator with and without dropout, as on a GPU, and the PyTorch path's masks are drawn as there: the
+CPU would make a dozen of either. A graph's replay is one launch of nothing. Parts are of samples of the stack: choosing
+what runs, launching, operators with autograd and their own glue, and the rest, which is stock's.
 
 `--first` compiles from an empty cache: kernels and seconds of the first steps at GPT-2 small's widths, each step with
 another token count.
@@ -45,7 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GPT2Config
 
 import fastpeft
-from fastpeft import graphs, modules, trunk
+from fastpeft import graphs, masks, modules, trunk
 from fastpeft.kernels import tiling
 
 H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
@@ -137,6 +137,11 @@ def without_dropout(
 
 
 _attention = F.scaled_dot_product_attention
+
+
+def drawn(x: Tensor, dropout_p: float, *, exact: bool) -> Tensor:
+    """A mask of the PyTorch path, as it is drawn on a GPU."""
+    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
 
 
 class Operators(TorchDispatchMode):
@@ -263,6 +268,7 @@ def host(layers: int, dropout: float, vary: bool, rounds: int) -> dict[str, Any]
     with ExitStack() as stack:
         launches = stack.enter_context(driver.nowhere(H100))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", without_dropout))
+        stack.enter_context(mock.patch.object(masks, "draw", drawn))
         # Which packing takes for torch's own.
         stack.enter_context(mock.patch.object(trunk._DEFINED, "_own", trunk._DEFINED._now()))
         for key, head, step_of in (("variants", "classifier", training), ("decoding", "lm", decoding)):

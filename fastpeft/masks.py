@@ -24,7 +24,7 @@ def draw(x: Tensor, dropout_p: float, *, exact: bool) -> Tensor:
     `exact` consumes torch's generator as `F.dropout(x, dropout_p)` would and gives the same mask. Otherwise,
     on the CPU, torch's generator gives 16 bits for each position, where `bernoulli_` takes 64 for each element.
     """
-    if x.is_cuda:  # the kernel behind F.dropout, whose numbers depend on x's dtype
+    if exact and x.is_cuda:  # the kernel behind F.dropout, whose numbers depend on x's dtype
         return torch.native_dropout(x, dropout_p, True)[1]
     if x.device.type != "cpu":
         return torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p)
@@ -40,14 +40,16 @@ def draw(x: Tensor, dropout_p: float, *, exact: bool) -> Tensor:
 
 
 def apply(mask: Tensor, x: Tensor) -> Tensor:
-    """A contiguous copy of `x` with zeros for what is dropped."""
+    """A copy of `x` with zeros for what is dropped, contiguous on the CPU."""
+    if mask.dtype == torch.bool:
+        return x * mask
     return drop_(mask, x.clone(memory_format=torch.contiguous_format))
 
 
 def drop_(mask: Tensor, x: Tensor) -> Tensor:
     """`x`, contiguous, with zeros put where it is dropped."""
     if mask.dtype == torch.bool:
-        return x.masked_fill_(~mask, 0)
+        return x.mul_(mask)
     # numpy has no bfloat16, and is slower with indices that aren't int64.
     flat = x.view(_INTEGERS[x.element_size()]).view(-1).numpy()
     flat[mask.numpy().astype(np.int64)] = 0

@@ -382,6 +382,26 @@ def test_a_mask_is_applied_to_any_float_and_any_strides(dtype, form):
     assert torch.equal(x, before)
 
 
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+def test_lora_linear_by_masks_as_they_are_drawn_off_the_cpu(frozen, monkeypatch):
+    """By the same formula, up to their form."""
+    drawn = []
+
+    def draw(x, dropout_p, *, exact):
+        drawn.append(torch.empty_like(x, dtype=torch.bool).bernoulli_(1.0 - dropout_p))
+        return drawn[-1]
+
+    monkeypatch.setattr(masks, "draw", draw)
+    inputs = lora_inputs(torch.float32)
+    inputs["weight"].requires_grad_(not frozen)
+    fused = outcome(fastpeft.lora_linear, inputs, scaling=1.7, dropout_p=0.3)
+    (keep,) = drawn
+    options = {"scaling": 1.7, "dropout_p": 0.3, "keep": keep}
+    pytorch = outcome(reference.lora_linear, inputs, **options)
+    truth = outcome(reference.lora_linear, inputs, cast=torch.float64, **options)
+    assert_outcomes(fused, pytorch, truth)
+
+
 @pytest.mark.parametrize("shape", [(0,), (1,), (7,), (8,), (3, 11)], ids=str)
 @pytest.mark.parametrize("exact", [False, True], ids=["fast", "exact"])
 def test_a_mask_is_the_positions_of_what_is_dropped(shape, exact):
