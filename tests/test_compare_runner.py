@@ -29,7 +29,7 @@ from small_comparison import arguments, assert_one_report_of_two, checkpoint, co
 from transformers import AutoTokenizer, GPT2ForSequenceClassification
 
 import fastpeft
-from fastpeft.compare import runner, train
+from fastpeft.compare import plots, runner, train
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import run_name
@@ -103,7 +103,7 @@ def test_results_json_has_a_full_record_of_every_run(finished):
         assert run["steps"] == 4
         assert [point["step"] for point in run["curve"]] == [1, 2, 3, 4]
         assert all(point["loss"] > 0 for point in run["curve"])
-        assert [point["step"] for point in run["curve"] if "eval_quality" in point] == [2, 4]
+        assert [point["step"] for point in run["curve"] if "eval_quality" in point] == [4]
         assert run["curve"][-1]["eval_quality"] == run["quality"]
         layers = [site for site in run["sites"] if site["kind"] in ("lora", "adapter", "activation")]
         assert layers
@@ -365,6 +365,20 @@ def test_the_plots_are_png_files_of_a_legible_size(finished):
         with Image.open(finished[0] / "out" / f"{name}.png") as image:
             assert image.width > 1000
             assert len(image.convert("L").getcolors()) > 20  # not blank
+
+
+def test_quality_is_a_curve_where_it_was_judged_on_the_way(finished):
+    results = json.loads((finished[0] / "out" / "results.json").read_text())
+    (curves,) = (plot for plot in plots.PLOTS if plot.name == "curves")
+    assert len(curves.draw(results).axes) == 1
+    assert curves.describe(results).startswith("Training loss by training step")
+    for run in results["runs"]:
+        run["curve"][1]["eval_quality"] = 0.5
+    assert [axes.get_ylabel() for axes in curves.draw(results).axes] == [
+        "accuracy, higher is better",
+        "training loss (nats)",
+    ]
+    assert curves.describe(results).startswith("Held-out accuracy and training loss by training step")
 
 
 def _recorded(out: Path) -> dict[str, float]:

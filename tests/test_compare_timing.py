@@ -7,10 +7,10 @@ import contextlib
 import pytest
 import torch
 from models import gpt2, with_adapters
-from transformers import GPT2ForSequenceClassification
+from transformers import GPT2ForSequenceClassification, TrainerControl, TrainerState
 
 import fastpeft
-from fastpeft.compare import timing
+from fastpeft.compare import timing, train
 
 
 def _model():
@@ -96,3 +96,14 @@ def test_a_stock_side_that_is_still_patched_is_an_error_not_a_result(monkeypatch
     monkeypatch.setattr(fastpeft, "unpatch", lambda model: model)
     with pytest.raises(RuntimeError, match="the stock side isn't stock"):
         timing.step_seconds(fastpeft.patch(_model()), BATCHES, "torch", contextlib.nullcontext)
+
+
+@pytest.mark.parametrize(("steps", "judged"), [(50, [50]), (99, [99]), (100, [50, 100]), (201, [101, 201])])
+def test_a_run_is_judged_at_its_end_and_half_way_where_that_is_far(steps, judged):
+    pace, state, found = train._Pace(lambda step, steps: None), TrainerState(max_steps=steps), []
+    for state.global_step in range(1, steps + 1):
+        control = TrainerControl()
+        pace.on_step_end(None, state, control)
+        if control.should_evaluate:
+            found.append(state.global_step)
+    assert found == judged

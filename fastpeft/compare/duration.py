@@ -8,7 +8,7 @@ import time
 import torch
 
 from fastpeft.compare.timing import BATCHES, SIDES
-from fastpeft.compare.train import EVALUATIONS, Setting, enough_memory, typical_batches
+from fastpeft.compare.train import Setting, enough_memory, evaluations, typical_batches
 
 #: A pass forward takes about a third of a training step.
 _FORWARD = 1 / 3
@@ -28,7 +28,7 @@ def estimate(runs: int, setting: Setting, device: torch.device) -> str:
         step = time.perf_counter() - began
     size = arguments.batch_size * arguments.accumulate
     steps = arguments.max_steps or arguments.epochs * len(encoded.train) / size
-    judged = EVALUATIONS * _FORWARD * len(encoded.eval) / arguments.batch_size
+    judged = evaluations(steps) * _FORWARD * len(encoded.eval) / arguments.batch_size
     timed = len(SIDES) * (BATCHES + 1)
     run = step * (steps * arguments.accumulate + judged + timed)
     return _about(run * runs)

@@ -159,9 +159,15 @@ def _apart(values: list[int]) -> list[float]:
     return placed
 
 
+def _judged_on_the_way(results: dict[str, Any]) -> bool:
+    """Whether quality is a curve: runs of few steps are judged once, at their end."""
+    return any(sum("eval_quality" in point for point in run["curve"]) > 1 for run in results["runs"])
+
+
 def _draw_curves(results: dict[str, Any]) -> Figure:
-    figure, [upper, lower] = _figure(8.0, panels=2)
-    for axes, key in (upper, "eval_quality"), (lower, "loss"):
+    keys = ["eval_quality", "loss"] if _judged_on_the_way(results) else ["loss"]
+    figure, panels = _figure(4.4 * len(keys) - 0.8, panels=len(keys))
+    for axes, key in zip(panels, keys, strict=True):
         for index, summary in enumerate(summarise(results)):
             runs = [run for run in results["runs"] if run["method"] == summary.method]
             points = [[(p["step"], p[key]) for p in run["curve"] if key in p] for run in runs]
@@ -181,11 +187,12 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
             axes.fill_between(
                 steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0
             )
-    _quality_axis(upper, TASKS[results["task"]])
-    lower.set_ylabel("training loss (nats)")
-    lower.set_xlabel("training step")
-    lower.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _legend(figure, upper)
+    if len(keys) > 1:
+        _quality_axis(panels[0], TASKS[results["task"]])
+    panels[-1].set_ylabel("training loss (nats)")
+    panels[-1].set_xlabel("training step")
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    _legend(figure, panels[0])
     return figure
 
 
@@ -249,8 +256,12 @@ def _describe_against(results: dict[str, Any], what: str, value: Callable[[Summa
 
 def _describe_curves(results: dict[str, Any]) -> str:
     names = listed([s.method for s in summarise(results)])
-    measure = TASKS[results["task"]].measure
-    return f"Held-out {measure} and training loss by training step, for {names}; the numbers are in results.json."
+    quality = (
+        f"Held-out {TASKS[results['task']].measure} and training"
+        if _judged_on_the_way(results)
+        else "Training"
+    )
+    return f"{quality} loss by training step, for {names}; the numbers are in results.json."
 
 
 def _describe_step_time(results: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import apply, loading, lora_config, save, trainable
 from fastpeft.compare.tasks import CLASSIFY
 
-EVALUATIONS = 2  # half-way through a run and at its end
+HALF_WAY = 100  # steps, from which on a run is judged half-way too: a shorter one, judging would take as long
 LOSS_POINTS = 20
 WARM_UP = 0.1
 
@@ -83,10 +83,10 @@ def train_run(
     with enough_memory():
         outcome = trainer.train()
     peak = memory.bytes()
-    evaluations = [entry for entry in trainer.state.log_history if "eval_quality" in entry]
+    judged = [entry for entry in trainer.state.log_history if "eval_quality" in entry]
     if not timing.fused_calls(model):
         raise RuntimeError(f"nothing fused was called while {method.name} trained:\n{fastpeft.report(model)}")
-    seconds = outcome.metrics["train_runtime"] - sum(entry["eval_runtime"] for entry in evaluations)
+    seconds = outcome.metrics["train_runtime"] - sum(entry["eval_runtime"] for entry in judged)
     history = trainer.state.log_history
     return _recorded(method, seed, setting, folder, trainer, judge, history, seconds, peak)
 
@@ -120,7 +120,7 @@ def train_together(
             head: Any = sweep.model.get_base_model().score
             head.modules_to_save[run.name].weight.data.normal_(std=base.model.config.initializer_range)
     fastpeft.patch(sweep.model, backend=arguments.backend)
-    sweep.trainer.add_callback(_Pace(notify, evaluations=0))
+    sweep.trainer.add_callback(_Pace(notify, judges=False))
     began = time.perf_counter()
     with enough_memory():
         results = sweep.train()
@@ -212,17 +212,23 @@ def enough_memory() -> Iterator[None]:
         ) from None
 
 
-class _Pace(TrainerCallback):
-    """Says when to log and to judge - evenly, and at the end -, and tells how far training is."""
+def evaluations(steps: float) -> int:
+    """How often a run of so many steps is judged, evenly, and at its end."""
+    return 2 if steps >= HALF_WAY else 1
 
-    def __init__(self, notify: Callable[[int, int], None], evaluations: int = EVALUATIONS) -> None:
-        self.notify, self.evaluations = notify, evaluations
+
+class _Pace(TrainerCallback):
+    """Says when to log and to judge, and tells how far training is."""
+
+    def __init__(self, notify: Callable[[int, int], None], judges: bool = True) -> None:
+        self.notify, self.judges = notify, judges
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         control.should_log = _due(state.global_step, state.max_steps, LOSS_POINTS)
-        control.should_evaluate = _due(state.global_step, state.max_steps, self.evaluations)
+        times = evaluations(state.max_steps)
+        control.should_evaluate = self.judges and _due(state.global_step, state.max_steps, times)
         self.notify(state.global_step, state.max_steps)
 
 
