@@ -33,7 +33,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import adapter, dropout, launch, layer_norm, lm_head, tiling
+from fastpeft.kernels import bottleneck, dropout, launch, layer_norm, lm_head, tiling
 from fastpeft.kernels.blocks import new_tickets
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.gradients import Gradients
@@ -273,14 +273,14 @@ def recorded(case: Case) -> launch.Launch:
             residual = rows(M, K) if more else None
             biases = factor(rank), factor(K)
             some = (rows(M, K), weights[0], biases[0], weights[1], biases[1], activation, 1.0, residual)
-            adapter.forward(*some, strip)
+            bottleneck.forward(*some, strip)
         else:
             strip = tiling.Strip(*case.tile)
             some = (rows(M, K), rows(M, K), *weights, rows(M, rank), case.variant, 1.0, torch.float32, True)
             if case.kernel == "adapter_backward":
-                adapter.backward(*some, False, strip)
+                bottleneck.backward(*some, False, strip)
             else:
-                adapter.backward(*some, True, strip, strip, 16)
+                bottleneck.backward(*some, True, strip, strip, 16)
     wanted = f"{case.kernel}_kernel"
     return next(each for each in launches if each.kernel.__name__.replace("_descriptor", "") == wanted)
 

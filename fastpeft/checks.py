@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.projections import Projection
+from fastpeft.projections import Bottleneck, Projection
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -32,16 +32,9 @@ def check_lora_linear(x: Tensor, projection: Projection) -> None:
         raise ValueError(f"dropout_p must be between 0 and 1, got {dropout_p}")
 
 
-def check_adapter(
-    x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str,
-    scale: float,
-) -> None:
+def check_adapter(x: Tensor, adapter: Bottleneck) -> None:
     """Raises TypeError or ValueError where `ops.adapter` doesn't serve these."""
+    down_weight, down_bias, up_weight, up_bias, activation, scale = adapter
     _check_number("scale", scale)
     check_tensors(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
     if activation not in reference.ACTIVATIONS:

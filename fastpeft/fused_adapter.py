@@ -12,6 +12,7 @@ from fastpeft import ops, reference
 from fastpeft.adapters import Adapter, activation_name
 from fastpeft.modules import is_plain, why_not_here, why_not_tensors
 from fastpeft.plan import Plan
+from fastpeft.projections import Bottleneck
 from fastpeft.routes import Route
 from fastpeft.swap import Site
 
@@ -42,11 +43,9 @@ class FusedAdapter(nn.Module):
             activation, decided = activation_name(self.act) or "", None
         else:
             tensors, activation, decided = plan.tensors, plan.activation, plan.decided
-        down_weight, down_bias, up_weight, up_bias = tensors
-        scale = getattr(self, "scale", 1.0)
-        layers = down_weight, down_bias, up_weight, up_bias, activation, scale
+        bottleneck = Bottleneck._make((*tensors, activation, getattr(self, "scale", 1.0)))
         try:
-            y, route = ops.routed_adapter(x, *layers, site.options, residual, decided)
+            y, route = ops.routed_adapter(x, bottleneck, site.options, residual, decided)
         except ValueError as error:
             raise ValueError(f"{site.name}: {error}") from None
         site.record(route)

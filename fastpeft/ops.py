@@ -14,7 +14,7 @@ from fastpeft.autocast import autocasts, layer_as_autocast
 from fastpeft.chain import Chain, Link, by_kernels, new_seeds, served
 from fastpeft.checks import check_adapter, check_lora_linear
 from fastpeft.kernels.rows import as_rows, as_taken, unrowed
-from fastpeft.projections import Grouped, Projection, by_torch
+from fastpeft.projections import Bottleneck, Grouped, Projection, by_torch
 from fastpeft.residuals import Residual, added, rows_of
 from fastpeft.routes import Decided, Options, Route
 
@@ -94,9 +94,8 @@ def adapter(
             Triton can't serve here, with the reason.
         TypeError: a dtype that isn't served.
     """
-    y, _ = routed_adapter(
-        x, down_weight, down_bias, up_weight, up_bias, activation, scale, Options(backend, exact)
-    )
+    bottleneck = Bottleneck(down_weight, down_bias, up_weight, up_bias, activation, scale)
+    y, _ = routed_adapter(x, bottleneck, Options(backend, exact))
     return y
 
 
@@ -159,12 +158,7 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def routed_adapter(
     x: Tensor,
-    down_weight: Tensor,
-    down_bias: Tensor | None,
-    up_weight: Tensor,
-    up_bias: Tensor | None,
-    activation: str,
-    scale: float,
+    bottleneck: Bottleneck,
     options: Options,
     residual: Tensor | None = None,
     decided: Decided | None = None,
@@ -172,11 +166,12 @@ def routed_adapter(
     """`adapter`, added to a block's residual if there is one, with the route it took, which modules record."""
     outer = None if residual is None else Residual(residual, 0.0)
     if decided is None:
-        check_adapter(x, down_weight, down_bias, up_weight, up_bias, activation, scale)
+        check_adapter(x, bottleneck)
         route = routes.route_for(options, x.device)
     else:
         route = decided.chosen(options, x.device)
-    rows, scale = as_rows(x), float(scale)
+    *_, activation, scale = bottleneck
+    rows, parameters, scale = as_rows(x), bottleneck[:4], float(scale)
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
@@ -186,17 +181,17 @@ def routed_adapter(
         def through_kernels(x: Any, down: Any, down_bias: Any, up: Any, up_bias: Any, more: Any) -> Tensor:
             return kernels.adapter(x, down, down_bias, up, up_bias, activation, scale, more)
 
-        def through_pytorch(*tensors: Any) -> Any:
-            y = autograd.Adapter.apply(*tensors[:5], activation, scale)
-            return y if residual_rows is None else y + tensors[5]
+        def through_pytorch(x: Any, *tensors: Any) -> Any:
+            y = autograd.Adapter.apply(x, *tensors[:4], activation, scale)
+            return y if residual_rows is None else y + tensors[4]
 
-        given = (rows, down_weight, down_bias, up_weight, up_bias, residual_rows)
+        given = (rows, *parameters, residual_rows)
 
         def found() -> Route:
             return routes.confirm(
                 options,
-                launch.unsupported(rows, down_weight.shape[0], *given),
-                lambda: kernels.ready(*given[:5], activation, residual_rows),
+                launch.unsupported(rows, bottleneck.down_weight.shape[0], *given),
+                lambda: kernels.ready(rows, *parameters, activation, residual_rows),
                 lambda: tuning.slower_than("adapter", given, (activation,), through_kernels, through_pytorch),
             )
 
@@ -204,18 +199,20 @@ def routed_adapter(
         if route.path == "triton":
             y = through_kernels(*given).view(x.shape)
             return y if residual_rows is not None else added(y, outer), route
-    wide = torch.promote_types(x.dtype, down_weight.dtype) if options.exact else x.dtype
+    wide = torch.promote_types(x.dtype, bottleneck.down_weight.dtype) if options.exact else x.dtype
     if torch.compiler.is_compiling() or routes.transformed():
         # The compiler fuses the plain formula by itself.
-        down_weight, up_weight = down_weight.to(wide), up_weight.to(wide)
-        down_bias = None if down_bias is None else down_bias.to(wide)
-        up_bias = None if up_bias is None else up_bias.to(wide)
-        y = reference.adapter(x.to(wide), down_weight, down_bias, up_weight, up_bias, activation, scale)
+        wider: list[Any] = [
+            x.to(wide),
+            *(p if p is None else p.to(wide) for p in parameters),
+            activation,
+            scale,
+        ]
+        y = reference.adapter(*wider)
         return added(y.to(x.dtype), outer), route
-    rows = rows.to(wide)
+    operands = rows.to(wide), *parameters, activation, scale
     # The residual keeps x's dtype, so x's dtype rules and autocast has no say.
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        operands = rows, down_weight, down_bias, up_weight, up_bias, activation, scale
         y = autograd.Adapter.apply(*operands) if torch.is_grad_enabled() else autograd.adapter(*operands)[0]
     return added(y.to(x.dtype).view(x.shape), outer), route

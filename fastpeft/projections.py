@@ -1,4 +1,4 @@
-"""A linear layer as the LoRA operations take it: with one update for all rows, or one for each group of them."""
+"""A linear layer as the LoRA operations take it, with one update for all rows or one for each group; and an adapter."""
 
 from __future__ import annotations
 
@@ -26,6 +26,17 @@ class Projection(NamedTuple):
     def parts(self) -> tuple[list[autograd.Part], list[Tensor]]:
         """The update as the PyTorch path takes it, without groups, and its factors."""
         return [autograd.Part(None, self.scaling, self.dropout_p)], [self.lora_a, self.lora_b]
+
+
+class Bottleneck(NamedTuple):
+    """A bottleneck adapter as the operations take it: `reference.adapter` of a tensor, and these."""
+
+    down_weight: Tensor
+    down_bias: Tensor | None
+    up_weight: Tensor
+    up_bias: Tensor | None
+    activation: str
+    scale: float
 
 
 class Update(NamedTuple):

@@ -18,7 +18,7 @@ from kernel_checks import (
 )
 
 from fastpeft import reference
-from fastpeft.kernels import adapter, launch, tiling
+from fastpeft.kernels import adapter, bottleneck, launch, tiling
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
 TOKENS = [1, 17, 63, 128, 257]
@@ -60,8 +60,8 @@ def test_every_gpt2_width_agrees_with_float64(width, device):
 @pytest.mark.parametrize("width", [36, 136, 768])
 @pytest.mark.parametrize("m", TOKENS)
 def test_every_shape_agrees_with_float64(m, width, device):
-    for bottleneck, activation, dtypes in itertools.product(BOTTLENECKS, ACTIVATIONS, DTYPES):
-        draws = draws_of(adapter_arguments, m, width, bottleneck, dtypes, device)
+    for rank, activation, dtypes in itertools.product(BOTTLENECKS, ACTIVATIONS, DTYPES):
+        draws = draws_of(adapter_arguments, m, width, rank, dtypes, device)
         check_adapter(adapter.adapter, draws, activation)
 
 
@@ -69,15 +69,15 @@ def test_every_shape_agrees_with_float64(m, width, device):
 def test_every_strip_gives_what_the_chosen_one_gives(rank, device):
     x, down, down_bias, up, up_bias = adapter_arguments(70, 72, rank, "bf16", device).values()
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, x.dtype)
-    y, z = adapter.forward(x, down, down_bias, up, up_bias, "silu", 0.5)
-    dx, flat = adapter.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, True, True)
+    y, z = bottleneck.forward(x, down, down_bias, up, up_bias, "silu", 0.5)
+    dx, flat = bottleneck.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, True, True)
     for strip in tiling.ADAPTER[rank]:
-        y_strip, z_strip = adapter.forward(x, down, down_bias, up, up_bias, "silu", 0.5, None, strip)
+        y_strip, z_strip = bottleneck.forward(x, down, down_bias, up, up_bias, "silu", 0.5, None, strip)
         torch.testing.assert_close(y_strip, y)
         torch.testing.assert_close(z_strip, z)
         for splits in (1, 3):
             some = (True, True, strip, tiling.ADAPTER_GRADIENT[rank], splits)
-            dx_strip, flat_strip = adapter.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, *some)
+            dx_strip, flat_strip = bottleneck.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, *some)
             torch.testing.assert_close(dx_strip, dx)
             torch.testing.assert_close(flat_strip, flat, atol=2e-2, rtol=1e-2)
 
@@ -112,7 +112,7 @@ def test_no_rows_or_no_columns_launch_no_kernel(m, width, device):
         if width == 0:
             x, down, up, up_bias = (t.detach()[..., :0] for t in (x, down, up.T, up_bias))
             up = up.T
-            y, _ = adapter.forward(x, down, down_bias.detach(), up, up_bias, "relu", 1.0)
+            y, _ = bottleneck.forward(x, down, down_bias.detach(), up, up_bias, "relu", 1.0)
         else:
             y = adapter.adapter(x, down, down_bias, up, up_bias, "relu", 1.0)
             y.sum().backward()
@@ -124,23 +124,23 @@ def test_no_rows_or_no_columns_launch_no_kernel(m, width, device):
 def test_nan_stays_in_its_row(device):
     x, down, down_bias, up, up_bias = adapter_arguments(70, 100, 8, "fp16", device).values()
     x[5] = float("nan")
-    y, z = adapter.forward(x, down, down_bias, up, up_bias, "relu", 1.0)
+    y, z = bottleneck.forward(x, down, down_bias, up, up_bias, "relu", 1.0)
     assert y[5].isnan().all()
     assert y.isnan().any(1).sum() == 1
     dy = torch.ones_like(y)
     dy[69] = float("nan")
-    dx, _ = adapter.backward(dy, x, down, up, z.nan_to_num(), "relu", 1.0, x.dtype, True, False)
+    dx, _ = bottleneck.backward(dy, x, down, up, z.nan_to_num(), "relu", 1.0, x.dtype, True, False)
     assert dx[69].isnan().all()
     assert dx.isnan().any(1).sum() == 1
 
 
 def test_only_what_is_asked_for_is_computed(device):
     x, down, _, up, _ = adapter_arguments(40, 24, 3, "fp32", device).values()
-    y, z = adapter.forward(x, down, None, up, None, "relu", 1.0)
+    y, z = bottleneck.forward(x, down, None, up, None, "relu", 1.0)
     kernels = {}
     for need_x, need_parameters in ((True, False), (False, True), (True, True)):
         with launch.record() as launches:
-            dx, flat = adapter.backward(y, x, down, up, z, "relu", 1.0, x.dtype, need_x, need_parameters)
+            dx, flat = bottleneck.backward(y, x, down, up, z, "relu", 1.0, x.dtype, need_x, need_parameters)
         assert (dx is not None, flat is not None) == (need_x, need_parameters)
         kernels[need_x, need_parameters] = launches
     assert [each.kernel.__name__ for each in kernels[True, False]] == ["adapter_backward_kernel"]
@@ -168,9 +168,9 @@ def test_parameters_of_different_dtypes_get_gradients_in_their_own(device):
 
 def test_gradients_are_the_same_bits_each_time(device):
     x, down, down_bias, up, up_bias = adapter_arguments(129, 72, 8, "bf16+fp32", device).values()
-    y, z = adapter.forward(x, down, down_bias, up, up_bias, "gelu", 1.0)
+    y, z = bottleneck.forward(x, down, down_bias, up, up_bias, "gelu", 1.0)
     first, again = (
-        adapter.backward(y, x, down, up, z, "gelu", 1.0, torch.float32, True, True) for _ in range(2)
+        bottleneck.backward(y, x, down, up, z, "gelu", 1.0, torch.float32, True, True) for _ in range(2)
     )
     assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
 
