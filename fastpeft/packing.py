@@ -161,6 +161,7 @@ _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_
 _IGNORED = {"num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _FALSY = {"output_attentions", "output_hidden_states"}
 _NAMES = list(inspect.signature(GPT2Model.forward).parameters)[1:]
+_READ = ("input_ids", "inputs_embeds")
 #: Of a cache or a prefix; as later versions of transformers name it, too.
 _CACHES = {"past_key_values", "cache"}
 #: Of which stock's attention does nothing but update them with keys and values.
@@ -267,6 +268,8 @@ def _why_not_blocks(module: Any, arguments: dict[str, Any]) -> str | None:
             return _NAMED.get(name, f"{name}, which packing doesn't know")
     if torch.jit.is_tracing():
         return "traced: the number of tokens depends on the data"
+    if any(isinstance(value, Tensor) and value.numel() == 0 for value in map(arguments.get, _READ)):
+        return "no tokens"
     site = module._fastpeft
     if site.settings is None or site.settings.held != vars(module.config):  # whose properties take 2 µs each
         site.settings = _settings(module)

@@ -155,6 +155,19 @@ def test_a_cache_of_ones_own_runs_stock(grids):
     assert row[2:4] == ("stock", "a cache that is a Own")
 
 
+@pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
+def test_without_tokens_it_is_stocks_result_or_error(shape, grids):
+    stock = with_lora(gpt2()).eval()
+    found = []
+    for model in (fastpeft.patch(copy.deepcopy(stock)), stock):
+        try:
+            found.append(str(model(input_ids=torch.ones(shape, dtype=torch.long)).logits.shape))
+        except (RuntimeError, IndexError) as error:
+            found.append(str(error))
+    assert found[0] == found[1]
+    assert not grids
+
+
 def test_prefix_tuning_trains_through_fused_blocks(grids):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     patched = get_peft_model(gpt2(), config)
