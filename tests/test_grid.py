@@ -71,6 +71,10 @@ TRAINED = {
 }
 
 
+@pytest.mark.fidelity(
+    "padding that is read: no labels, question answering, a GPT2Model by itself",
+    "fused blocks; attention, its masks and the batch's shape stay stock's",
+)
 @pytest.mark.parametrize(("side", "attention"), [("right", "sdpa"), ("left", "eager")])
 @pytest.mark.parametrize("kind", TRAINED)
 def test_training_where_all_is_read(kind, side, attention, grids):
@@ -94,6 +98,9 @@ GENERATED = {
 }
 
 
+@pytest.mark.fidelity(
+    "generate with beams, a static cache, and padding or none", "fused blocks; the same tokens"
+)
 @pytest.mark.parametrize("side", ["left", "none"])
 @pytest.mark.parametrize("how", GENERATED)
 def test_generate(how, side, grids):
@@ -137,6 +144,7 @@ def test_caches_hold_what_stocks_do(kind, grids):
     assert len(grids) == 3
 
 
+@pytest.mark.fidelity("a cache of one's own class", "stock's blocks, their layers fused one by one")
 def test_a_cache_of_ones_own_runs_stock(grids):
     class Own(DynamicCache):
         def update(self, key_states, value_states, layer_idx, *args, **kwargs):
@@ -168,6 +176,7 @@ def test_without_tokens_it_is_stocks_result_or_error(shape, grids):
     assert not grids
 
 
+@pytest.mark.fidelity("prefix tuning's gradient", "through fused blocks")
 def test_prefix_tuning_trains_through_fused_blocks(grids):
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     patched = get_peft_model(gpt2(), config)
