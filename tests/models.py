@@ -74,10 +74,11 @@ def step(model: nn.Module, seed: int = 7, batch: int = 3, length: int = 9) -> di
     return {"logits": logits.detach(), **grads}
 
 
-def checkpointing(model: Any) -> None:
+def checkpointing(model: Any, use_reentrant: bool = False) -> None:
     """Has a transformers model compute its blocks again in backward; older versions have the other name."""
     names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": False})
+    enable = next(getattr(model, name) for name in names if hasattr(model, name))
+    enable({"use_reentrant": use_reentrant})
 
 
 def draws_of(model: nn.Module) -> int:

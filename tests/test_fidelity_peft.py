@@ -8,7 +8,16 @@ import multiprocessing
 
 import pytest
 import torch
-from models import assert_fused, assert_same_files, assert_stock, gpt2, randomise, step, with_lora
+from models import (
+    assert_fused,
+    assert_same_files,
+    assert_stock,
+    checkpointing,
+    gpt2,
+    randomise,
+    step,
+    with_lora,
+)
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
@@ -348,8 +357,7 @@ def test_prefix_tuning_with_checkpointing_keeps_pefts_error():
 
     def error(patched):
         model = gpt2()
-        name = "activation_checkpointing_enable"
-        getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+        checkpointing(model)
         model = fastpeft.patch(model) if patched else model
         with pytest.raises(ValueError, match="checkpointing") as caught:
             get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))

@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from models import assert_fused, assert_stock, gpt2, randomise, step, with_adapters, with_lora
+from models import assert_fused, assert_stock, checkpointing, gpt2, randomise, step, with_adapters, with_lora
 from torch import nn
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -110,18 +110,15 @@ def test_padding(side):
 @pytest.mark.parametrize("exact", [False, True])
 def test_gradient_checkpointing(reentrant, exact):
     results = []
-    for checkpointing in (False, True):
+    for again in (False, True):
         model = with_adapters(with_lora(gpt2(), lora_dropout=0.3), "post_mlp", "post_block")
         model.enable_input_require_grads()
-        if checkpointing:
-            name = "activation_checkpointing_enable"  # gradient_checkpointing_enable in older transformers
-            getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")(
-                {"use_reentrant": reentrant}
-            )
+        if again:
+            checkpointing(model, use_reentrant=reentrant)
         fastpeft.patch(model, exact=exact)
         results.append(step(model))
         calls = {row.calls for row in fastpeft.report(model) if row.kind == "lora"}
-        assert calls == ({2} if checkpointing else {1})
+        assert calls == ({2} if again else {1})
     for name in results[0]:
         torch.testing.assert_close(results[1][name], results[0][name])
 
