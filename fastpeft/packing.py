@@ -373,6 +373,10 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         # Not `nonzero`, which would wait for the device again.
         tokens = cells.new_empty(count + 1).scatter_(0, index.where(mask.flatten(), count), cells)[:count]
         places, sequence = (mask.cumsum(1) - 1).flatten()[tokens], tokens // length
+    one_each = sequences == batch
+    if site.graphs is not None and not (mask is None and pooled is None and one_each):  # that keeps its grid
+        sequences = sequences if one_each else rounded(sequences)
+        longest = rounded(longest, steps=4)
     causal = None
     if module.config._attn_implementation == "eager":
         dtype = module.wpe.weight.dtype
@@ -380,9 +384,6 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
         causal = causal.triu(1)[None, None]
     last = module.h[-1] if len(module.h) else None
     pooled = None if pooled is None or last is None else index[rows * length + pooled]
-    if site.graphs is not None and (sequences, longest) != (batch, length):
-        sequences = sequences if mask is not None else rounded(sequences)
-        longest = rounded(longest, steps=4)
     slots, view = sequence * longest + places, (sequences, longest)
     layout = Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen])
     if order is None:

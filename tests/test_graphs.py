@@ -52,9 +52,9 @@ def lora_pair(device, head=GPT2LMHeadModel, **config):
     return pair(with_lora(gpt2(head, use_cache=False, classifier_dropout=0.0), **config), device)
 
 
-def batch(lengths, device, head=GPT2LMHeadModel, seed=0):
+def batch(lengths, device, head=GPT2LMHeadModel, seed=0, padded_to=0):
     generator = torch.Generator().manual_seed(seed)
-    longest = max(lengths)
+    longest = max(*lengths, padded_to)
     mask = (torch.arange(longest) < torch.tensor(lengths)[:, None]).long()
     ids = torch.randint(2, 60, mask.shape, generator=generator) * mask
     labels = ids.masked_fill(mask == 0, -100)
@@ -156,6 +156,23 @@ def test_through_the_kernels_with_new_masks_at_each_replay():
                 module.p = 0.0
     assert_same_steps(model, twin, [inputs, batch([5, 2], device, seed=3)])
     assert replays(model)
+
+
+@pytest.mark.parametrize("head", [GPT2LMHeadModel, GPT2ForSequenceClassification])
+def test_batches_padded_to_their_longest_share_a_size(head, device):
+    model, twin = lora_pair(device, head)
+    batches = [batch(lengths, device, head, seed) for seed, lengths in enumerate(LENGTHS)]
+    batches.append(batch([9, 3, 8], device, head, padded_to=14))
+    if head is GPT2ForSequenceClassification:  # a full one that isn't pooled keeps its grid
+        batches.append(batch([6, 6, 6], device, head))
+    captured(model, batches[0])
+    for inputs in batches:
+        for each in (model, twin):
+            each.zero_grad()
+            backward(each, inputs)
+        assert replays(model)
+        assert_same_gradients(model, twin)
+    assert len(site_of(model).graphs) == 1
 
 
 def test_sequences_that_share_rows(device):
@@ -652,7 +669,8 @@ def test_what_cant_be_captured_runs_as_without_and_says_why(reason, device):
     model, twin = lora_pair(device, GPT2ForSequenceClassification)
     for each in (model, twin):
         REASONS[reason](each)
-    assert_same_steps(model, twin, [batch(LENGTHS[0], device, GPT2ForSequenceClassification)])
+    inputs = batch(LENGTHS[0], device, GPT2ForSequenceClassification, padded_to=12)
+    assert_same_steps(model, twin, [inputs])
     assert f"no graph: {reason}" in site_of(model).last.reason
     assert len(site_of(model).graphs) == 0
 
