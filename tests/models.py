@@ -81,6 +81,12 @@ def checkpointing(model: Any, use_reentrant: bool = False) -> None:
     enable({"use_reentrant": use_reentrant})
 
 
+def run_again(run: Callable[[], None], pool: Any, stream: Any) -> Callable[[], None]:
+    """Stands for `graphs.capture` where nothing can be captured: a replay runs again, on the same buffers."""
+    run()
+    return run
+
+
 def draws_of(model: nn.Module) -> int:
     """How many draws `assert_as_good_over_draws` needs: 16 behind a head of two numbers, else a few."""
     two = any(getattr(module, "out_features", 0) == 2 for module in model.modules())

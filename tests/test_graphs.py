@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import gpt2, with_adapters, with_lora
-from torch import nn
+from models import gpt2, run_again, with_adapters, with_lora
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     GPT2DoubleHeadsModel,
@@ -24,6 +26,8 @@ from transformers import (
 
 import fastpeft
 from fastpeft import graphs, modules
+from fastpeft.block import Packed
+from fastpeft.kernels import launch
 from fastpeft.kernels.rows import rounded
 
 aten = torch.ops.aten
@@ -34,7 +38,7 @@ LENGTHS = [[9, 4, 7], [5, 5, 2], [9, 9, 1], [3, 4, 6]]
 def device(request, monkeypatch):
     """Where models are; on the CPU a graph is replayed by running again what was captured, on the same buffers."""
     if request.param == "cpu":
-        monkeypatch.setattr(graphs, "capture", lambda run, pool, stream: (run(), run)[1])
+        monkeypatch.setattr(graphs, "capture", run_again)
         monkeypatch.setattr(graphs, "why_not_device", lambda device: None)
     return request.param
 
@@ -561,35 +565,88 @@ def test_gradients_have_versions_of_their_own(device):
     product.backward()
 
 
+WAITS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.cudagraph_unsafe}
+BY_INDEX = {aten.index, aten.index_put, aten.index_put_}  # whose shapes hang on data where an index is a mask
+
+
+class AsCaptured(TorchDispatchMode):
+    """Raises what a capture on `device` would: the host asks for a value or a shape, or holds what is computed with."""
+
+    def __init__(self, device):
+        super().__init__()
+        self.device, self.seen = device, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        operator = func.overloadpacket
+        if operator in BY_INDEX:
+            waits = any(index is not None and index.dtype == torch.bool for index in args[1])
+        else:
+            waits = WAITS & {*func.tags}
+        assert not waits, f"the host waits for {func}"
+        assert operator is not aten.lift_fresh, "a constant of the host's"
+        result = func(*args, **(kwargs or {}))
+        places = {
+            each.device.type for each in tree_leaves((args, kwargs, result)) if isinstance(each, Tensor)
+        }
+        assert places <= {self.device}, f"{func} on {places}"
+        self.seen.add(operator)
+        return result
+
+
 def test_nothing_waits_within_what_is_captured(device, monkeypatch):
-    seen = []
-
-    class Watched(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(func.overloadpacket)
-            return func(*args, **(kwargs or {}))
-
-    monkeypatch.setattr(modules, "HARMLESS_MODES", {Watched})
-
-    real = graphs.capture
+    watch, real = AsCaptured(device), graphs.capture
 
     def watched(*given):
-        with Watched():
+        with watch:
             return real(*given)
 
+    monkeypatch.setattr(modules, "HARMLESS_MODES", {AsCaptured})
     monkeypatch.setattr(graphs, "capture", watched)
-    model, _ = pair(with_lora(gpt2(GPT2ForSequenceClassification, use_cache=False, attn_pdrop=0.1)), device)
+    drops = 0.0 if device == "cpu" else 0.1  # the CPU draws what it drops by numpy
+    model, _ = pair(with_lora(gpt2(GPT2ForSequenceClassification, use_cache=False, attn_pdrop=drops)), device)
     captured(model, batch([9, 4, 7], device, GPT2ForSequenceClassification))
-    waits = {
-        aten._local_scalar_dense,
-        aten.nonzero,
-        aten.is_nonzero,
-        aten.equal,
-        aten.masked_select,
-        aten.unique_dim,
-    }
-    assert aten.cat in seen
-    assert not waits & set(seen)
+    assert aten.cat in watch.seen
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Tensors of the meta device, which hold nothing to read, say that they are of CUDA's.
+
+    FakeTensorMode's own of CUDA have no backward pass without a GPU: autograd asks CUDA for its streams.
+    """
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda tensor: tensor.device.type == "meta"))
+    monkeypatch.setattr(Tensor, "is_meta", False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # the meta device has no autocast
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())
+    monkeypatch.setattr(graphs, "capture", run_again)
+    monkeypatch.setattr(modules, "HARMLESS_MODES", {AsCaptured})
+    monkeypatch.setattr(launch, "unsupported_device", lambda device: None)
+    monkeypatch.setattr(launch, "_capability", lambda device: (9, 0))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_is_captured_needs_nothing_of_the_host(backend, as_on_cuda):
+    """Blocks with an adapter, without, and with no more rows than a head pools; kernels are launched on nothing."""
+    lora = with_lora(gpt2(n_layer=3, attn_pdrop=0.1, resid_pdrop=0.1), lora_dropout=0.1)
+    model = with_adapters(lora, "post_attn", layers=(0,)).to("meta").train()
+    transformer = fastpeft.patch(model, graphs=True, backend=backend).base_model.model.transformer
+    trunk, blocks = transformer._fastpeft.trunk, transformer.h
+    assert trunk.why_not(transformer) is None
+    with torch.device("meta"):
+        hidden = torch.empty(1, 20, 48, requires_grad=True)
+        tokens, slots, pooled = (torch.empty(n, dtype=torch.int64) for n in (20, 20, 3))
+    packed = Packed(tokens, slots, (3, 9), (3, 32), None, pooled, blocks[-1], [trunk.seen], spare=True)
+    with AsCaptured("meta") as watch, launch.record() as launches:
+        replayed = graphs._Captured(blocks, trunk.seen.called, hidden, packed, None, None)
+        replayed.load(hidden, packed)
+        y = replayed.forward(20)
+        d_hidden, *found = replayed.backward(torch.empty_like(y))
+    assert y.shape == d_hidden.shape == hidden.shape
+    assert [g.shape for g in found] == [p.shape for p in replayed.trained] != []
+    paths = {row.kind: row.path for row in fastpeft.report(model) if row.kind in ("lora", "adapter")}
+    assert paths == {"lora": backend, "adapter": backend}
+    assert bool(launches) == (backend == "triton")
+    assert {aten.index_copy_, aten.cat} <= watch.seen
 
 
 def test_the_one_wait_outside_is_for_the_number_of_tokens(device, monkeypatch):
