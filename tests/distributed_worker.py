@@ -1,6 +1,6 @@
 """One of two gloo processes, started by torchrun.
 
-It runs a command of fastpeft's, then a step on half of a batch in every case, and writes gradients.
+It runs a command of fastpeft's, then a step or some on half of a batch in every case, and writes gradients.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from models import assert_fused, gpt2, with_adapters, with_lora
+from models import assert_fused, gpt2, run_again, with_adapters, with_lora
 from peft.tuners.lora import Linear as LoraLinear
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from transformers import GPT2ForSequenceClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 
 import fastpeft
+from fastpeft import graphs
 from fastpeft.__main__ import main as command_line
 from fastpeft.adapters import Adapter
 
@@ -33,19 +35,38 @@ CASES = [
     ("fsdp-sites", "lora", "before"),
     ("fsdp-sites", "lora", "after"),
     ("fsdp-sites", "adapter", "after"),
+    ("ddp", "graphs", "before"),
+    ("ddp", "graphs", "after"),
+    ("ddp-unused", "graphs", "before"),
 ]
+#: Of four rows, each step; what comes a second time in a process is captured there, and replayed from then on.
+LENGTHS = [[9, 4, 40, 35], [8, 5, 9, 3], [7, 6, 38, 33], [4, 9, 36, 39], [9, 6, 8, 2]]
 
 
-def build(kind):
-    return with_lora(gpt2()) if kind == "lora" else with_adapters(gpt2(), "post_attn", "post_block")
+def build(engine, kind):
+    if kind == "adapter":
+        return with_adapters(gpt2(), "post_attn", "post_block")
+    if kind == "lora":
+        return with_lora(gpt2())
+    model = with_lora(gpt2(GPT2ForSequenceClassification, use_cache=False, n_positions=64))
+    if engine == "ddp-unused":
+        model.add_adapter("unused", model.peft_config["default"])
+        model.set_requires_grad(["default", "unused"])
+    return model.double()  # what sums up over steps cancels
 
 
-def loss_of(model, ids):
-    return model(input_ids=ids).logits.square().mean()
-
-
-def tokens():
-    return torch.randint(2, 61, (4, 7), generator=torch.Generator().manual_seed(0))
+def backward(model, kind, rows=slice(None)):
+    """A step on these rows of the batch; of the kind `graphs` one for each batch, whose gradients add up."""
+    generator = torch.Generator().manual_seed(0)
+    if kind != "graphs":
+        ids = torch.randint(2, 61, (4, 7), generator=generator)[rows]
+        model(input_ids=ids).logits.square().mean().backward()
+        return
+    for lengths in LENGTHS:
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        ids = torch.randint(2, 61, mask.shape, generator=generator) * mask
+        given = {"input_ids": ids, "attention_mask": mask, "labels": ids[:, 0] % 2}
+        model(**{name: t[rows] for name, t in given.items()}).loss.backward()
 
 
 def sharded_classes(model):
@@ -63,16 +84,17 @@ def wrap(model, engine):
 
 
 def gradients(engine, kind, when):
-    model = build(kind).train()
+    model = build(engine, kind).train()
+    options = {"graphs": kind == "graphs"}
     if when == "before":
-        fastpeft.patch(model)
+        fastpeft.patch(model, **options)
     wrapped = wrap(model, engine)
     classes = sharded_classes(model)
     assert bool(classes) == engine.startswith("fsdp")
     if when == "after":
-        fastpeft.patch(model)
+        fastpeft.patch(model, **options)
     rank = dist.get_rank()
-    loss_of(wrapped, tokens()[2 * rank : 2 * rank + 2]).backward()
+    backward(wrapped, kind, slice(2 * rank, 2 * rank + 2))
     assert sharded_classes(model) == classes, "FSDP's classes must be left alone"
     if (engine, when) == ("fsdp-sites", "after"):
         rows = [row for row in fastpeft.report(model) if row.kind == kind]
@@ -81,6 +103,10 @@ def gradients(engine, kind, when):
             row.path == "stock" and f"isn't {'peft' if kind == 'lora' else 'fastpeft'}'s" in row.reason
             for row in rows
         )
+    elif kind == "graphs":
+        assert_fused(model, ("lora",))
+        reason = model.base_model.model.transformer._fastpeft.last.reason
+        assert reason.endswith("replayed as a graph"), (engine, when, reason)
     else:
         assert_fused(model, (kind,))
     if engine.startswith("fsdp") and when == "before":
@@ -104,6 +130,7 @@ def run(command: list[str]) -> None:
 
 def main(output: str, *command: str) -> None:
     torch.set_num_threads(1)
+    graphs.capture, graphs.why_not_device = run_again, lambda device: None
     run(list(command))
     assert dist.get_world_size() == 2  # of the group that the command made
     results = {case: gradients(*case) for case in CASES}

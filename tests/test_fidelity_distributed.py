@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed_worker import CASES, build, loss_of, tokens
+from distributed_worker import CASES, backward, build
 from small_comparison import arguments, assert_one_report_of_two, options
 
 HERE = Path(__file__).parent
@@ -50,14 +50,15 @@ def test_two_processes_write_the_results_of_one(of_two):
 @pytest.mark.fidelity(
     "DDP with and without find_unused_parameters, FSDP2 over blocks; patched before or after", "fused"
 )
+@pytest.mark.fidelity("graphs=True in DDP, with and without find_unused_parameters", "replayed")
 @pytest.mark.fidelity(
     "LoRA layers or adapters that FSDP2 shards one by one",
     "fused if patched before; else stock, with the reason",
 )
 @pytest.mark.parametrize("case", CASES, ids=" ".join)
 def test_gradients_equal_a_single_process_on_the_joined_batch(of_two, case):
-    model = build(case[1]).train()  # stock, in one process
-    loss_of(model, tokens()).backward()
+    model = build(*case[:2]).train()  # stock, in one process
+    backward(model, case[1])
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     grads = of_two[0][case]
     assert grads.keys() == expected.keys()
