@@ -240,6 +240,39 @@ def test_optimizer_steps_and_loaded_weights_are_seen(device):
     assert len(site_of(model).graphs) == count
 
 
+def train(model, batches, device):
+    """Each step's loss, norm of what is clipped, loss scale and learning rate; the fifth step overflows."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.5, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.7)
+    scaler = torch.amp.GradScaler(device, init_scale=1024.0)
+    seen = []
+    for step, inputs in enumerate(batches, 1):
+        optimizer.zero_grad()
+        loss = model(**inputs).loss
+        scaler.scale(loss * float("inf") if step == 5 else loss).backward()
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(trained, 0.5)
+        scaler.step(optimizer)
+        scaler.update()
+        scheduler.step()
+        seen.append([loss.item(), norm.item(), scaler.get_scale(), scheduler.get_last_lr()[0]])
+    return torch.tensor(seen, dtype=torch.float64)
+
+
+def test_a_scaled_loss_clipping_and_a_schedule(device):
+    model, twin = (each.double() for each in lora_pair(device))  # steps make much of a last bit
+    batches = [batch(lengths, device, seed=seed) for seed, lengths in enumerate([*LENGTHS, *LENGTHS])]
+    found, expected = (train(each, batches, device) for each in (model, twin))
+    assert replays(model)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    norms, scales = found[:, 1], found[:, 2]
+    assert (norms > 0.5).sum() > 4  # they were clipped
+    assert scales.tolist() == [1024.0] * 4 + [512.0] * 4  # and a step was left out
+    for name, one in model.state_dict().items():
+        torch.testing.assert_close(one, twin.state_dict()[name], msg=lambda m, n=name: f"{n}: {m}")
+
+
 def lora_layer(model):
     return model.base_model.model.transformer.h[0].attn.c_attn
 
