@@ -8,6 +8,8 @@ import pytest
 import torch
 from kernel_checks import adapter_arguments, lora_arguments
 from models import assert_fused, gpt2, with_adapters, with_lora
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_inductor_cache
 from torch.utils.checkpoint import checkpoint
 
 import fastpeft
@@ -143,6 +145,44 @@ def test_torch_compile_traces_through_a_layer_norm_without_a_break(device):
     expected = torch.autograd.grad(f(x, normed=lambda x: (norm(x), x)), x)
     for each in (f, compiled):
         torch.testing.assert_close(torch.autograd.grad(each(x), x), expected)
+
+
+@pytest.mark.fidelity('torch.compile with mode="reduce-overhead", by Triton', "fused; drawn by the compiler")
+def test_the_compilers_own_graphs_take_the_operators_and_draw_anew(device):
+    """On a GPU nothing keeps them from being captured and replayed; on the CPU the compiler says that it has none."""
+    x, weight, bias, a, b = lora_arguments(12, 24, 16, 3, "fp32", device).values()
+    leaves, dy = [t.requires_grad_() for t in (x, a, b)], torch.randn(12, 16, device=device)
+
+    def f(x, a, b):
+        return fastpeft.lora_linear(x, weight, bias, a, b, 1.0, 0.5, backend="triton")
+
+    def step(f):
+        y = f(*leaves)
+        return [t.detach().clone() for t in (y, *torch.autograd.grad(y, leaves, dy))]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, mode="reduce-overhead")
+    counters.clear()
+    # Torch's own numbers, so that nothing is left to compile in C++, which takes half a minute.
+    with (
+        fresh_inductor_cache(),
+        torch._inductor.config.patch(fallback_random=device == "cpu", compile_threads=1),
+    ):
+        torch.manual_seed(0)
+        seen = [step(compiled) for _ in range(4)]  # a warm-up, a capture, and replays
+        torch.manual_seed(0)
+        again = [step(compiled) for _ in range(4)]
+    assert (counters["inductor"]["cudagraph_skips"] == 0) == (device == "cuda")
+    assert len({y.sum().item() for y, *_ in seen}) == 4
+    torch.testing.assert_close(seen, again)
+    for y, dx, da, db in seen:  # masks are the same in both passes: y is linear in x, and in a and b
+        update = (dy * (y - bias - x.detach() @ weight)).sum()
+        for gradient, factor in ((da, a), (db, b)):
+            torch.testing.assert_close((gradient * factor).sum().detach(), update, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close((dx * x).sum().detach(), (dy * (y - bias)).sum(), rtol=1e-4, atol=1e-3)
+    if device == "cpu":
+        torch.manual_seed(0)
+        assert all(torch.equal(one, other) for one, other in zip(seen[0], step(f), strict=True))
 
 
 def test_the_kernels_bytes_are_what_they_must_be():
