@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import gpt2, run_again, with_adapters, with_lora
+from models import checkpointing, gpt2, run_again, with_adapters, with_lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -761,15 +761,9 @@ def test_trainer_with_lengths_that_vary(device, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
-#: gradient_checkpointing_enable in older transformers
-CHECKPOINTING = next(
-    n
-    for n in ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-    if hasattr(GPT2LMHeadModel, n)
-)
 REASONS = {
     "a cache is made": lambda m: setattr(m.config, "use_cache", True),
-    "gradient checkpointing": lambda m: getattr(m, CHECKPOINTING)({"use_reentrant": False}),
+    "gradient checkpointing": checkpointing,
     "eager attention": lambda m: m.set_attn_implementation("eager"),
 }
 
