@@ -5,7 +5,7 @@ to the hidden states while its logits are there, as Liger's kernel does; where i
 again.
 
 torch's own chunks (`F.linear_cross_entropy` with options, from 2.13 on) were measured beside these on the CPU, by
-`pytest bench/bench_lm_head.py`: slower at the size that torch chooses, no faster at this one, and ignored labels cost
+`pytest bench/bench_lm_head.py`: slower at the size that torch chooses, as fast at this one, and ignored labels cost
 them what others do.
 """
 
