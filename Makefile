@@ -52,6 +52,7 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/traffic.py --json bench/results/traffic.json
 	$(BIN)/python bench/host.py --vary --json bench/results/host.json
 	$(BIN)/python -m pytest bench/bench_lora.py bench/bench_adapter.py -W default --record bench/results/micro.json
+	$(BIN)/python -m pytest bench/bench_lm_head.py -W default --record bench/results/head.json
 	$(BIN)/python bench/throughput.py --head classifier --method lora adapter --dtype fp32 bf16 --dropout 0 0.05 \
 	  --batch 4 --inference --startup --rounds 9 --json bench/results/throughput.json
 	$(BIN)/python bench/throughput.py --data random rotten-tomatoes --batch 32 --dropout 0.05 --model-dropout 0.1 \

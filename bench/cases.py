@@ -13,6 +13,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 WIDTH = 768
 BOTTLENECK = 64
+VOCABULARY = 50257
 #: What `GPT2Config` takes for the published sizes, and for one that only tries things out.
 MODELS = {
     "tiny": {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 61, "n_positions": 64},
@@ -66,6 +67,19 @@ class AdapterCase(NamedTuple):
         return f"adapter-{self.width}-{self.bottleneck}-M{self.tokens}-{self.dtype}"
 
 
+class HeadCase(NamedTuple):
+    """A language model's frozen head with its loss, to which a share of the labels counts."""
+
+    vocabulary: int
+    width: int
+    tokens: int
+    counting: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"head-{self.vocabulary}-{self.width}-M{self.tokens}-c{self.counting:g}-{self.dtype}"
+
+
 def lora_cases(device: str) -> list[LoraCase]:
     """The microbenchmarks of a LoRA layer."""
     tokens, rank, dtypes = (8192, 16, ("bf16", "fp32")) if device == "cuda" else (1024, 8, ("fp32", "bf16"))
@@ -81,3 +95,9 @@ def adapter_cases(device: str) -> list[AdapterCase]:
     """The microbenchmarks of an adapter."""
     tokens = 8192 if device == "cuda" else 1024
     return [AdapterCase(WIDTH, BOTTLENECK, tokens, dtype) for dtype in ("fp32", "bf16")]
+
+
+def head_cases(device: str) -> list[HeadCase]:
+    """The microbenchmarks of a head: all labels count, or as few as where prompts and padding don't."""
+    tokens, dtype = (8192, "bf16") if device == "cuda" else (512, "fp32")
+    return [HeadCase(VOCABULARY, WIDTH, tokens, counting, dtype) for counting in (1.0, 0.29)]

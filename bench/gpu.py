@@ -46,7 +46,8 @@ def steps(folder: Path) -> dict[str, Step]:
     tests = {
         file: Step((*WITH_TESTS, "-n", "auto", "--maxprocesses=12", file)) for file in files_with_tests()
     }
-    micro = ("-m", "pytest", "bench/bench_lora.py", "bench/bench_adapter.py", "-W", "default", "--record")
+    files = (f"bench/bench_{name}.py" for name in ("lora", "adapter", "lm_head"))
+    micro = ("-m", "pytest", *files, "-W", "default", "--record")
     models = (
         "--model small medium --method lora adapter --dtype bf16 fp32 --dropout 0 0.1 --rank 16 --batch 8 "
     )

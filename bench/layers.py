@@ -1,13 +1,15 @@
-"""One LoRA layer and one adapter in each of the ways they are compared: the same weights, by other code."""
+"""A LoRA layer, an adapter and a head in each of the ways they are compared: the same weights, by other code."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import checkout  # noqa: F401
 import torch
-from cases import DTYPES, AdapterCase, LoraCase
+import torch.nn.functional as F
+from cases import DTYPES, AdapterCase, HeadCase, LoraCase
 from check import Wrong, hold
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -131,6 +133,50 @@ def adapter_layer(
     return layer
 
 
+class Head(nn.Module):
+    """A frozen head and its mean loss, by `loss(hidden, weight, labels)`."""
+
+    def __init__(self, case: HeadCase, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        numbers = torch.Generator().manual_seed(0)
+        weight = 0.02 * torch.randn(case.vocabulary, case.width, generator=numbers)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.labels: Tensor
+        labels = torch.randint(case.vocabulary, (case.tokens,), generator=numbers)
+        ignored = torch.randperm(case.tokens, generator=numbers)[round(case.counting * case.tokens) :]
+        self.register_buffer("labels", labels.index_fill(0, ignored, -100))
+        self.loss = loss
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K), of as many rows as labels → ()."""
+        return self.loss(x.flatten(0, -2), self.weight, self.labels)
+
+
+def _of_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As transformers has it."""
+    logits = F.linear(hidden, weight)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+def _torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int | None = None) -> Tensor:
+    """With `rows` in a chunk, or as many as torch likes."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    return F.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
+def _torch_two_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """As many as fastpeft takes for `cases.head_cases`, on the CPU and on CUDA, where all labels count."""
+    return _torch_chunked(hidden, weight, labels, -(-len(hidden) // 2))
+
+
+HEAD_VARIANTS = {
+    "stock": _of_logits,
+    "torch_chunked": _torch_chunked,
+    "torch_two_chunks": _torch_two_chunks,
+    "fastpeft": fastpeft.lm_head_loss,
+}
+
+
 def lora_variant(case: LoraCase, variant: str, device: str) -> nn.Module:
     """The layer of one of `LORA_VARIANTS`, in training mode, once it agrees with peft's."""
     k, n = case.projection.k, case.projection.n
@@ -144,6 +190,17 @@ def adapter_variant(case: AdapterCase, variant: str, device: str) -> nn.Module:
     return _variant(stock, variant, case.width)
 
 
+def head_variant(case: HeadCase, variant: str, device: str) -> nn.Module:
+    """The head of one of `HEAD_VARIANTS`, once its gradients agree with stock's, which settle all of a loss but
+    a constant: the loss itself is one number, and torch's in bfloat16.
+    """
+    stock, head = (
+        Head(case, HEAD_VARIANTS[name]).to(device, DTYPES[case.dtype]) for name in ("stock", variant)
+    )
+    _agree(variant, head, stock, (1, case.tokens, case.width), but=("y",))
+    return head.train()
+
+
 def _variant(stock: nn.Module, variant: str, width: int) -> nn.Module:
     torch._dynamo.reset()  # each variant its own graphs, below the limit on recompilations
     others = {
@@ -152,20 +209,27 @@ def _variant(stock: nn.Module, variant: str, width: int) -> nn.Module:
         "fastpeft": patched,
     }
     layer = others.get(variant, lambda layer: layer)(stock)
-    truth = copy.deepcopy(stock).double()
-    found, expected, exact = (_results(each.eval(), width) for each in (layer, stock, truth))
-    for part in exact:
-        hold(f"{variant}: {part}", found[part], expected[part], exact[part])
+    _agree(variant, layer, stock, (4, 32, width))
     (row,) = fastpeft.report(OneLayer(layer if variant == "fastpeft" else stock))
     if (row.path != "stock" and row.calls > 0) != (variant == "fastpeft"):
         raise Wrong(f"{variant} doesn't run the code it is named for: {row}")
     return layer.train()
 
 
-def _results(layer: nn.Module, width: int) -> dict[str, Tensor]:
+def _agree(
+    variant: str, layer: nn.Module, stock: nn.Module, shape: tuple[int, ...], but: tuple[str, ...] = ()
+) -> None:
+    """Hold a layer's results for an input of a shape, `but` some, to what stock's err."""
+    truth = copy.deepcopy(stock).double()
+    found, expected, exact = (_results(each.eval(), shape) for each in (layer, stock, truth))
+    for part in [each for each in exact if each not in but]:
+        hold(f"{variant}: {part}", found[part], expected[part], exact[part])
+
+
+def _results(layer: nn.Module, shape: tuple[int, ...]) -> dict[str, Tensor]:
     """Output and gradients for the same numbers in every dtype."""
     first = next(layer.parameters())
-    numbers = torch.randn(4, 32, width, generator=torch.Generator().manual_seed(2)).bfloat16()
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(2)).bfloat16()
     x = numbers.to(first.device, first.dtype).requires_grad_()
     y = layer(x)
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(3)).bfloat16().to(y)

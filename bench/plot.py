@@ -31,6 +31,9 @@ COLOURS = {
     "peft_fp16": "#E69F00",
     "peft_fp32": "#D55E00",
     "eager": "#E69F00",
+    "stock": "#E69F00",
+    "torch_chunked": "#D55E00",
+    "torch_two_chunks": "#CC79A7",
     "addmm": "#56B4E9",
     "compile": "#CC79A7",
     "compile_graphs": "#000000",
@@ -156,9 +159,8 @@ def micro(record: dict[str, Any]) -> Figure:
     rows = record["rows"]
     panels = list(dict.fromkeys((r["phase"], r["run"], r["l2"]) for r in rows))
     height = 0.16 * len(rows) / len(panels) + 1.6
-    figure, grid = plt.subplots(
-        1, len(panels), figsize=(4.6 * len(panels), height), layout="constrained", squeeze=False
-    )
+    width = max(4.6 * len(panels), 5.8)  # the legend's, below one panel
+    figure, grid = plt.subplots(1, len(panels), figsize=(width, height), layout="constrained", squeeze=False)
     for axes, panel in zip(grid.flat, panels, strict=True):
         _relative_times(axes, [r for r in rows if (r["phase"], r["run"], r["l2"]) == panel])
         state = () if rows[0]["device"] == "cpu" else (panel[1], f"{panel[2]} L2")
@@ -175,9 +177,12 @@ def micro(record: dict[str, Any]) -> Figure:
 def _relative_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        name = row.get("projection", "adapter")
-        lora = f", p={row['dropout']:g}" if row["operation"] == "lora" else ""
-        groups.setdefault(f"{name}, {row['dtype']}{lora}", []).append(row)
+        name, more = "adapter", ""
+        if row["operation"] == "lora":
+            name, more = row["projection"], f", p={row['dropout']:g}"
+        elif row["operation"] == "lm_head":
+            name, more = "head", f", {row['counting']:.0%} count"
+        groups.setdefault(f"{name}, {row['dtype']}{more}", []).append(row)
     place, ticks = 0.0, []
     for group in groups.values():
         ticks.append(place + (len(group) - 1) / 2)
@@ -201,7 +206,8 @@ def _relative_times(axes: Axes, rows: list[dict[str, Any]]) -> None:
     axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
     axes.set_yticks(ticks, list(groups))
     axes.invert_yaxis()
-    axes.set_xlabel("time over that of peft, or of the eager adapter")
+    baselines = dict.fromkeys(tables.MICRO[row["operation"]][1] for row in rows)
+    axes.set_xlabel(f"time over that of {' or '.join(baselines)}")
 
 
 def main() -> None:

@@ -30,6 +30,9 @@ LABELS = {
     "stock_bf16": "transformers",
     "stock_fp16": "transformers",
     "stock_fp32": "transformers",
+    "stock": "transformers",
+    "torch_chunked": "torch, chunked",
+    "torch_two_chunks": "torch, two chunks",
     "recomputed": "logits never stored",
     "peft_apart": "peft, one after another",
     "fastpeft_apart": "fastpeft, one after another",
@@ -368,6 +371,14 @@ def together(record: dict[str, Any]) -> Iterator[Table]:
             yield Table(title, f"{note} Medians of rounds. {about} {provenance(record)}", columns, cut)
 
 
+#: Of a microbenchmark its title, and what its speed-up is over.
+MICRO = {
+    "lora": ("One lora layer", "peft"),
+    "adapter": ("One adapter layer", "the eager module"),
+    "lm_head": ("A language model's frozen head and loss", "transformers"),
+}
+
+
 def micro(record: dict[str, Any]) -> Iterator[Table]:
     """Median times of one layer and how they compare with the baseline's, a column a variant."""
     by_operation: dict[str, list[dict[str, Any]]] = {}
@@ -384,19 +395,19 @@ def micro(record: dict[str, Any]) -> Iterator[Table]:
             lines.setdefault(shape(row), {})[row["variant"]] = cell
         cells = [[name, *(line.get(v, "") for v in variants)] for name, line in lines.items()]
         header = ["ms (speed-up)", *(LABELS[v] for v in variants)]
-        over = "peft" if operation == "lora" else "the eager module"
+        title, over = MICRO[operation]
         note = f"Medians; the speed-up is over {over}, in turn with each. {provenance(record)}"
-        yield Table(f"One {operation} layer", note, header, cells)
+        yield Table(title, note, header, cells)
 
 
 def shape(row: dict[str, Any]) -> str:
     """What a microbenchmark measured, in words."""
-    parts = [
-        row.get("projection", f"{row.get('width')} x {row.get('bottleneck')}"),
-        f"{row['tokens']} tokens",
-    ]
+    inner = row.get("bottleneck", row.get("vocabulary"))
+    parts = [row.get("projection", f"{row.get('width')} x {inner}"), f"{row['tokens']} tokens"]
     if row["operation"] == "lora":
         parts += [f"r={row['rank']}", f"dropout {row['dropout']:g}"]
+    elif row["operation"] == "lm_head":
+        parts.append(f"{row['counting']:.0%} of the labels count")
     state = [] if row["device"] == "cpu" else [row["run"], f"{row['l2']} L2"]
     return ", ".join([*parts, row["dtype"], row["phase"], *state])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, WARM_UP = (100, 10) if DEVICE == "cuda" else (15, 2)
 SECONDS = 0 if DEVICE == "cuda" else 1  # that the rounds of one benchmark last, at least
+MOST_SECONDS, FEWEST = 20, 5  # that they last, unless so many rounds last longer
 PHASES = ("forward", "forward+backward")
 #: How kernels are launched, and what L2 holds: on CUDA one by one or by a graph, after a use or a flush.
 STATES = [(run, l2) for run in ("eager", "graph") for l2 in ("warm", "cold")]
@@ -89,8 +90,9 @@ def measure(
     timed()
     began = time.perf_counter()
     timed()
-    rounds = max(ROUNDS, round(SECONDS / (time.perf_counter() - began)))
-    benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=WARM_UP)
+    took = time.perf_counter() - began
+    rounds = max(FEWEST, min(max(ROUNDS, round(SECONDS / took)), round(MOST_SECONDS / took)))
+    benchmark.pedantic(timed, setup=setup, rounds=rounds, warmup_rounds=min(WARM_UP, rounds // FEWEST))
     ours = benchmark.stats.stats.data
     speedup = record.spread([a / b for a, b in zip(theirs[-rounds:], ours, strict=True)])
     benchmark.extra_info["speedup"] = speedup

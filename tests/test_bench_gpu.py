@@ -103,6 +103,18 @@ def test_without_enough_time_nothing_is_begun(tmp_path, monkeypatch):
     assert gpu.go_on(steps, tmp_path, 60) == {"micro": None, "traffic": "done"}
 
 
+def test_every_microbenchmark_is_run_on_a_gpu_and_by_make_bench(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "files_with_tests", lambda: [])
+    monkeypatch.setattr("fastpeft.kernels.tiling.architecture", lambda _: SimpleNamespace(name="90"))
+    command = gpu.steps(tmp_path)["micro"].command
+    makefile = (gpu.ROOT / "Makefile").read_text()
+    found = [f"bench/{path.name}" for path in (gpu.ROOT / "bench").glob("bench_*.py")]
+    assert len(found) == 3
+    for file in found:
+        assert file in command
+        assert f" {file} " in makefile
+
+
 def test_models_are_timed_by_commands_that_their_scripts_take(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "files_with_tests", lambda: [])
     monkeypatch.setattr("fastpeft.kernels.tiling.architecture", lambda _: SimpleNamespace(name="90"))

@@ -94,9 +94,14 @@ LAYER = {
 }  # fmt: skip
 FAILED = {key: value for key, value in LAYER.items() if key not in ("seconds", "speedup")}
 FAILED |= {"variant": "compile", "failed": "Wrong: it is"}
+HEAD = {
+    "operation": "lm_head", "vocabulary": 50257, "width": 768, "tokens": 512, "counting": 0.29, "dtype": "fp32",
+    "phase": "forward+backward", "device": "cpu", "run": "eager", "l2": "warm", "seconds": SPREAD,
+    "speedup": {"median": 2.87, "q20": 2.73, "q80": 3.15}, "variant": "torch_two_chunks",
+}  # fmt: skip
 MICRO = {
     "kind": "micro",
-    "rows": [*({**LAYER, "variant": v} for v in ("frozen", "peft", "fastpeft")), FAILED],
+    "rows": [*({**LAYER, "variant": v} for v in ("frozen", "peft", "fastpeft")), FAILED, HEAD],
     **HEADER,
 }
 COMPILED = {
@@ -165,7 +170,9 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
     assert page.count("<td>failed: RuntimeError: no / memory</td>") == 2
     assert "<td>failed: Wrong: it is</td>" in page
     assert page.count("data:image/png;base64,") == 5
-    for part in ("3 passed", "sm_90", "0123456789ab", "c_attn, 1024 tokens, r=8, dropout 0.1, fp32, forward"):
+    layer = "c_attn, 1024 tokens, r=8, dropout 0.1, fp32, forward"
+    head = "768 x 50257, 512 tokens, 29% of the labels count, fp32, forward+backward"
+    for part in ("3 passed", "sm_90", "0123456789ab", layer, head, "<td>500.000 (2.87)</td>"):
         assert part in page
 
 
@@ -199,6 +206,6 @@ def test_every_variant_has_a_label():
     import layers
     import variants
 
-    names = {*layers.LORA_VARIANTS, *layers.ADAPTER_VARIANTS}
+    names = {*layers.LORA_VARIANTS, *layers.ADAPTER_VARIANTS, *layers.HEAD_VARIANTS}
     names |= {name for method in variants.BASELINES.values() for name in method}
     assert names <= tables.LABELS.keys()
