@@ -61,6 +61,8 @@ bench: $(INSTALLED)
 	  --inference --variants peft fastpeft fastpeft_model --rounds 7 --json bench/results/language.json
 	$(BIN)/python bench/throughput.py --head lm --batch 4 --dropout 0.05 --inference \
 	  --variants peft fastpeft fastpeft_model --rounds 7 --json bench/results/language.json --resume
+	$(BIN)/python bench/throughput.py --generate --batch 1 8 --seq 16 --dropout 0 \
+	  --variants frozen peft fastpeft fastpeft_model --rounds 9 --json bench/results/generate.json
 	$(BIN)/python bench/together.py --rounds 9 --json bench/results/together.json
 	$(BIN)/python bench/plot.py --table README.md
 

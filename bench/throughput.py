@@ -4,11 +4,13 @@
         [--method lora adapter] [--dropout 0 0.1] [--inference] [--startup] [--json FILE [--resume]] [--minutes N]
     python bench/throughput.py --data rotten-tomatoes --batch 32 [...]
     python bench/throughput.py --head lm --data random rotten-tomatoes rotten-tomatoes-answers --batch 16 [...]
+    python bench/throughput.py --generate --batch 1 8 --seq 16 [...]
 
 A training step is forward, loss and backward; the optimiser's share is the same for all and left out. A round
 runs each variant once, in an order that rotates from round to round, so that whatever else slows the machine
 meets all of them; ratios are taken within a round. Figures are medians, with the 20 % and 80 % quantiles.
-Inference is a forward pass without gradients, a language model's for its loss, as perplexity is evaluated.
+Inference is a forward pass without gradients, a language model's for its loss, as perplexity is evaluated. With
+--generate a step is `generate` of so many greedy tokens after a prompt, which are those that count.
 
 Random tokens fill their batch, the same in every round. Of Rotten Tomatoes' sentences each round takes others,
 in random order, padded to the longest of the batch; only their own tokens count. A language model learns all
@@ -46,6 +48,7 @@ from fastpeft.compare.memory import PeakMemory
 from fastpeft.packing import FULL
 
 WARM_UP = 2
+GENERATED = 16  # tokens of each row
 RANDOM = "random"
 Batch = dict[str, Tensor]
 
@@ -97,6 +100,17 @@ def inference_step(model: nn.Module, batch: Batch) -> None:
     model(**batch)
 
 
+def generating_step(model: Any, batch: Batch) -> None:
+    model.generate(
+        **batch, max_new_tokens=GENERATED, min_new_tokens=GENERATED, do_sample=False, use_cache=True
+    )
+
+
+STEPS: dict[str, Callable[[Any, Batch], None]] = {
+    "training": training_step, "inference": inference_step, "generate": generating_step
+}  # fmt: skip
+
+
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
     """Bytes that autograd keeps from forward to backward, parameters left out, each storage once."""
     saved: list[Tensor] = []
@@ -133,7 +147,7 @@ def batches_of(
     else:
         vocabulary, longest = (variants.size_of(setting, name) for name in ("vocab_size", "n_positions"))
         found = sentences.batches(count, batch, vocabulary, longest, setting.device, setting.head, data)
-    if mode == "inference" and setting.head == "classifier":  # its logits are all
+    if mode == "generate" or (mode == "inference" and setting.head == "classifier"):  # its logits are all
         found = [{name: tensor for name, tensor in each.items() if name != "labels"} for each in found]
     return found
 
@@ -158,12 +172,13 @@ def point(
             same_shape = len({batch["input_ids"].shape for batch in batches}) == 1
             compiled = torch.compile(model, dynamic=not same_shape, mode=variants.COMPILED[name])
             model = cast(nn.Module, compiled)
-        steps[name] = partial(training_step if mode == "training" else inference_step, model)
+        steps[name] = partial(STEPS[mode], model)
     packed = {name: variants.packed_calls(model) for name, model in models.items()}
     taken = seconds(steps, batches, setting.device, failed)
     packed = {name: variants.packed_calls(model) - packed[name] for name, model in models.items()}
     to_pack = sum(setting.head == "classifier" or not FULL < fill([batch]) < 1.0 for batch in batches)
-    tokens = [int(batch["attention_mask"].sum()) for batch in batches[WARM_UP:]]
+    masks = [batch["attention_mask"] for batch in batches[WARM_UP:]]
+    tokens = [len(mask) * GENERATED if mode == "generate" else int(mask.sum()) for mask in masks]
     found = {}
     for name, times in taken.items():
         with record.noted(failed, name):
@@ -257,7 +272,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     inferred: set[variants.Setting] = set()
     for setting in settings(args):
         names = [name for name in variants.variants_of(setting) if not args.variants or name in args.variants]
-        modes = ["training"]
+        modes = ["generate" if args.generate else "training"]
         without_dropout = setting._replace(dropout=0.0)  # as inference is
         if args.inference and without_dropout not in inferred:
             inferred.add(without_dropout)
@@ -321,6 +336,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     everything = sorted({name for method in variants.BASELINES.values() for name in method})
     parser.add_argument("--variants", nargs="+", choices=everything, help="default: all")
     parser.add_argument("--inference", action="store_true", help="measure inference as well")
+    parser.add_argument("--generate", action="store_true", help="measure generate instead of training")
     parser.add_argument("--startup", action="store_true", help="time `import fastpeft` and `patch` as well")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, help="of torch on the CPU")
@@ -336,6 +352,8 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--variants of {method} are held against {stock}: name it too")
     some = [name for name in args.data if name in sentences.NAMES]
     args.head = args.head or ("classifier" if some else "lm")
+    if args.generate and (some or args.head != "lm"):
+        parser.error("--generate goes on from random tokens, by a language model: --head lm --data random")
     if sentences.ANSWERS in some and args.head != "lm":
         parser.error(f"--data {sentences.ANSWERS} is for a language model: --head lm")
     if some and (why := sentences.why_not()):

@@ -28,9 +28,13 @@ _decided: dict[str, Any] = {}
 
 
 def active(x: Tensor) -> bool:
-    """Whether to measure for calls on x: opted in, on a GPU, neither capturing a graph nor only recording launches."""
-    measurable = ENABLED and x.is_cuda and not launch.recording()
-    return measurable and not torch.cuda.is_current_stream_capturing()
+    """Whether calls on x go by what was measured: opted in, on a GPU, and not only recording launches."""
+    return ENABLED and x.is_cuda and not launch.recording()
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a graph is captured, within which nothing can be measured."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def fastest(
@@ -40,7 +44,10 @@ def fastest(
     candidates: Sequence[Candidate],
     run: Callable[[Candidate], object],
 ) -> Candidate:
-    """The candidate whose `run` takes the least time; the first one, unmeasured, unless tuning is active."""
+    """The candidate whose `run` takes the least time; the first one, unmeasured, unless tuning is active.
+
+    Within a graph that is captured it is the one that was measured before, if one was.
+    """
     if not active(x) or len(candidates) == 1:
         return candidates[0]
 
@@ -48,7 +55,8 @@ def fastest(
         times = [_milliseconds(run, candidate) for candidate in candidates]
         return times.index(min(times))
 
-    return candidates[_remembered(f"{kernel} {_kind(x)} {key} {candidates}", measure)]
+    index = _remembered(f"{kernel} {_kind(x)} {key} {candidates}", None if capturing(x) else measure)
+    return candidates[index or 0]
 
 
 def slower_than(
@@ -76,7 +84,7 @@ def slower_than(
             return [milliseconds(kernels), milliseconds(pytorch)]
 
     key = f"{operation} {_kind(x)} {x.requires_grad} {shapes} {options} {torch.is_grad_enabled()}"
-    ours, theirs = _remembered(key, measure)
+    ours, theirs = _remembered(key, None if capturing(x) else measure) or (0.0, 0.0)
     if ours <= theirs:
         return None
     return f"measured here: {theirs:.3f} ms a step through PyTorch, {ours:.3f} ms through the kernels"
@@ -101,12 +109,14 @@ def _kind(x: Tensor) -> str:
     return f"{torch.cuda.get_device_name(x.device)} {triton.__version__} {x.dtype} {rows} {x.shape[1]}"
 
 
-def _remembered(key: str, decide: Callable[[], Any]) -> Any:
-    """What `decide` returned for this key, in this process or an earlier one."""
+def _remembered(key: str, decide: Callable[[], Any] | None) -> Any:
+    """What `decide` returned for this key, in this process or an earlier one; None for neither, where it can't now."""
     if key not in _decided:
         cache = get_cache_manager(hashlib.sha256(f"fastpeft {key}".encode()).hexdigest())
         found = cache.get_file("decided.json")
         if found is None:
+            if decide is None:
+                return None
             found = cache.put(json.dumps(decide()), "decided.json", binary=False)
         _decided[key] = json.loads(Path(found).read_text())
     return _decided[key]

@@ -242,6 +242,22 @@ def test_a_language_models_inference_gives_its_loss_without_logits():
     assert calls["loss"] == calls["packing"] == 4  # three rounds, and one for its memory
 
 
+def test_generate_counts_new_tokens(tmp_path, capsys):
+    path = tmp_path / "generate.json"
+    flags = "--model tiny --generate --batch 1 2 --seq 4 --rounds 1 --variants frozen peft fastpeft fastpeft_model"
+    throughput.measure(throughput.parsed([*flags.split(), "--json", str(path)]))
+    points = json.loads(path.read_text())["points"]
+    assert [(point["mode"], point["batch"]) for point in points] == [("generate", 1), ("generate", 2)]
+    for point in points:
+        for row in point["variants"].values():
+            tokens = row["tokens_per_second"]["median"] * row["seconds"]["median"]
+            assert tokens == pytest.approx(throughput.GENERATED * point["batch"])
+            assert "saved_bytes" not in row
+    with pytest.raises(SystemExit):
+        throughput.parsed(["--generate", "--head", "classifier"])
+    assert "--generate goes on from random tokens, by a language model" in capsys.readouterr().err
+
+
 def test_variants_without_what_they_are_held_against_are_refused(capsys):
     with pytest.raises(SystemExit):
         throughput.parsed(["--method", "lora", "adapter", "--variants", "peft", "fastpeft"])

@@ -54,6 +54,20 @@ def test_the_fastest_candidate_is_measured_once_and_kept_on_disk(clock, monkeypa
     assert clock.calls == 6
 
 
+def test_within_a_graph_what_was_measured_before_is_taken_and_nothing_is_measured(clock, monkeypatch):
+    clock.times = [3.0, 1.0]
+    ran = []
+    monkeypatch.setattr(tuning, "capturing", lambda x: True)
+    assert tuning.fastest("k", X, (), ["a", "b"], ran.append) == "a"
+    assert tuning.slower_than("op", (X,), (), ran.append, ran.append) is None
+    assert ran == []
+    monkeypatch.setattr(tuning, "capturing", lambda x: False)
+    assert tuning.fastest("k", X, (), ["a", "b"], ran.append) == "b"
+    monkeypatch.setattr(tuning, "capturing", lambda x: True)
+    assert tuning.fastest("k", X, (), ["a", "b"], ran.append) == "b"
+    assert ran == ["a", "b"]
+
+
 def test_a_candidate_that_cant_be_built_is_passed_over(clock):
     clock.times = [1.0]
 
