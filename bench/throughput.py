@@ -106,11 +106,6 @@ def generating_step(model: Any, batch: Batch) -> None:
     )
 
 
-STEPS: dict[str, Callable[[Any, Batch], None]] = {
-    "training": training_step, "inference": inference_step, "generate": generating_step
-}  # fmt: skip
-
-
 def saved_bytes(model: nn.Module, batch: Batch) -> int:
     """Bytes that autograd keeps from forward to backward, parameters left out, each storage once."""
     saved: list[Tensor] = []
@@ -165,6 +160,7 @@ def point(
         Wrong: the auto scope didn't pack each batch that has padding or whose tokens aren't all read (likewise).
     """
     steps: dict[str, Callable[[Batch], None]] = {}
+    step = {"training": training_step, "inference": inference_step, "generate": generating_step}[mode]
     for name, model in models.items():
         model.train(mode == "training")
         if name in variants.COMPILED:
@@ -172,11 +168,12 @@ def point(
             same_shape = len({batch["input_ids"].shape for batch in batches}) == 1
             compiled = torch.compile(model, dynamic=not same_shape, mode=variants.COMPILED[name])
             model = cast(nn.Module, compiled)
-        steps[name] = partial(STEPS[mode], model)
+        steps[name] = partial(step, model)
     packed = {name: variants.packed_calls(model) for name, model in models.items()}
     taken = seconds(steps, batches, setting.device, failed)
     packed = {name: variants.packed_calls(model) - packed[name] for name, model in models.items()}
     to_pack = sum(setting.head == "classifier" or not FULL < fill([batch]) < 1.0 for batch in batches)
+    to_pack = 0 if mode == "generate" else to_pack  # nothing is with a cache
     masks = [batch["attention_mask"] for batch in batches[WARM_UP:]]
     tokens = [len(mask) * GENERATED if mode == "generate" else int(mask.sum()) for mask in masks]
     found = {}
