@@ -1,7 +1,7 @@
 """GPT-2's block with its neighbours in its kernels: GELU, dropouts, residuals, gradients that meet at a norm.
 
-Only packed blocks run so, whose trunk is plain (trunk.py): nothing listens in between. Where no kernel serves a part,
-it runs by itself, as in stock.
+Only blocks of a plain trunk run so (trunk.py), on packed tokens or on the caller's grid: nothing listens in between.
+Where no kernel serves a part, it runs by itself, as in stock.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 Between, everything runs on (1, tokens, width): stock's own forward, blocks and adapters. Only attention has to know
 which token belongs to which sequence; it alone sees a padded view, its rows flush left. A full batch keeps its grid,
 also one whose rows hold several sequences each (positions that begin again): there attention alone changes, and the
-block takes its projection's residual. Under a sequence classifier, the last
-block goes on from its keys and values only at the tokens that the head pools, which pays for full batches too.
+block takes its projection's residual. Under a sequence classifier, the last block goes on from its keys and values only
+at the tokens that the head pools, which pays for full batches too. A batch whose padding may be read, or that a cache
+goes with, keeps its grid, its masks and stock's attention, between blocks that are fused all the same.
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ _UNREAD = "GPT2Model was called by itself: what of its padding is read isn't kno
 
 @stands_for(GPT2Model)
 class PackedModel(GPT2Model):
-    """GPT-2 that packs the batches of which nobody reads the padding."""
+    """GPT-2 that packs the batches of which nobody reads the padding, and fuses the blocks of all that it knows."""
 
     _fastpeft: PackingSite
 
