@@ -23,7 +23,7 @@ LABELS = {
     "compile_graphs": "torch.compile, reduce-overhead",
     "eager": "eager module",
     "fastpeft": "fastpeft",
-    "fastpeft_model": "fastpeft, packed",
+    "fastpeft_model": "fastpeft, auto scope",
     "fastpeft_graphs": "fastpeft, graphs",
     "fastpeft_fp32": "fastpeft, fp32 factors",
     "exact": "fastpeft, exact",

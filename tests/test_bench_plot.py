@@ -153,7 +153,8 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
         in text
     )
     assert (
-        "\n|  | fastpeft, packed : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 | 2.0 : 2.0 |" in text
+        "\n|  | fastpeft, auto scope : peft | 2048 : 2048 | 0.91 (0.88-0.94) | 1.07 | 0.44 | 2.0 : 2.0 |"
+        in text
     )
     assert "| logits never stored | 3.0 (1.50), 3.2 |" in text
     assert "|  | launches | MB moved | x the first | MB saved for backward |" in text

@@ -1,6 +1,6 @@
 """Drawn models under drawn sequences of operations: patched and unpatched twins agree after each one.
 
-`make fuzz` draws thousands of sequences; the suite draws a hundred and fifty.
+`make fuzz` draws thousands of sequences; the suite draws a hundred and twenty.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import copy
 import os
 import tempfile
 import types
+from contextlib import ExitStack
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from models import gpt2, randomise, with_adapters
+from models import gpt2, randomise, run_again, with_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
@@ -29,6 +31,7 @@ from transformers import (
 )
 
 import fastpeft
+from fastpeft import graphs
 
 TARGETS = ["c_attn", "attn.c_proj", "mlp.c_proj", "c_fc"]
 SLOTS = ["post_embed", "post_attn", "post_mlp", "parallel_mlp", "post_block", "pre_head"]
@@ -97,6 +100,15 @@ PLACES = ["wte", "drop", "h.0", "h.0.ln_1", "h.0.attn", "h.0.attn.c_attn", "h.0.
 class Twins(RuleBasedStateMachine):
     """A model that is patched now and then, and one that never is; every operation happens to both."""
 
+    def __init__(self):
+        super().__init__()
+        self.replays = ExitStack()  # on the CPU a graph is replayed by running again
+        self.replays.enter_context(mock.patch.object(graphs, "capture", run_again))
+        self.replays.enter_context(mock.patch.object(graphs, "why_not_device", return_value=None))
+
+    def teardown(self):
+        self.replays.close()
+
     @initialize(
         head=st.sampled_from(HEADS),
         width=st.sampled_from([8, 20, 32]),
@@ -108,10 +120,12 @@ class Twins(RuleBasedStateMachine):
         activation=st.sampled_from(["relu", "gelu", "gelu_tanh", "silu"]),
         seed=st.integers(0, 99),
         scope=st.sampled_from(["layers", "model", "auto", "auto"]),
+        graphs=st.booleans(),
     )
-    def build(self, head, width, layers, dtype, lora, slots, bottleneck, activation, seed, scope):
+    def build(self, head, width, layers, dtype, lora, slots, bottleneck, activation, seed, scope, graphs):
         # Who asks for the model scope says that no padding is read.
         self.scope = "auto" if head in (MeanHead, GPT2ForQuestionAnswering) and scope == "model" else scope
+        self.graphs = graphs and scope != "layers"
         model = gpt2(
             head,
             n_embd=width,
@@ -120,7 +134,9 @@ class Twins(RuleBasedStateMachine):
             vocab_size=VOCABULARY,
             seed=seed,
             classifier_dropout=0.0,
-            attn_implementation="eager",  # whose second derivatives torch has
+            # Eager attention's second derivatives torch has; graphs have none, and want no cache.
+            attn_implementation="sdpa" if self.graphs else "eager",
+            use_cache=not self.graphs,
         )
         self.base = copy.deepcopy(model).to(dtype)
         model = get_peft_model(model.to(dtype), self.config(lora))
@@ -150,7 +166,7 @@ class Twins(RuleBasedStateMachine):
         if self.scope == "layers":
             fastpeft.patch(self.patched, exact=True)
         else:
-            fastpeft.patch(self.patched, scope=self.scope)
+            fastpeft.patch(self.patched, scope=self.scope, graphs=self.graphs)
         self.is_patched = True
 
     @rule()
@@ -268,11 +284,12 @@ class Twins(RuleBasedStateMachine):
         for model in self.twins():
             model.train()
             ids, mask = self.tokens(seed, batch, length)
-            torch.manual_seed(seed)
-            model.zero_grad()
-            self.real(
-                self.logits(model(input_ids=ids, attention_mask=mask)), mask
-            ).double().square().mean().backward()
+            for _ in range(1 + self.graphs):  # a size is captured when it comes again
+                torch.manual_seed(seed)
+                model.zero_grad()
+                self.real(
+                    self.logits(model(input_ids=ids, attention_mask=mask)), mask
+                ).double().square().mean().backward()
             grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
             model.eval()
         assert grads[0].keys() == grads[1].keys()
@@ -289,13 +306,14 @@ class Twins(RuleBasedStateMachine):
     @rule(seed=st.integers(0, 99), batch=st.integers(1, 3), over_padding=st.booleans(), twice=st.booleans())
     def differentiate(self, seed, batch, over_padding, twice):
         """The loss of labels, and its first or second derivatives by autograd.grad."""
-        results = []
+        results, twice = [], twice and not self.graphs
         ids, mask = self.tokens(seed, batch, 5)
         for model in self.twins():
             ps = [p for p in model.parameters() if p.requires_grad]
             labels = self.labels(ids, mask, over_padding and self.scope != "model")
-            loss = model(input_ids=ids, attention_mask=mask, **labels).loss
-            grads = torch.autograd.grad(loss, ps, create_graph=twice, allow_unused=True)
+            for _ in range(1 + self.graphs):
+                loss = model(input_ids=ids, attention_mask=mask, **labels).loss
+                grads = torch.autograd.grad(loss, ps, create_graph=twice, allow_unused=True)
             if twice:
                 total = sum(g.square().sum() for g in grads if g is not None)
                 grads = torch.autograd.grad(total, ps, allow_unused=True)
@@ -417,7 +435,7 @@ for ignored in (
 ):
     TestTwins = pytest.mark.filterwarnings(ignored)(TestTwins)
 TestTwins.settings = settings(
-    max_examples=int(os.environ.get("FASTPEFT_FUZZ_SEQUENCES", "150")),
+    max_examples=int(os.environ.get("FASTPEFT_FUZZ_SEQUENCES", "120")),
     stateful_step_count=8,
     deadline=None,
     suppress_health_check=list(HealthCheck),
