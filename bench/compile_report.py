@@ -28,6 +28,7 @@ import checkout  # noqa: F401
 import torch
 import triton
 import triton.language as tl
+from cases import VOCABULARY as V
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -54,7 +55,6 @@ ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
 LAYOUTS = ("", " transposed")  # of W: forward, and as dx takes it
 EXTREMES = (16, 256)  # where rank picks no tile; the GEMM takes 16 ranks at a time: one step, or a loop
-V = 50257  # GPT-2's vocabulary
 M, K, N = 8192, 768, 2304  # c_attn of GPT-2 over 8192 tokens; only divisibility by 16 matters to the code
 
 

@@ -31,7 +31,7 @@ import layers
 import record
 import torch
 import torch.nn.functional as F
-from cases import BOTTLENECK, DTYPES, WIDTH, projections
+from cases import BOTTLENECK, DTYPES, VOCABULARY, WIDTH, projections
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -49,7 +49,6 @@ from fastpeft.projections import Projection
 from fastpeft.residuals import Residual, added
 
 RESIDUAL_DROPOUT = 0.1  # GPT-2's own
-VOCABULARY = 50257
 WIDTHS = (768, 1024, 1280, 1600)  # of the four published sizes
 ADAPTERS = 8  # LoRA adapters that share a step
 LENGTHS = (256, 1024)  # of the rows in which attention sees the tokens

@@ -104,10 +104,10 @@ class LoraLinear(torch.autograd.Function):
     ) -> Tensor:
         saved: list[Tensor | None] = []
         y = lora_linear(x, weight, bias, parts, exact, factors, saved)
-        # Where x is dropped and its weight is frozen, backward takes what dropout left.
-        whole = ctx.needs_input_grad[1] or not all(part.dropout_p > 0.0 for part in parts)
-        if ctx.needs_input_grad[1]:
+        trains = ctx.needs_input_grad[1]
+        if trains:  # which takes x itself, so that backward may as well drop it again
             saved[::5] = [None] * len(parts)
+        whole = trains or not all(part.dropout_p > 0.0 for part in parts)
         ctx.save_for_backward(x if whole else None, weight, *saved)
         ctx.parts = parts
         ctx.set_materialize_grads(False)
@@ -261,7 +261,7 @@ def adapter(
 
 
 class Adapter(torch.autograd.Function):
-    """`reference.adapter` over rows, saving x and the pre-activation z; h is `act(z)`.
+    """`adapter`, differentiable: `reference.adapter` over rows, saving x and the pre-activation z; h is `act(z)`.
 
         z = x Wdᵀ + bd             dh = scale · dy Wu        dz = dh ⊙ act'(z)
         y = x + scale · (h Wuᵀ + bu)   dx = dy + dz Wd       dWd = dzᵀ x   dWu = scale · dyᵀ h
@@ -270,20 +270,10 @@ class Adapter(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        x: Tensor,
-        down_weight: Tensor,
-        down_bias: Tensor | None,
-        up_weight: Tensor,
-        up_bias: Tensor | None,
-        activation: str,
-        scale: float,
-    ) -> Tensor:
-        operands = x, down_weight, down_bias, up_weight, up_bias
-        y, z_t = adapter(*operands, activation, scale)
-        ctx.save_for_backward(x, z_t, *operands[1:])
-        ctx.activation, ctx.scale = activation, scale
+    def forward(ctx: Any, *operands: Any) -> Tensor:  # type: ignore[override]
+        y, z_t = adapter(*operands)
+        x, *parameters, ctx.activation, ctx.scale = operands
+        ctx.save_for_backward(x, z_t, *parameters)
         ctx.set_materialize_grads(False)
         return y
 

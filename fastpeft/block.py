@@ -116,9 +116,9 @@ class FusedBlock(GPT2Block):
         if packed.graph is not None:
             return packed.graph(self, hidden_states)
         attn, mlp, site = self.attn, self.mlp, self._fastpeft
-        kept, mask = args[:2] if args else (None, None)  # which GPT2Model passes by position
+        kept = args[0] if args else None  # the cache, which GPT2Model passes by position
         if isinstance(packed, Grid):
-            packed = packed._replace(mask=mask)
+            packed = packed._replace(mask=args[1])  # likewise, or this is an error
         # Of the last block, keys and values of all tokens, and the rest of the pooled alone.
         pooled = packed.pooled if packed.last is self else None
         if adapts(attn) or adapts(mlp):

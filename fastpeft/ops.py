@@ -170,8 +170,8 @@ def routed_adapter(
         route = routes.route_for(options, x.device)
     else:
         route = decided.chosen(options, x.device)
-    *_, activation, scale = bottleneck
-    rows, parameters, scale = as_rows(x), bottleneck[:4], float(scale)
+    rows, parameters = as_rows(x), bottleneck[:4]
+    activation, scale = bottleneck.activation, float(bottleneck.scale)
     if route.path == "triton":
         from fastpeft.kernels import adapter as kernels
         from fastpeft.kernels import launch, tuning
@@ -202,13 +202,8 @@ def routed_adapter(
     wide = torch.promote_types(x.dtype, bottleneck.down_weight.dtype) if options.exact else x.dtype
     if torch.compiler.is_compiling() or routes.transformed():
         # The compiler fuses the plain formula by itself.
-        wider: list[Any] = [
-            x.to(wide),
-            *(p if p is None else p.to(wide) for p in parameters),
-            activation,
-            scale,
-        ]
-        y = reference.adapter(*wider)
+        wider = Bottleneck._make((*(p if p is None else p.to(wide) for p in parameters), activation, scale))
+        y = reference.adapter(x.to(wide), *wider)
         return added(y.to(x.dtype), outer), route
     operands = rows.to(wide), *parameters, activation, scale
     # The residual keeps x's dtype, so x's dtype rules and autocast has no say.

@@ -162,6 +162,7 @@ _TAKEN = {"input_ids", "attention_mask", "token_type_ids", "position_ids", "use_
 _IGNORED = {"num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 _FALSY = {"output_attentions", "output_hidden_states"}
 _NAMES = list(inspect.signature(GPT2Model.forward).parameters)[1:]
+#: What the tokens come as.
 _READ = ("input_ids", "inputs_embeds")
 #: Of a cache or a prefix; as later versions of transformers name it, too.
 _CACHES = {"past_key_values", "cache"}
@@ -283,12 +284,7 @@ def _why_not_packed(module: Any, arguments: dict[str, Any]) -> str | None:
     if any(arguments.get(name) is not None for name in _CACHES):
         return "past keys and values, of a cache or a prefix"
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    if (
-        type(ids) is not Tensor
-        or ids.dim() != 2
-        or ids.numel() == 0
-        or arguments.get("inputs_embeds") is not None
-    ):
+    if type(ids) is not Tensor or ids.dim() != 2 or arguments.get("inputs_embeds") is not None:
         return "input_ids (batch, length) are needed to see the padding"
     if ids.is_meta:
         return "ids without data"

@@ -1,6 +1,6 @@
 """Drawn models under drawn sequences of operations: patched and unpatched twins agree after each one.
 
-`make fuzz` draws thousands of sequences; the suite draws a hundred.
+`make fuzz` draws thousands of sequences; the suite draws a hundred and fifty.
 """
 
 from __future__ import annotations
@@ -435,7 +435,7 @@ for ignored in (
 ):
     TestTwins = pytest.mark.filterwarnings(ignored)(TestTwins)
 TestTwins.settings = settings(
-    max_examples=int(os.environ.get("FASTPEFT_FUZZ_SEQUENCES", "100")),
+    max_examples=int(os.environ.get("FASTPEFT_FUZZ_SEQUENCES", "150")),
     stateful_step_count=8,
     deadline=None,
     suppress_health_check=list(HealthCheck),

@@ -16,6 +16,7 @@ from models import (
     with_lora,
 )
 from peft import PrefixTuningConfig, get_peft_model
+from test_packing import batch, packing_row
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -43,11 +44,7 @@ def grids(monkeypatch):
 
 
 def padded(side="right", seed=0):
-    lengths = torch.tensor([9, 4, 6])
-    columns = torch.arange(9)
-    mask = columns < lengths[:, None] if side == "right" else columns >= 9 - lengths[:, None]
-    ids = torch.randint(2, 61, (3, 9), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+    return batch([9, 4, 6], side, seed, width=9)
 
 
 def trained(model, inputs):
@@ -159,8 +156,7 @@ def test_a_cache_of_ones_own_runs_stock(grids):
             results.append([model(input_ids=padded()["input_ids"][:, :4], past_key_values=cache).logits])
     torch.testing.assert_close(*results)
     assert not grids
-    row = next(row for row in fastpeft.report(patched) if row.kind == "packing")
-    assert row[2:4] == ("stock", "a cache that is a Own")
+    assert packing_row(patched)[2:4] == ("stock", "a cache that is a Own")
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0)])
