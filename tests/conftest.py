@@ -57,8 +57,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: no collection of garbage, which benchmarks ask for, need look through it."""
+@pytest.fixture(scope="module", autouse=True)
+def what_is_there_stays() -> None:
+    """No collection of garbage, which benchmarks ask for, need look through what came before a file's tests."""
     gc.collect()
     gc.freeze()
 

@@ -86,14 +86,14 @@ def test_a_step_that_crashes_goes_on_in_a_fresh_process_as_long_as_it_gets_furth
 
 
 def test_a_step_that_takes_too_long_is_killed_with_its_workers(tmp_path):
-    worker = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
+    worker = f"import time; time.sleep(2); open({str(tmp_path / 'late')!r}, 'w')"
     sleeps = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {worker!r}])"
     began = time.monotonic()
-    found = gpu.go_on({"first": code("import time; time.sleep(1)"), "long": code(sleeps)}, tmp_path, 3)
+    found = gpu.go_on({"first": code("import time; time.sleep(0.5)"), "long": code(sleeps)}, tmp_path, 1.5)
     assert found == {"first": "done", "long": None}  # the next call has more time
     assert time.monotonic() - began < 15
-    assert gpu.go_on({"long": code(sleeps)}, tmp_path, 2) == {"long": "failed: took longer than 2 s"}
-    time.sleep(4)
+    assert gpu.go_on({"long": code(sleeps)}, tmp_path, 1) == {"long": "failed: took longer than 1 s"}
+    time.sleep(2)
     assert not (tmp_path / "late").exists()
 
 
