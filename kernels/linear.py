@@ -397,7 +397,22 @@ class Linear:
             block = block[::-1]
         held = weight if weight.stride(1) == 1 else weight.T  # as it lies in memory
         return (
-            TensorDescriptor.from_tensor(sample_rows(x), [tile.block_m, tile.block_k]),
-            TensorDescriptor.from_tensor(held, block),
-            *(t if t is None else TensorDescriptor.from_tensor(sample_rows(t), out) for t in stored),
+            _descriptor(_aligned(sample_rows(x)), [tile.block_m, tile.block_k]),
+            _descriptor(_aligned(held), block),
+            *(t if t is None else _descriptor(sample_rows(t), out) for t in stored),
         )
+
+
+def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+    """`TensorDescriptor.from_tensor` without its checks, which take the host as long as a launch by pointers.
+
+    They hold for what torch has just allocated, and for operands like those that tiles were chosen for.
+    """
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides, made.block_shape = t, t.shape, t.stride(), block
+    return made
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """t, or a copy of it where it begins at an address that no descriptor may: that comes with each call."""
+    return t if t.data_ptr() % 16 == 0 else t.clone()

@@ -24,6 +24,7 @@ from kernel_checks import (
 
 from fastpeft.kernels import dropout, launch, lora_layer, lora_linear, tiling
 from fastpeft.kernels.gradients import Gradients
+from fastpeft.kernels.linear import Linear
 from fastpeft.kernels.shrink import Shrink
 
 GPT2_LAYERS = {
@@ -96,6 +97,26 @@ def test_every_tile_of_the_gemm_in_both_forms(tile, form, variant, device, monke
     choose_tile(monkeypatch, device, tile, form, variant, epilogue=False)
     draws = draws_of(lora_arguments, *sizes_over(tile), 16, "bf16", device, layout="linear")
     check_lora(lora_linear.lora_linear, draws, 0.3 if "dropout" in variant else 0.0)
+
+
+@pytest.mark.parametrize("layout", ["linear", "conv1d"])
+def test_a_descriptor_serves_operands_that_begin_anywhere(layout, device):
+    """Prepared for aligned ones: where the next begin is no part of their kind."""
+    x, weight, bias, a, b = lora_arguments(40, 72, 136, 8, "bf16", device, layout=layout).values()
+
+    def moved(t):
+        if t.stride(1) != 1:
+            return moved(t.T).T
+        return torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:].view(t.shape).copy_(t)
+
+    tile = tiling.Tile(32, 32, 32, 4, 2)
+    linear = Linear(x, weight, bias, b.mT, tiling.Linear(tile, True, False, 4))
+    u = x @ a.T
+    expected, *_ = linear(x, weight, bias, b.mT, 0.5, u=u)
+    torch.testing.assert_close(expected, x @ weight + bias + 0.5 * u @ b.T, rtol=2e-2, atol=2e-2)
+    operands = moved(x), moved(weight)
+    assert all(t.data_ptr() % 16 == 2 for t in operands)
+    assert torch.equal(linear(*operands, bias, b.mT, 0.5, u=u)[0], expected)
 
 
 @pytest.mark.parametrize("rank", sorted(tiling.SHRINK))
