@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from fastpeft import gemm, ops, reference, routes
 from fastpeft.adapters import Adapter
 from fastpeft.checks import FLOATS
+from fastpeft.kernels.rows import rows_in
 from fastpeft.routes import Route
 from fastpeft.stock import Defined
 from fastpeft.swap import Site, stands_for
@@ -80,7 +81,7 @@ def _is_served(module: Any, x: Tensor) -> bool:
     """Whether this call of a fused frozen layer goes to oneDNN itself, noted in its site."""
     if not routes.on_cpu(module.weight):  # moved since; a GPU doesn't wait for notes
         return False
-    reason = _why_not_frozen_call(module, x) or why_not_frozen(module)
+    reason = _why_not_frozen_call(module, x) or why_not_frozen(module, rows_in(x))
     module._fastpeft.record(Route("stock", reason) if reason else Route("torch", "oneDNN"))
     return reason is None
 
@@ -98,13 +99,13 @@ def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
     )
 
 
-def why_not_frozen(module: Any) -> str | None:
-    """Why the products of a `Conv1D` or `nn.Linear` had better stay stock's, which is so on most machines."""
-    weight, bias = module.weight, module.bias
+def why_not_frozen(module: Any, rows: int = 1) -> str | None:
+    """Why products of a `Conv1D` or `nn.Linear` with so many rows had better stay stock's, as on most machines."""
+    weight, bias = module.weight if isinstance(module, Conv1D) else module.weight.t(), module.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "it trains"
-    if not gemm.by_onednn(weight, bias):
-        return f"oneDNN is off, or no faster for {weight.dtype} on this {weight.device.type}"
+    if not gemm.by_onednn(weight, bias, rows):
+        return f"oneDNN is off, or no faster at such products of {weight.dtype} on this {weight.device.type}"
     # By 16 rows a product with less stays torch's anyway.
     return "it is small" if 16 * weight.numel() < gemm.SMALL else None
 

@@ -25,7 +25,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def any_machine_and_size(monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: True)
+    monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.ALL)
     monkeypatch.setattr(gemm, "SMALL", 1)
 
 
@@ -112,9 +112,9 @@ def without_onednn(model):
 
 
 ASIDE = {
-    "oneDNN is off, or no faster for torch.float16 on this cpu": half,
+    "oneDNN is off, or no faster at such products of torch.float16 on this cpu": half,
     "it trains": unfreeze,
-    "oneDNN is off, or no faster for torch.float32 on this cpu": without_onednn,
+    "oneDNN is off, or no faster at such products of torch.float32 on this cpu": without_onednn,
 }
 
 
@@ -213,7 +213,19 @@ def test_a_layer_that_was_moved_is_stocks():
     model(x)
     model.to("meta")
     assert model(x.to("meta")).shape == (3, 6)
-    assert rows(model)[0][2:] == ("stock", "oneDNN is off, or no faster for torch.float32 on this meta", 1)
+    reason = "oneDNN is off, or no faster at such products of torch.float32 on this meta"
+    assert rows(model)[0][2:] == ("stock", reason, 1)
+
+
+def test_with_avx2_alone_a_call_of_many_rows_is_stocks_and_one_of_few_isnt(monkeypatch):
+    monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.SOME)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    model = fastpeft.patch(nn.Sequential(frozen(nn.Linear(4, 6)), frozen(nn.Linear(6, 2**14))))
+    stock = fastpeft.unpatch(copy.deepcopy(model))
+    for shape, paths in (((2, 16, 4), ["torch", "torch"]), ((3, 11, 4), ["stock", "torch"])):
+        x = torch.randn(shape)
+        torch.testing.assert_close(model(x), stock(x))
+        assert [row.path for row in rows(model)] == paths
 
 
 def test_small_layers_are_left_alone(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tolerances import assert_as_good_as
@@ -35,7 +37,7 @@ modules.HARMLESS_MODES.add(Products)  # which counts what fastpeft runs
 @pytest.fixture(params=["torch", pytest.param("onednn", marks=needs_onednn)])
 def library(request, monkeypatch):
     """The library that float32 products of any size go to."""
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: request.param == "onednn")
+    monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.ALL if request.param == "onednn" else gemm.NONE)
     monkeypatch.setattr(gemm, "SMALL", 1)
     return request.param
 
@@ -83,7 +85,7 @@ def test_a_product_equals_float64(operands, dtype, library):
 @needs_onednn
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
 def test_other_dtypes_stay_with_torch(dtype, monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: True)
+    monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.ALL)
     x, w = normal(128, 64).to(dtype), normal(64, 64).to(dtype)
     with Products() as onednn:
         y, plus = mm(x, w), mm(x, w, w[0])
@@ -94,7 +96,7 @@ def test_other_dtypes_stay_with_torch(dtype, monkeypatch):
 
 @needs_onednn
 def test_size_and_torchs_switch_decide(monkeypatch):
-    monkeypatch.setattr(gemm, "_onednn_is_faster", lambda dtype: True)
+    monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.ALL)
     x, w = normal(64, 64), normal(64, 64)
     with Products() as onednn:
         mm(x, w)
@@ -106,22 +108,47 @@ def test_size_and_torchs_switch_decide(monkeypatch):
 
 
 @needs_onednn
+def test_with_avx2_alone_few_rows_on_several_threads_or_many_columns_are_onednns(monkeypatch):
+    monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.SOME)
+    monkeypatch.setattr(gemm, "SMALL", 1)
+    threads = torch.get_num_threads()
+    square, wide = normal(4, 4), normal(4, 2**14)
+    served = {}
+    try:
+        for count in (2, 1):
+            torch.set_num_threads(count)
+            for rows, w in itertools.product((32, 33), (square, wide[:, 1:], wide)):
+                with Products() as onednn:
+                    y = mm(normal(rows, 4), w)
+                torch.testing.assert_close(y, normal(rows, 4) @ w)
+                served[count, rows, w.shape[1]] = onednn.count
+    finally:
+        torch.set_num_threads(threads)
+    assert served == {
+        (count, rows, columns): columns == 2**14 or (count == 2 and rows == 32)
+        for count, rows, columns in served
+    }
+    assert len(served) == 2 * 2 * 3
+
+
+@needs_onednn
 @pytest.mark.parametrize(
-    ("capabilities", "faster"),
+    ("capabilities", "served"),
     [
-        ({"avx2": True, "avx512_f": True, "sse4a": True}, True),
-        ({"avx2": True, "avx512_f": True, "sse4a": False}, False),
-        ({"avx2": True, "avx512_f": False, "sse4a": True}, False),
-        ({"neon": True}, False),
+        ({"avx2": True, "avx512_f": True, "sse4a": True}, gemm.ALL),
+        ({"avx2": True, "avx512_f": True, "sse4a": False}, gemm.NONE),
+        ({"avx2": True, "avx512_f": False, "sse4a": True}, gemm.SOME),
+        ({"avx2": False, "avx512_f": False, "sse4a": True}, gemm.NONE),
+        ({"neon": True}, gemm.NONE),
     ],
-    ids=["amd", "intel", "amd without avx-512", "arm"],
+    ids=["amd", "intel", "amd with avx2 alone", "an old amd", "arm"],
 )
-def test_onednn_is_for_cpus_that_mkl_has_no_kernels_for(capabilities, faster, monkeypatch):
+def test_onednn_is_for_cpus_that_mkl_serves_badly(capabilities, served, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert gemm._onednn_is_faster.__wrapped__(torch.float32) is faster
+    assert gemm._served.__wrapped__(torch.float32) is served
 
 
 @needs_bfloat16
 def test_bfloat16_goes_by_what_onednn_has_not_by_the_cpus_maker(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_f": True, "sse4a": False})
-    assert gemm._onednn_is_faster.__wrapped__(torch.bfloat16)
+    assert gemm._served.__wrapped__(torch.bfloat16) is gemm.ALL
