@@ -178,9 +178,8 @@ def point(
     found = {}
     for name, times in taken.items():
         with record.noted(failed, name):
-            expected = (
-                to_pack if variants.packs(name) and mode != "generate" else 0
-            )  # nothing is with a cache
+            # Nothing is with a cache.
+            expected = to_pack if variants.packs(name) and mode != "generate" else 0
             if packed[name] != expected:
                 raise Wrong(f"{name} packed {packed[name]} of {len(batches)} batches, {expected} expected")
             row: dict[str, Any] = {"seconds": record.spread(times)}
