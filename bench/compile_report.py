@@ -114,7 +114,8 @@ def cases(arch: int) -> Iterator[Case]:
             strip = (layer_norm.ELEMENTS // width, width, 4, 1)
             yield Case("layer_norm_backward", arch, dtype, strip, 0)
     for rank, strip in tiling.LAYER_NORM_SHRINK.items():
-        yield from (Case("layer_norm_shrink", arch, d, strip, rank) for d in (mixed, "fp16"))
+        yield Case("layer_norm_shrink", arch, mixed, strip, rank, "dropout")
+        yield Case("layer_norm_shrink", arch, "fp16", strip, rank)
     for rank in RANKS:
         for strip in tiling.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
@@ -135,7 +136,9 @@ def cases(arch: int) -> Iterator[Case]:
             yield Case(kernel, arch, "bf16", tiling.ADAPTER[64][0], 64, activation)
     for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
         for rank in tiling.LAYER_NORM_SHRINK:
-            yield Case("layer_norm_shrink", arch, precision, tiling.LAYER_NORM_SHRINK_FLOAT32, rank)
+            yield Case(
+                "layer_norm_shrink", arch, precision, tiling.LAYER_NORM_SHRINK_FLOAT32, rank, "dropout"
+            )
         for rank in EXTREMES:
             for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=False):
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
@@ -257,7 +260,7 @@ def recorded(case: Case) -> launch.Launch:
             dropout.dropped(rows(M, K), 0.1, seed)
         elif case.kernel == "layer_norm_shrink":
             norm = rows(K), rows(K), 1e-5
-            layer_norm.shrink(rows(M, K), *norm, weights[0], 0.1, seed)
+            layer_norm.shrink(rows(M, K), *norm, weights[0], mask)
         elif case.kernel == "layer_norm_backward":
             wide = rows(M, case.tile[1] * 3 // 4)
             layer_norm.backward(wide, wide, wide[0], wide, 1e-5)

@@ -39,7 +39,7 @@ def norm_kind(norm: torch.nn.LayerNorm) -> tuple[Hashable, ...]:
 def norm_served(
     x: Tensor, norm: torch.nn.LayerNorm, following: Projection | None = None, strict: bool = False
 ) -> str:
-    """How a LayerNorm is served: "stock", "alone", or "shrunk" with the layer that follows, which drops its result."""
+    """How a LayerNorm is served: "stock", "alone", or "shrunk" with the layer that follows, whose xa it leaves."""
     from fastpeft.kernels import launch
     from fastpeft.kernels import layer_norm as kernels
 
@@ -48,23 +48,19 @@ def norm_served(
         return "stock"
     if x.shape[-1] > kernels.MAX_WIDTH or launch.unsupported(x, 1) or kernels.ready(x, weight):
         return "stock"
-    if following is None or following.dropout_p == 0.0 or following.groups:
-        return "alone"
-    if not _shrinks(x, weight, bias, following, strict):
+    if following is None or following.groups or not _shrinks(x, weight, bias, following, strict):
         return "alone"
     return "shrunk"
 
 
 def _shrinks(x: Tensor, weight: Tensor, bias: Tensor, following: Projection, strict: bool) -> bool:
-    """Whether the LayerNorm's kernel can compute what `following` needs, which drops its result."""
+    """Whether the LayerNorm's kernel can compute the xa of `following`."""
     from fastpeft.kernels import layer_norm as kernels
     from fastpeft.kernels import tiling
 
-    if torch.is_inference_mode_enabled() or x.numel() == 0:
+    if x.numel() == 0 or tiling.layer_norm_shrink(x, following.lora_a.shape[0]) is None:
         return False
-    if tiling.layer_norm_shrink(x, following.lora_a.shape[0]) is None:
-        return False
-    failure = kernels.ready_to_shrink(x, weight, bias, following.lora_a)
+    failure = kernels.ready_to_shrink(x, weight, bias, following.lora_a, following.dropout_p > 0.0)
     if failure and strict:
         raise RuntimeError(failure)
     return failure is None

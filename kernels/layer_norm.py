@@ -1,7 +1,7 @@
 """A LayerNorm beside its residual: backward sums both gradients of x in one pass.
 
     forward    h = x̂ ⊙ w + b,  x̂ = (x - mean) · rstd         x goes on as the residual
-               xa = (keep ⊙ h) Aᵀ                            for the LoRA layer that h goes to, where it drops
+               xa = (keep ⊙ h) Aᵀ                            for the LoRA layer that h goes to
     backward   dx = rstd · (g - mean(g) - x̂ · mean(g ⊙ x̂)) + d_residual,  g = dh ⊙ w
 
 Shapes: x, h and their gradients (M, K), w and b (K,), frozen, A (R, K), xa (M, R); means are over a row. Mean and rstd
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import tiling
 from .blocks import dot, input_precision, rounded
-from .dropout import keep_tile, threshold
+from .dropout import Dropout, keep_tile, mask_arguments, sample_dropout
 from .launch import (
     Launcher,
     build,
@@ -48,7 +48,7 @@ def layer_norm_shrink_kernel(
     BLOCK_C: tl.constexpr,
     RANK: tl.constexpr,
 ):  # fmt: skip
-    """`h = x̂ ⊙ w + b` and `xa = (keep ⊙ h) aᵀ` for BLOCK_M rows; all but a contiguous.
+    """`h = x̂ ⊙ w + b` and `xa = (keep ⊙ h) aᵀ` for BLOCK_M rows; all but a contiguous. Without a seed all is kept.
 
     Three sweeps over the rows: the last two find them in the cache.
     """
@@ -83,8 +83,9 @@ def layer_norm_shrink_kernel(
         bias = tl.load(bias_ptr + k + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         h = rounded((x - mean) * rstd * weight[None, :] + bias[None, :], h_ptr.dtype.element_ty)
         tl.store(h_ptr + k + offsets, h, mask=mask_m[:, None] & mask_k[None, :])
-        kept = tl.where(keep_tile(seed_ptr, start_m, k, drop_below, BLOCK_M, BLOCK_C), h, 0.0)
-        acc = dot(kept, rounded(a, h.dtype), acc, INPUT_PRECISION)
+        if seed_ptr is not None:
+            h = tl.where(keep_tile(seed_ptr, start_m, k, drop_below, BLOCK_M, BLOCK_C), h, 0.0)
+        acc = dot(h, rounded(a, h.dtype), acc, INPUT_PRECISION)
         a_ptrs += BLOCK_C * tl.cast(stride_ak, tl.int64)
 
     xa_ptrs = xa_ptr + offs_m[:, None].to(tl.int64) * R + offs_r[None, :]
@@ -125,8 +126,7 @@ def shrink(
     bias: Tensor,
     eps: float,
     lora_a: Tensor,
-    dropout_p: float,
-    seed: Tensor,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """h, the LayerNorm of x and of its shape, and xa (M, R), both in x's dtype."""
     rank, k = lora_a.shape
@@ -149,8 +149,9 @@ def shrink(
 
     if m > 0:
         dtypes = x.dtype, weight.dtype, bias.dtype
-        key = ("layer_norm_shrink", k, rank, precision, *dtypes, *fixed(lora_a))
-        changing = x.contiguous(), weight, bias, lora_a, h, xa, seed, m, float(eps), threshold(dropout_p)
+        key = ("layer_norm_shrink", k, rank, precision, dropout is None, *dtypes, *fixed(lora_a))
+        seed, drop_below, _ = mask_arguments(dropout)
+        changing = x.contiguous(), weight, bias, lora_a, h, xa, seed, m, float(eps), drop_below
         launchers.once(key, launcher)((-(-m // strip.block_m), 1, 1), *changing)
     return h, xa
 
@@ -222,8 +223,9 @@ def ready(x: Tensor, weight: Tensor) -> str | None:
     )
 
 
-def ready_to_shrink(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor) -> str | None:
+def ready_to_shrink(x: Tensor, weight: Tensor, bias: Tensor, lora_a: Tensor, drops: bool) -> str | None:
     """None where the kernel of `shrink` is built for these tensors; else why not."""
-    seed = torch.empty(1, dtype=torch.int64, device=x.device)
-    key = ("layer_norm_shrink", *describe(x.flatten(0, -2), rows=True), *describe(weight, bias, lora_a))
-    return build(key, x, lambda: shrink(x, weight, bias, 1e-5, lora_a, 0.5, seed))
+    operands = *describe(x.flatten(0, -2), rows=True), *describe(weight, bias, lora_a)
+    dropout = sample_dropout(x) if drops else None
+    key = "layer_norm_shrink", drops, *operands
+    return build(key, x, lambda: shrink(x, weight, bias, 1e-5, lora_a, dropout))

@@ -32,7 +32,7 @@ class Norm(NamedTuple):
     weight: Tensor
     bias: Tensor
     eps: float
-    shrinks: bool  # whether its kernel computes the layer's xa, which drops
+    shrinks: bool  # whether its kernel computes the layer's xa
 
 
 class Link(NamedTuple):
@@ -106,7 +106,7 @@ def _normed(x: Tensor, norm: Norm, lora_a: Tensor, dropout: Dropout | None) -> t
     """The LayerNorm of x, and the xa of the layer behind it where its kernel computes that."""
     weight, bias, eps, shrinks = norm
     if shrinks:
-        return layer_norm.shrink(x, weight, bias, eps, lora_a, *dropout)
+        return layer_norm.shrink(x, weight, bias, eps, lora_a, dropout)
     return F.layer_norm(x, weight.shape, weight, bias, eps), None
 
 

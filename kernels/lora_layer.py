@@ -77,7 +77,8 @@ class Layer:
         if self._updated is None:
             self._updated = Updated(
                 sample_rows(x), weight, bias, lora_a, lora_b.mT,
-                inner=dropout is not None, outer=residual_dropout is not None, epilogue=epilogue, groups=groups,
+                given=xa is not None, inner=dropout is not None, outer=residual_dropout is not None,
+                epilogue=epilogue, groups=groups,
             )  # fmt: skip
         return self._updated(
             x, weight, bias, lora_a, lora_b, _scaled(scaling, dropout), dropout, residual_dropout,

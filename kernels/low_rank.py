@@ -22,9 +22,9 @@ from .shrink import Shrink
 class Updated:
     """`u = (inner ⊙ x) aᵀ` and `y = x weight + bias + outer ⊙ (u (scaling · f))`, as (y, u, h), all in x's dtype.
 
-    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What the epilogue changes, h and
-    `groups`, with which a is (G, R, K), are as in `Linear`. A u that is given is not computed again. It is prepared for
-    operands of one kind, for as many rows as tiles are chosen for (`tiling.steps`).
+    x (M, K), weight (K, N), a (R, K), f (R, N); `inner` and `outer` are dropout masks. What the epilogue changes, h
+    and `groups`, with which a is (G, R, K), are as in `Linear`. It is prepared for operands of one kind, for as many
+    rows as tiles are chosen for (`tiling.steps`); where u is `given`, for calls that bring it, and don't compute it.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class Updated:
         a: Tensor,
         f: Tensor,
         *,
+        given: bool = False,
         inner: bool = False,
         outer: bool = False,
         tickets: int = 0,
@@ -49,6 +50,7 @@ class Updated:
             def run(each: tiling.Linear) -> object:
                 masks = (sample_dropout(x) if drop else None for drop in drops)
                 kind: dict[str, Any] = {
+                    "given": given,
                     "inner": inner,
                     "outer": outer,
                     "tickets": tickets,
@@ -56,26 +58,30 @@ class Updated:
                     "groups": groups,
                 }
                 prepared = Updated(x, weight, bias, a, f, **kind, how=each)
-                given: dict[str, Any] = {"epilogue": epilogue, "groups": groups}
-                given["tickets"] = tickets_for(x, tickets, groups)
-                return prepared(x, weight, bias, a, f, 1.0, *masks, **given)
+                called: dict[str, Any] = {"epilogue": epilogue, "groups": groups}
+                called["tickets"] = tickets_for(x, tickets, groups)
+                called["u"] = x.new_empty(x.shape[0], rank) if given else None
+                return prepared(x, weight, bias, a, f, 1.0, *masks, **called)
 
             rank, n = f.shape[-2:]
             grouped = groups is not None
             how = tuning.fastest(
                 "updated",
                 x,
-                (n, rank, drops, weight.stride(1) == 1, a.dtype, shape, grouped),
-                tiling.linear(x, weight, rank, *drops, shape != (False, False, "y"), shape[0], grouped),
+                (n, rank, given, drops, weight.stride(1) == 1, a.dtype, shape, grouped),
+                tiling.linear(
+                    x, weight, rank, given or inner, outer, shape != (False, False, "y"), shape[0], grouped
+                ),
                 run,
             )
-        given = x, weight, bias, f, how
-        self._shrink = None
+        operands = x, weight, bias, f, how
+        self._shrink, self._single = None, how.single
         if how.single:  # the loop has no room to round a wider factor
-            self._linear = Linear(*given, a=a.to(x.dtype), drops=outer, tickets=tickets, epilogue=epilogue)
+            self._linear = Linear(*operands, a=a.to(x.dtype), drops=outer, tickets=tickets, epilogue=epilogue)
         else:
-            self._shrink = Shrink(x, a.mT, drops=inner, tickets=tickets, groups=groups)
-            self._linear = Linear(*given, drops=outer, epilogue=epilogue)
+            if not given:
+                self._shrink = Shrink(x, a.mT, drops=inner, tickets=tickets, groups=groups)
+            self._linear = Linear(*operands, drops=outer, epilogue=epilogue)
 
     def __call__(
         self,
@@ -94,11 +100,11 @@ class Updated:
         groups: Groups | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """(y, u, h), for at least one row."""
-        given = x, weight, bias, f, scaling
-        if self._shrink is None:
+        operands = x, weight, bias, f, scaling
+        if self._single:
             if a.dtype != x.dtype:
                 a = a.to(x.dtype)
-            return self._linear(*given, a=a, dropout=outer, tickets=tickets, epilogue=epilogue)
-        if u is None:
+            return self._linear(*operands, a=a, dropout=outer, tickets=tickets, epilogue=epilogue)
+        if self._shrink is not None:
             u = self._shrink(x, a, inner, tickets, groups)
-        return self._linear(*given, u=u, dropout=outer, epilogue=epilogue, groups=groups)
+        return self._linear(*operands, u=u, dropout=outer, epilogue=epilogue, groups=groups)

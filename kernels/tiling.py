@@ -301,7 +301,7 @@ def linear(
     x: Tensor,
     weight: Tensor,
     rank: int,
-    inner: bool,
+    beforehand: bool,
     outer: bool,
     epilogue: bool,
     derivative: bool = False,
@@ -309,7 +309,8 @@ def linear(
 ) -> list[Linear]:
     """The ways to run `u = (inner ⊙ x) aᵀ, y = x W + outer ⊙ (u f) + …`, the one to take first.
 
-    `inner` and `outer`: whether a dropout mask falls there. Under one on x, only u beforehand draws it just once.
+    `beforehand`: whether u isn't to be computed on the way: it is there, or x has a mask, which is drawn just once so.
+    `outer`: whether a dropout mask falls there.
     `epilogue`: whether a GELU, its `derivative` or a residual follows, with another tensor as large as y. `grouped`:
     whether rows belong to several adapters, of which u is computed beforehand.
     """
@@ -322,7 +323,7 @@ def linear(
         and (_describable(weight) or _describable(weight.T))
     )
     shape = steps(x.shape[0]), weight.shape[1], x.shape[1], padded_rank(rank)
-    options = inner, outer, epilogue, derivative, grouped
+    options = beforehand, outer, epilogue, derivative, grouped
     if x.dtype == torch.float32:
         some = linear_tiles_float32(arch.name, tf32_allowed(), epilogue, grouped)
         return [Linear(tile, False, False, 0) for tile in _cheapest_first(some, *shape[:2], arch)]
@@ -342,7 +343,7 @@ def _linear(
     options: tuple[bool, bool, bool, bool, bool],
 ) -> list[Linear]:
     """`linear` on 16-bit numbers, of `shape` (rows, N, K, padded rank), with tensor descriptors where they can be."""
-    (m, n, k, padded), (inner, outer, epilogue, derivative, grouped) = shape, options
+    (m, n, k, padded), (beforehand, outer, epilogue, derivative, grouped) = shape, options
     form = "descriptor" if descriptor else "pointer"
     tiles = _cheapest_first(
         linear_tiles(arch.name, form, "dropout" if outer else "split", epilogue, derivative, grouped),
@@ -351,7 +352,7 @@ def _linear(
         arch,
     )
     split = [Linear(tile, descriptor, False, arch.multiprocessors) for tile in tiles]
-    if inner or grouped:
+    if beforehand or grouped:
         return split
     tiles = _cheapest_first(
         linear_tiles(arch.name, "pointer", "single dropout" if outer else "single", epilogue, derivative),

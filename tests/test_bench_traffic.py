@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ BENCH = Path(__file__).parent.parent / "bench"
 sys.path.append(str(BENCH))
 
 import traffic  # noqa: E402
+
+from fastpeft.kernels import tiling  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("traffic")  # two counts serve all tests
 M, K, N, R = 640, 48, 144, 16  # tokens, in_features, out_features, rank
@@ -137,6 +140,17 @@ def test_each_layer_norm_leaves_what_the_layer_after_it_needs(neighbours):
     names = [kernel["name"] for kernel in neighbours["fastpeft_model"]["forward"]]
     assert names.count("layer_norm_shrink_kernel") == names.count("shrink_kernel") == 2
     assert "aten.native_layer_norm.default" not in names
+
+
+@pytest.mark.parametrize(("arch", "passes"), [(80, 0), (90, 2)])
+def test_without_dropout_a_block_is_four_products_and_two_layer_norms(arch, passes, monkeypatch):
+    """And where xa isn't computed on the way, a pass before each product that no LayerNorm precedes."""
+    monkeypatch.setattr(traffic, "RESIDUAL_DROPOUT", 0.0)
+    monkeypatch.setattr(traffic, "H100", next(a for a in tiling.ARCHITECTURES if a.name == arch))
+    found = traffic.neighbour_variants(M, R, 0.0, "bf16")["fastpeft_model"].forward
+    names = Counter(kernel.name.replace("_descriptor", "") for kernel in found)
+    products = {"linear_kernel": 4, "layer_norm_shrink_kernel": 2}
+    assert names == Counter(products | {"shrink_kernel": passes})
 
 
 def test_adapters_together_read_what_they_share_once():

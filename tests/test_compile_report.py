@@ -63,7 +63,7 @@ SAMPLE = {
     "shrink": ["dropout", "dropout grouped"],
     "gradient": ["dropout gelu", "dropout gelu grouped"],
     "dropout": [""],
-    "layer_norm_shrink": [""],
+    "layer_norm_shrink": ["dropout"],
     "layer_norm_backward": [""],
     "head_logits": ["descriptor stored", "pointer stored smoothed"],
     "head_gradient": ["descriptor", "pointer smoothed"],

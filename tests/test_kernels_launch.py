@@ -22,6 +22,7 @@ import fastpeft
 from fastpeft import ops
 from fastpeft.kernels import launch, lora_chain, tiling
 from fastpeft.kernels.gradients import Gradients
+from fastpeft.kernels.low_rank import Updated
 from fastpeft.kernels.shrink import Shrink
 from fastpeft.projections import Projection
 from fastpeft.routes import Options, Route
@@ -229,16 +230,18 @@ class TestTheChoiceOfATile:
         architecture = next(a for a in tiling.ARCHITECTURES if a.name == 90)
         monkeypatch.setattr(tiling, "architecture", lambda device: architecture)
 
-    def linear(self, m, k, n, rank=16, inner=False, outer=False, epilogue=False, dtype=torch.bfloat16):
-        return self.linear_ways(m, k, n, rank, inner, outer, epilogue, dtype)[0]
+    def linear(self, m, k, n, rank=16, beforehand=False, outer=False, epilogue=False, dtype=torch.bfloat16):
+        return self.linear_ways(m, k, n, rank, beforehand, outer, epilogue, dtype)[0]
 
-    def linear_ways(self, m, k, n, rank=16, inner=False, outer=False, epilogue=False, dtype=torch.bfloat16):
+    def linear_ways(
+        self, m, k, n, rank=16, beforehand=False, outer=False, epilogue=False, dtype=torch.bfloat16
+    ):
         x, weight = (torch.empty(shape, dtype=dtype) for shape in ((m, k), (k, n)))
-        return tiling.linear(x, weight, rank, inner, outer, epilogue)
+        return tiling.linear(x, weight, rank, beforehand, outer, epilogue)
 
     def test_many_rows_take_a_large_tile_and_few_a_small_one(self):
-        assert self.linear(8192, 768, 2304, inner=True).tile[:2] == (128, 256)
-        assert self.linear(64, 768, 768, inner=True, outer=True).tile[:2] == (64, 64)
+        assert self.linear(8192, 768, 2304, beforehand=True).tile[:2] == (128, 256)
+        assert self.linear(64, 768, 768, beforehand=True, outer=True).tile[:2] == (64, 64)
 
     def test_a_small_rank_is_computed_on_the_way_and_a_large_one_or_a_dropped_one_before(self, monkeypatch):
         assert not any(how.single for how in self.linear_ways(512, 768, 2304))  # not where descriptors are
@@ -247,10 +250,22 @@ class TestTheChoiceOfATile:
         assert not self.linear(8192, 768, 2304, rank=16).single  # products are dear beside a read
         assert self.linear(512, 768, 2304, rank=16).single  # and cheap beside a launch
         assert not self.linear(512, 768, 2304, rank=128).single
-        assert not self.linear(512, 768, 2304, rank=16, inner=True).single
+        assert not self.linear(512, 768, 2304, rank=16, beforehand=True).single
+
+    @pytest.mark.parametrize("given", [False, True])
+    def test_what_is_given_is_not_computed_again(self, given, monkeypatch):
+        a100 = next(a for a in tiling.ARCHITECTURES if a.name == 80)
+        monkeypatch.setattr(tiling, "architecture", lambda device: a100)
+        shapes = (512, 768), (768, 2304), (16, 768), (16, 2304)
+        x, weight, a, f = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+        u = x.new_empty(512, 16) if given else None
+        with launch.record() as launches:
+            Updated(x, weight, None, a, f, given=given)(x, weight, None, a, f, 1.0, u=u)
+        (only,) = launches
+        assert (only.args["u_ptr"] is u, only.args["a_ptr"] is None) == (given, given)
 
     def test_what_a_descriptor_cant_describe_goes_by_pointers(self):
-        assert self.linear(8192, 768, 768, inner=True).descriptor
+        assert self.linear(8192, 768, 768, beforehand=True).descriptor
         assert not self.linear(8192, 100, 768).descriptor
         assert not self.linear(8192, 768, 36).descriptor
         x, weight = (

@@ -44,7 +44,7 @@ SAMPLE = pairwise(
     m=ROWS,
     k=[36, 136, 264],  # less than a strip of columns, one and a rest, several
     rank=[1, 32, 64],  # one of each strip
-    p=[0.1, 1.0],
+    p=[0.0, 0.1, 1.0],
     dtypes=list(DTYPES),
     form=["dense", "transposed"],
 )
@@ -60,7 +60,7 @@ def test_it_agrees_with_float64_with_the_layer_and_the_residual(case, device):
     def fused(x, weight, bias, lora_a, lora_b):
         before = lora_chain.Norm(norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps, True)
         layer = weight, bias, lora_a, lora_b
-        y, residual = lora_chain.lora_chain(x, None, [link(layer, 1.5, p, seed, norm=before)])
+        y, residual = lora_chain.lora_chain(x, None, [link(layer, 1.5, p, seed if p else None, norm=before)])
         return y + residual
 
     def formula(x, weight, bias, lora_a, lora_b):
@@ -76,22 +76,26 @@ def test_it_agrees_with_float64_with_the_layer_and_the_residual(case, device):
 def test_a_mean_far_above_the_deviation_costs_no_digits(device):
     x = 1000 + torch.randn(9, 136, generator=torch.Generator().manual_seed(0)).to(device)
     norm, a = norm_of(136, device), torch.zeros(4, 136, device=device)
-    h, _ = layer_norm.shrink(x, norm.weight, norm.bias, norm.eps, a, 0.5, torch.tensor([1], device=device))
+    h, _ = layer_norm.shrink(x, norm.weight, norm.bias, norm.eps, a, None)
     assert_as_good_as(h, norm(x), norm.double()(x.double()), "h")
 
 
-def test_what_is_built_is_what_it_launches(device, monkeypatch):
+@pytest.mark.parametrize("drops", [False, True])
+def test_what_is_built_is_what_it_launches(drops, device, monkeypatch):
     norm, x, a = norm_of(24, device), torch.randn(2, 5, 24, device=device), torch.randn(3, 24, device=device)
     built = []
     monkeypatch.setattr(launch, "INTERPRETED", False)
     monkeypatch.setattr(launch, "_failures", {})
     monkeypatch.setattr(launch, "_why_not_built", lambda each: built.append(each) or "too large")
     with pytest.warns(UserWarning, match="uses PyTorch instead of Triton: too large"):
-        assert layer_norm.ready_to_shrink(x, norm.weight, norm.bias, a) == "too large"
+        assert layer_norm.ready_to_shrink(x, norm.weight, norm.bias, a, drops) == "too large"
     with launch.record() as launches:
-        given = (norm.weight, norm.bias, norm.eps, a, 0.5, torch.tensor([1], device=device))
+        given = norm.weight, norm.bias, norm.eps, a, dropout.sample_dropout(x) if drops else None
         layer_norm.shrink(x, *given)
-    assert [each.kernel for each in built] == [each.kernel for each in launches]
+    assert len(built) == len(launches) == 1
+    assert built[0].kernel is launches[0].kernel
+    assert built[0].args.keys() == launches[0].args.keys()
+    assert [each.args["seed_ptr"] is None for each in (*built, *launches)] == [not drops] * 2
 
 
 class TestTheChain:
@@ -154,11 +158,10 @@ class TestTheChain:
 
     @pytest.mark.parametrize(
         "step_aside",
-        ["no dropout", "wide factor", "rank", "compiling", "inference mode", "autocast", "another width",
-         "a norm that trains"],
-    )  # fmt: skip
+        ["wide factor", "rank", "compiling", "autocast", "another width", "a norm that trains"],
+    )
     def test_where_it_steps_aside(self, step_aside, device, monkeypatch):
-        x, layer = self.layer(device, 0.0 if step_aside == "no dropout" else P)
+        x, layer = self.layer(device)
         norm = norm_of(24, device)
         if step_aside == "wide factor":
             layer = layer._replace(lora_a=layer.lora_a.double())
@@ -172,14 +175,21 @@ class TestTheChain:
             norm.bias.requires_grad_()
         seen, real = [], layer_norm.shrink
         monkeypatch.setattr(layer_norm, "shrink", lambda *given: (seen.append(given), real(*given))[1])
-        with (
-            torch.inference_mode(step_aside == "inference mode"),
-            torch.autocast(device, torch.bfloat16, enabled=step_aside == "autocast"),
-        ):
+        with torch.autocast(device, torch.bfloat16, enabled=step_aside == "autocast"):
             found = chain.lora_chain(x, None, [Link(layer, norm)], TRITON)
-        served = step_aside in ("no dropout", "rank", "inference mode")  # by the layer's own pass, or none
-        assert (found is not None) == served
+        assert (found is not None) == (step_aside == "rank")  # by the layer's own pass
         assert seen == []
+
+    @pytest.mark.parametrize("p", [0.0, P])
+    def test_in_inference_mode_too(self, p, device, shrinks):
+        x, layer = self.layer(device, p)
+        norm = norm_of(24, device)
+        with torch.inference_mode():
+            y, _, (route,) = chain.lora_chain(x, None, [Link(layer, norm)], TRITON)
+        assert (route.reason, shrinks) == (INCLUDED, [])
+        if p == 0.0:
+            expected = reference.lora_linear(norm(x), *layer[:5])
+            torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
 class Masked(nn.Dropout):
@@ -286,14 +296,16 @@ class TestTheModel:
         assert rows["mlp.c_fc"] == "fused kernels, LayerNorm and GELU included"
         assert rows["attn.c_proj"] == "fused kernels"
 
-    def test_without_dropout_there_is_nothing_to_leave(self, launches):
+    def test_without_dropout_it_drops_nothing(self, launches):
         model, stock, truth = twins(with_lora(gpt2(), lora_dropout=0.0))
         patched(model)
         assert_as_good_over_draws((model, stock, truth), step, draws=1)
-        assert self.counts(launches)[0] == 0
         dropping = patched(with_lora(gpt2(), lora_dropout=P)).eval()
         dropping(input_ids=torch.ones(1, 3, dtype=torch.long))
-        assert self.counts(launches)[0] == 0
+        assert launches == []
+        for each in (model, dropping):
+            rows = {row.reason for row in fastpeft.report(each) if row.name.endswith("c_attn")}
+            assert rows == {INCLUDED}
 
     def test_without_a_gradient_it_still_drops(self, launches):
         model, stock, _ = masked_twins(one_block())

@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning"),
 ]
 LAYER = ("weight", "bias", "lora_a", "lora_b")
-FUSED = "fused kernels, GELU included"
+FUSED = "fused kernels, LayerNorm and GELU included"
 
 
 def mlp_arguments(m, k, hidden, rank, dtypes, device, *, residual=True, draw=0, **form):
@@ -426,7 +426,7 @@ class TestWhatGoesLayerByLayer:
 
     def test_a_projection_without_lora(self):
         mlp = self.run(with_lora(gpt2(), ("c_attn", "c_fc")))
-        assert mlp.c_fc._fastpeft.last == Route("triton", "fused kernels")
+        assert mlp.c_fc._fastpeft.last == Route("triton", "fused kernels, LayerNorm included")
 
     def test_a_backend_that_isnt_triton(self):
         mlp = self.run(with_lora(gpt2()), backend="auto")
@@ -435,7 +435,7 @@ class TestWhatGoesLayerByLayer:
     def test_kernels_that_cant_be_built(self, monkeypatch):
         monkeypatch.setattr(lora_chain, "ready", unless_alone)
         mlp = self.run(with_lora(gpt2()))
-        assert mlp.c_fc._fastpeft.last == Route("triton", "fused kernels")
+        assert mlp.c_fc._fastpeft.last == Route("triton", "fused kernels, LayerNorm included")
         strict = patched(with_lora(gpt2()), strict=True)
         with pytest.raises(RuntimeError, match="can't be built here"):
             step(strict)
