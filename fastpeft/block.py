@@ -57,7 +57,8 @@ class Packed(NamedTuple):
         """Packed rows (T, N) in the caller's grid, (batch, length, N), zeros where no token is."""
         batch, length = self.grid
         if self.moved or len(rows) < batch * length:
-            rows = rows.new_zeros(batch * length, rows.shape[1]).index_copy(0, self.tokens, rows)
+            # For backward `index_copy_` would keep the rows, of which it asks the shape.
+            rows = rows.new_zeros(batch * length, rows.shape[1]).index_put_((self.tokens,), rows)
         return rows.view(batch, length, -1)
 
 

@@ -11,7 +11,7 @@ them what others do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -180,10 +180,13 @@ class LmHeadLoss(torch.autograd.Function):
             wide = torch.promote_types(hidden.dtype, torch.float32)
             losses = hidden.new_empty(len(hidden), dtype=wide)
             d_hidden = hidden.new_empty(hidden.shape) if ahead else None
-            for rows, of_rows, d_logits in _chunks(hidden, weight, bias, labels, smoothing):
+
+            def take(rows: slice, of_rows: Tensor, d_logits: Tensor) -> None:
                 losses[rows] = of_rows
                 if d_hidden is not None:
                     torch.mm(d_logits.to(hidden.dtype), weight, out=d_hidden[rows])
+
+            _each_chunk(hidden, weight, bias, labels, smoothing, take)
         ctx.save_for_backward(hidden, weight, bias, labels, d_hidden)
         ctx.smoothing = smoothing
         ctx.set_materialize_grads(False)
@@ -202,15 +205,18 @@ class LmHeadLoss(torch.autograd.Function):
         d_hidden = hidden.new_empty(hidden.shape) if need_hidden else None
         d_weight = torch.zeros_like(weight, dtype=dy.dtype) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=dy.dtype) if need_bias else None
-        for rows, _, d_logits in _chunks(hidden, weight, bias, labels, ctx.smoothing):
+
+        def take(rows: slice, of_rows: Tensor, d_logits: Tensor) -> None:
             d_logits *= dy[rows, None]
             d_narrow = d_logits.to(hidden.dtype)
             if d_hidden is not None:
                 torch.mm(d_narrow, weight, out=d_hidden[rows])
             if d_weight is not None:
-                d_weight += d_narrow.T @ hidden[rows]
+                d_weight.add_(d_narrow.T @ hidden[rows])
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
+                d_bias.add_(d_logits.sum(0))
+
+        _each_chunk(hidden, weight, bias, labels, ctx.smoothing, take)
         d_weight, d_bias = (g if g is None else g.to(hidden.dtype) for g in (d_weight, d_bias))
         return d_hidden, d_weight, d_bias, *(None,) * 4
 
@@ -227,25 +233,39 @@ class LmHeadLoss(torch.autograd.Function):
         return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 4
 
 
-def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Of each chunk its rows, their losses, and the gradient of the losses' sum to their logits."""
-    wide = torch.promote_types(hidden.dtype, torch.float32)
+def _each_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    smoothing: float,
+    take: Callable[[slice, Tensor, Tensor], None],
+) -> None:
+    """Hands `take` each chunk's rows, their losses, and the gradient of the losses' sum to their logits.
+
+    A chunk is gone before the next is made, unless `take` keeps it.
+    """
     most = max(_CHUNK // len(weight), 1)
     count = -(-len(hidden) // most)
     for i in range(count):
         rows = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
-        logits, label = mm(hidden[rows], weight.T, bias).to(wide), labels[rows, None]
-        largest, of_label = logits.amax(1), logits.gather(1, label)[:, 0]
-        aim = of_label if smoothing == 0.0 else torch.lerp(of_label, logits.mean(1), smoothing)
-        # A pass in place on the CPU, whose kernel reads a row's elements before it writes them.
-        shares = torch.softmax(logits, 1, out=logits if routes.on_cpu(logits) else None)
-        # The largest share is 1 / Σ exp(l - largest), and never tiny.
-        losses = largest - shares.amax(1).log() - aim
-        if smoothing > 0.0:
-            shares -= smoothing / len(weight)
-        yield rows, losses, shares.scatter_(1, label, shares.gather(1, label) - (1.0 - smoothing))
+        take(rows, *_chunk(hidden[rows], weight, bias, labels[rows, None], smoothing))
+
+
+def _chunk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """The losses of some rows, and the gradient of their sum to these rows' logits."""
+    logits = mm(hidden, weight.T, bias).to(torch.promote_types(hidden.dtype, torch.float32))
+    largest, of_label = logits.amax(1), logits.gather(1, label)[:, 0]
+    aim = of_label if smoothing == 0.0 else torch.lerp(of_label, logits.mean(1), smoothing)
+    # A pass in place on the CPU, whose kernel reads a row's elements before it writes them.
+    shares = torch.softmax(logits, 1, out=logits if routes.on_cpu(logits) else None)
+    # The largest share is 1 / Σ exp(l - largest), and never tiny.
+    losses = largest - shares.amax(1).log() - aim
+    if smoothing > 0.0:
+        shares -= smoothing / len(weight)
+    return losses, shares.scatter_(1, label, shares.gather(1, label) - (1.0 - smoothing))
 
 
 def _check(

@@ -90,7 +90,8 @@ class PackedAttention(GPT2Attention):
         scattered = packed.spare or len(qkv) < size  # else the packed rows are the view
         if scattered:
             view = qkv.new_zeros(size + packed.spare, qkv.shape[1])
-            qkv = view.index_copy_(0, packed.slots, qkv)[:size]
+            # For backward `index_copy_` would keep qkv, of which it asks the shape.
+            qkv = view.index_put_((packed.slots,), qkv)[:size]
         # Split before the heads are: the gradient is then joined without another copy.
         query, key, value = self._heads(qkv, packed.view)
         if kept is not None:

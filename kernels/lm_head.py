@@ -310,6 +310,7 @@ def losses(
                 assert lse is not None
                 how, runs = tiling.head_gradient(rows, weight)
                 head_gradient(logits, lse, *given, d_hidden[some], how, runs)
+            del logits  # before the next are made
     return found, d_hidden
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -130,8 +132,16 @@ def test_chunks_are_what_one_chunk_would_be_and_repeat_bit_by_bit(device, monkey
         monkeypatch.setattr(tiling, "head_rows", lambda m, k: rows)
         return lm_head.losses(hidden, weight, labels, bias, smoothing=0.1, gradient=True)
 
-    sizes, real = [], lm_head.head_losses
-    monkeypatch.setattr(lm_head, "head_losses", lambda h, *given: (sizes.append(len(h)), real(h, *given))[1])
+    sizes, made, real = [], [], lm_head.head_losses
+
+    def head_losses(rows, *given):
+        assert all(logits() is None for logits in made), "a chunk is gone before the next is made"
+        sizes.append(len(rows))
+        logits, lse = real(rows, *given)
+        made.append(weakref.ref(logits))
+        return logits, lse
+
+    monkeypatch.setattr(lm_head, "head_losses", head_losses)
     whole = run(384)
     assert sizes == [301]
     again, chunked = run(384), run(128)

@@ -1,6 +1,7 @@
 """`fastpeft.lm_head_loss` against cross-entropy of float64 logits, and no logits kept."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -71,6 +72,22 @@ def test_chunks_of_any_size(rows):
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(got, want)
     assert (got[1:4] == 0).all(), "ignored labels have no gradient"
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_chunk_is_gone_before_the_next_is_made(trains, monkeypatch):
+    made, real = [], lm_head.mm
+
+    def mm(*operands):
+        assert all(each() is None for each in made)
+        logits = real(*operands)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(lm_head, "mm", mm)
+    hidden, weight, bias, labels = operands(torch.float32, bias=True, trains=trains)
+    fastpeft.lm_head_loss(hidden, weight, labels, bias=bias).backward()
+    assert len(made) == 4 * (1 + trains)  # of 18 rows, five in each
 
 
 def test_no_label_that_counts():
