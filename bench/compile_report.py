@@ -34,8 +34,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastpeft.kernels import bottleneck, dropout, launch, layer_norm, lm_head, tiling
-from fastpeft.kernels.blocks import new_tickets
+from fastpeft.kernels import bottleneck, dropout, launch, layer_norm, lm_head, tile_table, tiling
+from fastpeft.kernels.blocks import ticket_count
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.groups import Groups
@@ -51,7 +51,7 @@ DTYPES = {
     torch.int64: "i64",
 }
 MMA = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA)\b")
-ARCHITECTURES = {a.name: a for a in tiling.ARCHITECTURES}
+ARCHITECTURES = {a.name: a for a in tile_table.ARCHITECTURES}
 RANKS = (16, 32, 64, 128, 256)
 LAYOUTS = ("", " transposed")  # of W: forward, and as dx takes it
 EXTREMES = (16, 256)  # where rank picks no tile; the GEMM takes 16 ranks at a time: one step, or a loop
@@ -80,28 +80,28 @@ def cases(arch: int) -> Iterator[Case]:
     """Every configuration that tiling.py may choose on sm_`arch`, with each dtype that changes its code."""
     mixed = "bf16+fp32"  # float32 factors on a bfloat16 base: peft's default, and the costliest
     for form in ("pointer", "descriptor") if arch >= 90 else ("pointer",):
-        for tile in tiling.LINEAR[arch]["split"]:
+        for tile in tile_table.LINEAR[arch]["split"]:
             yield from (Case("linear", arch, mixed, tile, r, f"{form} split") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} split")
             yield Case("linear", arch, "bf16", tile, 16, f"{form} split transposed")
-        for tile in tiling.LINEAR[arch]["dropout"]:
+        for tile in tile_table.LINEAR[arch]["dropout"]:
             yield from (Case("linear", arch, mixed, tile, r, f"{form} dropout transposed") for r in EXTREMES)
             yield Case("linear", arch, "fp16", tile, 16, f"{form} dropout transposed")
-        for tile in tiling.linear_tiles(arch, form, "split", epilogue=True):
+        for tile in tile_table.linear_tiles(arch, form, "split", epilogue=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} split gelu")
             yield Case("linear", arch, mixed, tile, 16, f"{form} split gelu alone")
             yield Case("linear", arch, mixed, tile, 16, f"{form} split residual")
         for variant in ("split", "dropout"):
-            for tile in tiling.linear_tiles(arch, form, variant, epilogue=True, derivative=True):
+            for tile in tile_table.linear_tiles(arch, form, variant, epilogue=True, derivative=True):
                 yield Case("linear", arch, mixed, tile, 16, f"{form} {variant} transposed gelu")
-        for tile in tiling.linear_tiles(arch, form, "dropout", epilogue=True):
+        for tile in tile_table.linear_tiles(arch, form, "dropout", epilogue=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} dropout residual")
     for variant, layouts in (("single", LAYOUTS), ("single dropout", (" transposed",))):
-        for tile, layout in itertools.product(tiling.LINEAR[arch].get(variant, ()), layouts):
+        for tile, layout in itertools.product(tile_table.LINEAR[arch].get(variant, ()), layouts):
             for rank in (r for r in RANKS if tiling.single_pays(r, tile)):  # the factor is rounded beforehand
                 yield Case("linear", arch, "bf16", tile, rank, f"pointer {variant}{layout}")
             yield Case("linear", arch, "fp16", tile, 16, f"pointer {variant}{layout}")
-        for tile in tiling.linear_tiles(arch, "pointer", variant, epilogue=True):
+        for tile in tile_table.linear_tiles(arch, "pointer", variant, epilogue=True):
             yield from (Case("linear", arch, "bf16", tile, 16, f"pointer {variant}{l} gelu") for l in layouts)
             yield Case("linear", arch, "bf16", tile, 16, f"pointer {variant} residual")
             if variant == "single":  # without dropout: a forward's
@@ -113,48 +113,49 @@ def cases(arch: int) -> Iterator[Case]:
         for width in (1024, 2048):
             strip = (layer_norm.ELEMENTS // width, width, 4, 1)
             yield Case("layer_norm_backward", arch, dtype, strip, 0)
-    for rank, strip in tiling.LAYER_NORM_SHRINK.items():
+    for rank, strip in tile_table.LAYER_NORM_SHRINK.items():
         yield Case("layer_norm_shrink", arch, mixed, strip, rank, "dropout")
         yield Case("layer_norm_shrink", arch, "fp16", strip, rank)
     for rank in RANKS:
-        for strip in tiling.SHRINK[rank]:
+        for strip in tile_table.SHRINK[rank]:
             yield Case("shrink", arch, mixed, strip, rank, "dropout")
             yield Case("shrink", arch, "fp16", strip, rank)
-        yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout")
-        yield Case("gradient", arch, "bf16", tiling.GRADIENT[rank], rank, "dropout gelu")
-        yield Case("gradient", arch, "fp16", tiling.GRADIENT[rank], rank)
-        for strip in tiling.ADAPTER[rank]:
+        yield Case("gradient", arch, "bf16", tile_table.GRADIENT[rank], rank, "dropout")
+        yield Case("gradient", arch, "bf16", tile_table.GRADIENT[rank], rank, "dropout gelu")
+        yield Case("gradient", arch, "fp16", tile_table.GRADIENT[rank], rank)
+        for strip in tile_table.ADAPTER[rank]:
             for kernel in ("adapter_forward", "adapter_backward"):
                 yield Case(kernel, arch, mixed, strip, rank, "gelu")
             yield Case("adapter_forward", arch, "fp16", strip, rank, "silu")
             yield Case("adapter_forward", arch, mixed, strip, rank, "gelu residual")
         yield from (
-            Case("adapter_gradient", arch, d, tiling.ADAPTER_GRADIENT[rank], rank) for d in ("bf16", "fp16")
+            Case("adapter_gradient", arch, d, tile_table.ADAPTER_GRADIENT[rank], rank)
+            for d in ("bf16", "fp16")
         )
     for kernel in ("adapter_forward", "adapter_backward"):
         for activation in ("relu", "gelu_tanh", "silu"):
-            yield Case(kernel, arch, "bf16", tiling.ADAPTER[64][0], 64, activation)
+            yield Case(kernel, arch, "bf16", tile_table.ADAPTER[64][0], 64, activation)
     for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
-        for rank in tiling.LAYER_NORM_SHRINK:
+        for rank in tile_table.LAYER_NORM_SHRINK:
             yield Case(
-                "layer_norm_shrink", arch, precision, tiling.LAYER_NORM_SHRINK_FLOAT32, rank, "dropout"
+                "layer_norm_shrink", arch, precision, tile_table.LAYER_NORM_SHRINK_FLOAT32, rank, "dropout"
             )
         for rank in EXTREMES:
-            for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=False):
+            for tile in tile_table.linear_tiles_float32(arch, precision == "tf32", epilogue=False):
                 yield Case("linear", arch, precision, tile, rank, "pointer split")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed")
-            for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=True):
+            for tile in tile_table.linear_tiles_float32(arch, precision == "tf32", epilogue=True):
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer split gelu alone")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout transposed gelu")
                 yield Case("linear", arch, precision, tile, rank, "pointer dropout residual")
-            yield Case("shrink", arch, precision, tiling.SHRINK_FLOAT32, rank, "dropout")
-            yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout")
-            yield Case("gradient", arch, precision, tiling.GRADIENT_FLOAT32, rank, "dropout gelu")
-            yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
-            yield Case("adapter_forward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu residual")
-            yield Case("adapter_backward", arch, precision, tiling.ADAPTER_FLOAT32, rank, "gelu")
-            yield Case("adapter_gradient", arch, precision, tiling.ADAPTER_GRADIENT_FLOAT32, rank)
+            yield Case("shrink", arch, precision, tile_table.SHRINK_FLOAT32, rank, "dropout")
+            yield Case("gradient", arch, precision, tile_table.GRADIENT_FLOAT32, rank, "dropout")
+            yield Case("gradient", arch, precision, tile_table.GRADIENT_FLOAT32, rank, "dropout gelu")
+            yield Case("adapter_forward", arch, precision, tile_table.ADAPTER_FLOAT32, rank, "gelu")
+            yield Case("adapter_forward", arch, precision, tile_table.ADAPTER_FLOAT32, rank, "gelu residual")
+            yield Case("adapter_backward", arch, precision, tile_table.ADAPTER_FLOAT32, rank, "gelu")
+            yield Case("adapter_gradient", arch, precision, tile_table.ADAPTER_GRADIENT_FLOAT32, rank)
 
 
 def grouped_cases(arch: int) -> Iterator[Case]:
@@ -162,7 +163,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
     mixed, forms = "bf16+fp32", ("pointer", "descriptor") if arch >= 90 else ("pointer",)
     for form, variant in itertools.product(forms, ("split", "dropout")):
         plain = f"{form} {variant}" + (" transposed" if variant == "dropout" else "")
-        tiles = functools.partial(tiling.linear_tiles, arch, form, variant, grouped=True)
+        tiles = functools.partial(tile_table.linear_tiles, arch, form, variant, grouped=True)
         for tile in tiles(epilogue=False):
             yield Case("linear", arch, mixed, tile, 16, f"{plain} grouped")
         for tile in tiles(epilogue=True):
@@ -171,16 +172,16 @@ def grouped_cases(arch: int) -> Iterator[Case]:
         for tile in tiles(epilogue=True, derivative=True):
             yield Case("linear", arch, mixed, tile, 16, f"{form} {variant} transposed gelu grouped")
     for rank in RANKS:
-        yield Case("shrink", arch, mixed, tiling.SHRINK_GROUPED[rank], rank, "dropout grouped")
-        yield Case("gradient", arch, "bf16", tiling.GRADIENT_GROUPED[rank], rank, "dropout gelu grouped")
+        yield Case("shrink", arch, mixed, tile_table.SHRINK_GROUPED[rank], rank, "dropout grouped")
+        yield Case("gradient", arch, "bf16", tile_table.GRADIENT_GROUPED[rank], rank, "dropout gelu grouped")
     for precision in ("tf32",) if arch == 100 else ("tf32", "fp32"):
-        for tile in tiling.linear_tiles_float32(arch, precision == "tf32", epilogue=True, grouped=True):
+        for tile in tile_table.linear_tiles_float32(arch, precision == "tf32", epilogue=True, grouped=True):
             for variant in ("split gelu", "dropout transposed gelu", "dropout residual"):
                 yield Case("linear", arch, precision, tile, 16, f"pointer {variant} grouped")
         for rank in EXTREMES:
-            strip = tiling.SHRINK_FLOAT32_GROUPED[rank]
+            strip = tile_table.SHRINK_FLOAT32_GROUPED[rank]
             yield Case("shrink", arch, precision, strip, rank, "dropout grouped")
-            gradient = tiling.GRADIENT_FLOAT32_GROUPED
+            gradient = tile_table.GRADIENT_FLOAT32_GROUPED
             yield Case("gradient", arch, precision, gradient, rank, "dropout gelu grouped")
 
 
@@ -190,7 +191,7 @@ def head_cases(arch: int) -> Iterator[Case]:
     kinds = [*(("bf16", form) for form in forms), ("fp16", forms[0])]
     kinds += [(precision, "pointer") for precision in (("tf32",) if arch == 100 else ("tf32", "fp32"))]
     for i, (dtype, form) in enumerate(kinds):
-        tiles = tiling.head_tiles(arch, form == "descriptor", dtype.endswith("32"))
+        tiles = tile_table.head_tiles(arch, form == "descriptor", dtype.endswith("32"))
         for tile, variant in itertools.product(
             tiles["logits"], ("", " stored", " stored smoothed")[2 * (i > 0) :]
         ):
@@ -221,8 +222,8 @@ def recorded(case: Case) -> launch.Launch:
     with launch.record() as launches:
         if case.kernel == "linear":
             form, variant = case.variant.split()[:2]
-            how = tiling.Linear(tiling.Tile(*case.tile), form == "descriptor", variant == "single", 132)
-            tickets = new_tickets(seed, 60)
+            how = tiling.Linear(tile_table.Tile(*case.tile), form == "descriptor", variant == "single", 132)
+            tickets = seed.new_empty(ticket_count(60), dtype=torch.int32)
             given: dict[str, Any] = {}
             kind: dict[str, Any] = {"drops": drop, "tickets": len(tickets)}
             if "transposed" in case.variant:  # dx
@@ -241,7 +242,11 @@ def recorded(case: Case) -> launch.Launch:
         elif case.kernel.startswith("head"):
             form = case.variant.split()
             smoothing = 0.1 if "smoothed" in form else 0.0
-            tile = tiling.HEAD_FLOAT32["logits"][0] if case.kernel == "head_loss" else tiling.Tile(*case.tile)
+            tile = (
+                tile_table.HEAD_FLOAT32["logits"][0]
+                if case.kernel == "head_loss"
+                else tile_table.Tile(*case.tile)
+            )
             how = tiling.Linear(tile, "descriptor" in form, False, 132)
             labels, weight = torch.empty(M, dtype=torch.int64, device="meta"), rows(V, K)
             losses = torch.empty(M, dtype=torch.float32, device="meta")
@@ -254,7 +259,7 @@ def recorded(case: Case) -> launch.Launch:
                 lm_head.head_losses(*given, "stored" in form, how)
         elif case.kernel == "shrink":
             operands = rows(M, K), factor(*many, rank, K).mT
-            prepared = Shrink(*operands, tiling.Strip(*case.tile), drops=drop)
+            prepared = Shrink(*operands, tile_table.Strip(*case.tile), drops=drop)
             prepared(*operands, mask, groups=grouped)
         elif case.kernel == "dropout":
             dropout.dropped(rows(M, K), 0.1, seed)
@@ -269,16 +274,27 @@ def recorded(case: Case) -> launch.Launch:
             d_b, d_a = factor(*many, N, rank), factor(*many, rank, K)
             kind = {"drops": drop, "activated": gelu, "grouped": grouped is not None}
             gradients = Gradients(dy, x, rank, d_b.dtype, d_a.dtype, **kind, splits=16)
-            gradients(dy, xa, x, dxa, d_b, d_a, 2.0, new_tickets(seed, 60), mask, grouped)
+            gradients(
+                dy,
+                xa,
+                x,
+                dxa,
+                d_b,
+                d_a,
+                2.0,
+                seed.new_empty(ticket_count(60), dtype=torch.int32),
+                mask,
+                grouped,
+            )
         elif case.kernel == "adapter_forward":
-            strip = tiling.Strip(*case.tile)
+            strip = tile_table.Strip(*case.tile)
             activation, *more = case.variant.split()
             residual = rows(M, K) if more else None
             biases = factor(rank), factor(K)
             some = (rows(M, K), weights[0], biases[0], weights[1], biases[1], activation, 1.0, residual)
             bottleneck.forward(*some, strip)
         else:
-            strip = tiling.Strip(*case.tile)
+            strip = tile_table.Strip(*case.tile)
             some = (rows(M, K), rows(M, K), *weights, rows(M, rank), case.variant, 1.0, torch.float32, True)
             if case.kernel == "adapter_backward":
                 bottleneck.backward(*some, False, strip)

@@ -16,7 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from fastpeft import graphs, routes
-from fastpeft.kernels import launch, tiling
+from fastpeft.kernels import launch, tile_table, tiling
 
 
 class Launches:
@@ -33,7 +33,7 @@ class Launches:
 class NoDriver:
     """As much of a Triton driver as compiling and launching ask for."""
 
-    def __init__(self, architecture: tiling.Architecture, launches: Launches) -> None:
+    def __init__(self, architecture: tile_table.Architecture, launches: Launches) -> None:
         self.architecture, self.launches = architecture, launches
         self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
 
@@ -60,7 +60,7 @@ class NoDriver:
 
 
 @contextmanager
-def nowhere(architecture: tiling.Architecture) -> Iterator[Launches]:
+def nowhere(architecture: tile_table.Architecture) -> Iterator[Launches]:
     """Within it the kernels are compiled for `architecture`, and launched on nothing; what was, is counted.
 
     Raises:

@@ -46,9 +46,9 @@ from transformers import DynamicCache, GPT2Config
 
 import fastpeft
 from fastpeft import graphs, masks, modules, trunk
-from fastpeft.kernels import tiling
+from fastpeft.kernels import tile_table
 
-H100 = next(each for each in tiling.ARCHITECTURES if each.name == 90)
+H100 = next(each for each in tile_table.ARCHITECTURES if each.name == 90)
 WIDTH = 16
 WARM_UP = 15  # every token count twice
 STEPS = 4  # of a variant in a round
@@ -165,7 +165,7 @@ modules.HARMLESS_MODES.add(Operators)  # which counts what fastpeft runs
 _PLANNING_FILES = tuple(
     f"{name}.py"
     for name in (
-        "kernels/memo", "kernels/tiling", "kernels/tuning",
+        "kernels/memo", "kernels/tile_table", "kernels/tiling", "kernels/tuning",
         "fastpeft/checks", "fastpeft/plan", "fastpeft/routes", "fastpeft/trunk",
     )
 )  # fmt: skip

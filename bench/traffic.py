@@ -42,7 +42,7 @@ from transformers.activations import NewGELUActivation
 import fastpeft
 from fastpeft import chain, modules, ops, reference, routes
 from fastpeft.chain import Link
-from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tiling
+from fastpeft.kernels import launch, layer_norm, lm_head, lora_chain, tile_table, tiling
 from fastpeft.kernels.dropout import Dropout
 from fastpeft.kernels.groups import Groups
 from fastpeft.projections import Projection
@@ -53,7 +53,7 @@ WIDTHS = (768, 1024, 1280, 1600)  # of the four published sizes
 ADAPTERS = 8  # LoRA adapters that share a step
 LENGTHS = (256, 1024)  # of the rows in which attention sees the tokens
 HEAD_DIM = 64  # of all published sizes
-H100 = next(a for a in tiling.ARCHITECTURES if a.name == 90)
+H100 = next(a for a in tile_table.ARCHITECTURES if a.name == 90)
 aten = torch.ops.aten
 ALLOCATIONS = (aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided)
 #: The frozen products of fastpeft's kernels, whose names begin so, by the names of their arguments.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .launch import INTERPRETED, tf32_allowed
 
@@ -122,8 +121,3 @@ def sum_in_order(ptrs, mask, stride, count):
 def ticket_count(sums: int) -> int:
     """How many tickets to make for so many sums: of few sizes, for a kernel is compiled for each."""
     return max(64, 1 << (sums - 1).bit_length())
-
-
-def new_tickets(t: Tensor, sums: int) -> Tensor:
-    """Tickets for so many sums on t's device, which an earlier kernel clears."""
-    return t.new_empty(ticket_count(sums), dtype=torch.int32)

@@ -19,16 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiling, tuning
+from . import tile_table, tiling, tuning
 from .activations import activate, activation_gradient
 from .blocks import (
     arrive_last,
     clear_tickets,
     dot_apart,
     input_precision,
-    new_tickets,
     rounded,
     sum_in_order,
+    ticket_count,
 )
 from .launch import Launcher, fixed, launchers
 
@@ -264,7 +264,7 @@ def forward(
     activation: str,
     scale: float,
     residual: Tensor | None = None,
-    strip: tiling.Strip | None = None,
+    strip: tile_table.Strip | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y (M, K), to which a residual (M, K), contiguous, is added, and the pre-activation z (M, R), in x's dtype."""
     (m, k), rank = x.shape, down_weight.shape[0]
@@ -317,8 +317,8 @@ def backward(
     dtype: torch.dtype,
     need_x: bool,
     need_parameters: bool,
-    strip: tiling.Strip | None = None,
-    gradient_strip: tiling.Strip | None = None,
+    strip: tile_table.Strip | None = None,
+    gradient_strip: tile_table.Strip | None = None,
     splits: int = 0,
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx (M, K), and the gradients of all parameters in `dtype`, laid out as `split_gradients` reads them."""
@@ -338,7 +338,7 @@ def backward(
         )
     gradient_strip = gradient_strip or tiling.adapter_gradient(x, rank)
     columns = -(-k // gradient_strip.block_c)
-    tickets = new_tickets(x, columns)
+    tickets = x.new_empty(ticket_count(columns), dtype=torch.int32)
     h, dz, chosen = torch.empty_like(z), torch.empty_like(z), strip
 
     def launcher() -> Launcher:
@@ -381,7 +381,7 @@ def backward(
 
 
 def _common(
-    x: Tensor, down_weight: Tensor, up_weight: Tensor, activation: str, strip: tiling.Strip
+    x: Tensor, down_weight: Tensor, up_weight: Tensor, activation: str, strip: tile_table.Strip
 ) -> dict[str, Any]:
     """The staying arguments that the two kernels over rows share."""
     k, rank = x.shape[1], down_weight.shape[0]

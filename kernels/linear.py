@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiling
 from .activations import activation_gradient, gelu
 from .blocks import clear_tickets, dot, dot_apart, grouped_order, input_precision, load, rounded, start_from
+from .descriptors import aligned, described
 from .dropout import Dropout, keep_tile, mask_arguments
 from .groups import GROUP_ARGUMENTS, Groups, adapters_in, group_arguments, rank_in
 from .launch import Launcher, fixed, launchers
@@ -388,31 +388,11 @@ class Linear:
         self._launch((tiles, 1, 1), *operands, *common, *group_arguments(groups))
         return y, u, h
 
-    def _described(
-        self, x: Tensor, weight: Tensor, *stored: Tensor | None
-    ) -> tuple[TensorDescriptor | None, ...]:
+    def _described(self, x: Tensor, weight: Tensor, *stored: Tensor | None) -> tuple[Any, ...]:
         tile = self._how.tile
         block, out = [tile.block_k, tile.block_n], [tile.block_m, tile.block_n]
-        if self._transposed:
-            block = block[::-1]
         held = weight if weight.stride(1) == 1 else weight.T  # as it lies in memory
-        return (
-            _descriptor(_aligned(sample_rows(x)), [tile.block_m, tile.block_k]),
-            _descriptor(_aligned(held), block),
-            *(t if t is None else _descriptor(sample_rows(t), out) for t in stored),
-        )
-
-
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
-    """`TensorDescriptor.from_tensor` without its checks, which take the host as long as a launch by pointers.
-
-    They hold for what torch has just allocated, and for operands like those that tiles were chosen for.
-    """
-    made = object.__new__(TensorDescriptor)
-    made.base, made.shape, made.strides, made.block_shape = t, t.shape, t.stride(), block
-    return made
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """t, or a copy of it where it begins at an address that no descriptor may: that comes with each call."""
-    return t if t.data_ptr() % 16 == 0 else t.clone()
+        results = (t if t is None else sample_rows(t) for t in stored)
+        tensors = aligned(sample_rows(x)), aligned(held), *results
+        blocks = [tile.block_m, tile.block_k], block[::-1] if self._transposed else block, out, out
+        return described(tensors, blocks)

@@ -23,10 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import tiling
 from .blocks import dot_apart, grouped_order, input_precision, load, rounded, start_from
+from .descriptors import described
 from .launch import Launcher, build, describe, fixed, launchers, on_device_of
 
 LOSS_ROWS = 32  # of a program of `head_loss_kernel`
@@ -410,14 +410,6 @@ def head_gradient(
     launchers.once(key, launcher)(grid, *operands, *changing)
     if runs > 1:
         d_hidden.copy_(out.sum(0))
-
-
-def described(
-    tensors: tuple[Tensor | None, ...], blocks: tuple[list[int], ...]
-) -> tuple[TensorDescriptor | None, ...]:
-    """Tensors (rows, columns) by descriptors of such blocks."""
-    pairs = zip(tensors, blocks, strict=True)
-    return tuple(t if t is None else TensorDescriptor.from_tensor(t, block) for t, block in pairs)
 
 
 def ready(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:

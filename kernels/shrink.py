@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import tiling, tuning
+from . import tile_table, tiling, tuning
 from .blocks import clear_tickets, dot, input_precision, load, rounded
 from .dropout import Dropout, keep_tile, mask_arguments, sample_dropout
 from .groups import GROUP_ARGUMENTS, Groups, adapters_in, group_arguments, rank_in
@@ -111,7 +111,7 @@ class Shrink:
         self,
         t: Tensor,
         f: Tensor,
-        strip: tiling.Strip | None = None,
+        strip: tile_table.Strip | None = None,
         *,
         drops: bool = False,
         tickets: int = 0,
@@ -120,7 +120,7 @@ class Shrink:
         """The strip is the table's, or the one measured to be fastest, with these groups, unless it is given."""
         (c, rank), precision = f.shape[-2:], input_precision(t.dtype)
 
-        def run(each: tiling.Strip) -> Tensor:
+        def run(each: tile_table.Strip) -> Tensor:
             return Shrink(t, f, each, drops=drops)(t, f, sample_dropout(t) if drops else None, groups=groups)
 
         kind = rank, drops, groups is not None

@@ -12,7 +12,7 @@ from tolerances import assert_as_good_as
 from torch import Tensor
 
 from fastpeft import reference
-from fastpeft.kernels import dropout, launch, lora_chain, tiling
+from fastpeft.kernels import dropout, launch, lora_chain, tile_table, tiling
 
 #: x's dtype and the parameters': float32 parameters on a 16-bit base are peft's default.
 DTYPES = {
@@ -45,9 +45,9 @@ def linear_cases(epilogue: bool) -> list[Any]:
         (tile, form, variant)
         for form, (least, variants) in LINEAR_FORMS.items()
         for variant in variants
-        for arch in tiling.LINEAR
+        for arch in tile_table.LINEAR
         if arch >= least
-        for tile in tiling.linear_tiles(arch, form, variant, epilogue)
+        for tile in tile_table.linear_tiles(arch, form, variant, epilogue)
     }
     distinct = {(tile[:3], *kind): (tile, *kind) for tile, *kind in sorted(cases)}
     interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="kernels are compiled here")
@@ -66,18 +66,23 @@ def linear_cases(epilogue: bool) -> list[Any]:
     ]
 
 
-def sizes_over(tile: tiling.Tile) -> tuple[int, int, int]:
+def sizes_over(tile: tile_table.Tile) -> tuple[int, int, int]:
     """M, K and N of a GEMM that takes a whole tile and a rest on every axis; rows of 16 bytes, for descriptors."""
     return tile.block_m + 6, tile.block_k + 8, tile.block_n + 8
 
 
 def choose_tile(
-    monkeypatch: pytest.MonkeyPatch, device: str, tile: tiling.Tile, form: str, variant: str, epilogue: bool
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    tile: tile_table.Tile,
+    form: str,
+    variant: str,
+    epilogue: bool,
 ) -> None:
     """Make the GEMM run with this tile; skip where this GPU's table has no such choice."""
     if device == "cuda":
         arch = tiling.architecture(torch.device("cuda")).name
-        if tile not in tiling.linear_tiles(arch, form, variant, epilogue) or (
+        if tile not in tile_table.linear_tiles(arch, form, variant, epilogue) or (
             form == "descriptor" and arch < 90
         ):
             pytest.skip(f"not in the table of sm_{arch}")

@@ -25,9 +25,9 @@ LAUNCHED = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import driver, torch
-from fastpeft.kernels import dropout, tiling
+from fastpeft.kernels import dropout, tile_table, tiling
 x, seed = torch.ones(40, 48), torch.tensor([1])
-with driver.nowhere(next(each for each in tiling.ARCHITECTURES if each.name == 90)) as launches:
+with driver.nowhere(next(each for each in tile_table.ARCHITECTURES if each.name == 90)) as launches:
     found = []
     for rows in (40, 7, 1):
         dropout.dropped(x[:rows], 0.5, seed)

@@ -14,7 +14,7 @@ sys.path.append(str(BENCH))
 import roofline  # noqa: E402
 import tables  # noqa: E402
 
-from fastpeft.kernels import tiling  # noqa: E402
+from fastpeft.kernels import tile_table  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("roofline")  # one count serves all tests of the full grid
 CARD = roofline.Card("a card", "NVIDIA Some Card", 1e9, 1e12)
@@ -196,7 +196,7 @@ def test_of_records_without_the_counts_nothing_is_modelled(record, issued):
 
 
 def test_the_peaks_are_those_that_tiles_are_chosen_by():
-    by_name = {a.name: a for a in tiling.ARCHITECTURES}
+    by_name = {a.name: a for a in tile_table.ARCHITECTURES}
     for card, architecture in zip(roofline.CARDS, (80, 90, 89), strict=True):
         assert card.flops_a_second / 1e12 == by_name[architecture].teraflops
         ridge = card.flops_a_second / card.bytes_a_second

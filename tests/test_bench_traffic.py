@@ -15,7 +15,7 @@ sys.path.append(str(BENCH))
 
 import traffic  # noqa: E402
 
-from fastpeft.kernels import tiling  # noqa: E402
+from fastpeft.kernels import tile_table  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("traffic")  # two counts serve all tests
 M, K, N, R = 640, 48, 144, 16  # tokens, in_features, out_features, rank
@@ -146,7 +146,7 @@ def test_each_layer_norm_leaves_what_the_layer_after_it_needs(neighbours):
 def test_without_dropout_a_block_is_four_products_and_two_layer_norms(arch, passes, monkeypatch):
     """And where xa isn't computed on the way, a pass before each product that no LayerNorm precedes."""
     monkeypatch.setattr(traffic, "RESIDUAL_DROPOUT", 0.0)
-    monkeypatch.setattr(traffic, "H100", next(a for a in tiling.ARCHITECTURES if a.name == arch))
+    monkeypatch.setattr(traffic, "H100", next(a for a in tile_table.ARCHITECTURES if a.name == arch))
     found = traffic.neighbour_variants(M, R, 0.0, "bf16")["fastpeft_model"].forward
     names = Counter(kernel.name.replace("_descriptor", "") for kernel in found)
     products = {"linear_kernel": 4, "layer_norm_shrink_kernel": 2}

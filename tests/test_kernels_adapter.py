@@ -18,7 +18,7 @@ from kernel_checks import (
 )
 
 from fastpeft import reference
-from fastpeft.kernels import adapter, bottleneck, launch, tiling
+from fastpeft.kernels import adapter, bottleneck, launch, tile_table
 
 ACTIVATIONS = list(reference.ACTIVATIONS)
 TOKENS = [1, 17, 63, 128, 257]
@@ -65,18 +65,18 @@ def test_every_shape_agrees_with_float64(m, width, device):
         check_adapter(adapter.adapter, draws, activation)
 
 
-@pytest.mark.parametrize("rank", sorted(tiling.ADAPTER))
+@pytest.mark.parametrize("rank", sorted(tile_table.ADAPTER))
 def test_every_strip_gives_what_the_chosen_one_gives(rank, device):
     x, down, down_bias, up, up_bias = adapter_arguments(70, 72, rank, "bf16", device).values()
     dy = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(device, x.dtype)
     y, z = bottleneck.forward(x, down, down_bias, up, up_bias, "silu", 0.5)
     dx, flat = bottleneck.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, True, True)
-    for strip in tiling.ADAPTER[rank]:
+    for strip in tile_table.ADAPTER[rank]:
         y_strip, z_strip = bottleneck.forward(x, down, down_bias, up, up_bias, "silu", 0.5, None, strip)
         torch.testing.assert_close(y_strip, y)
         torch.testing.assert_close(z_strip, z)
         for splits in (1, 3):
-            some = (True, True, strip, tiling.ADAPTER_GRADIENT[rank], splits)
+            some = (True, True, strip, tile_table.ADAPTER_GRADIENT[rank], splits)
             dx_strip, flat_strip = bottleneck.backward(dy, x, down, up, z, "silu", 0.5, torch.float32, *some)
             torch.testing.assert_close(dx_strip, dx)
             torch.testing.assert_close(flat_strip, flat, atol=2e-2, rtol=1e-2)

@@ -12,7 +12,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from fastpeft import reference
-from fastpeft.kernels import dropout, groups, launch, linear, lora_chain, lora_layer, tiling
+from fastpeft.kernels import dropout, groups, launch, linear, lora_chain, lora_layer, tile_table, tiling
 
 pytestmark = [
     pytest.mark.usefixtures("nan_empty"),
@@ -414,9 +414,9 @@ def test_every_kernel_of_many_adapters_has_a_tile_of_theirs(device):
         y, xa, _ = lora_layer.Layer().forward(x, weight, bias, a, b, call)
         for need_x in (True, False):
             gradients_of(adapters, y, x, weight, a, b, xa, call, need_x, True, True)
-    product = "linear_kernel", tiling.LINEAR_FLOAT32_GROUPED
-    shrink = "shrink_kernel", tiling.SHRINK_FLOAT32_GROUPED[16]
-    gradient = "gradient_kernel", tiling.GRADIENT_FLOAT32_GROUPED
+    product = "linear_kernel", tile_table.LINEAR_FLOAT32_GROUPED
+    shrink = "shrink_kernel", tile_table.SHRINK_FLOAT32_GROUPED[16]
+    gradient = "gradient_kernel", tile_table.GRADIENT_FLOAT32_GROUPED
     found = []
     for kernel, _, args, options in launches:
         block = (size for name, size in args.items() if name.startswith("BLOCK"))
@@ -425,7 +425,7 @@ def test_every_kernel_of_many_adapters_has_a_tile_of_theirs(device):
 
 
 def test_the_xa_of_many_adapters_is_not_computed_on_the_way(monkeypatch):
-    a100 = next(a for a in tiling.ARCHITECTURES if a.name == 80)
+    a100 = next(a for a in tile_table.ARCHITECTURES if a.name == 80)
     monkeypatch.setattr(tiling, "architecture", lambda device: a100)
     x, weight = torch.empty(512, 768, dtype=torch.bfloat16), torch.empty(768, 2304, dtype=torch.bfloat16)
     given = x, weight, 16, False, False, False, False

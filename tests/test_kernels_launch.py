@@ -20,7 +20,7 @@ from triton.runtime.errors import OutOfResources
 
 import fastpeft
 from fastpeft import ops
-from fastpeft.kernels import launch, lora_chain, tiling
+from fastpeft.kernels import launch, lora_chain, tile_table, tiling
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.low_rank import Updated
 from fastpeft.kernels.shrink import Shrink
@@ -227,7 +227,7 @@ class TestTheChoiceOfATile:
 
     @pytest.fixture(autouse=True)
     def h100(self, monkeypatch):
-        architecture = next(a for a in tiling.ARCHITECTURES if a.name == 90)
+        architecture = next(a for a in tile_table.ARCHITECTURES if a.name == 90)
         monkeypatch.setattr(tiling, "architecture", lambda device: architecture)
 
     def linear(self, m, k, n, rank=16, beforehand=False, outer=False, epilogue=False, dtype=torch.bfloat16):
@@ -245,7 +245,7 @@ class TestTheChoiceOfATile:
 
     def test_a_small_rank_is_computed_on_the_way_and_a_large_one_or_a_dropped_one_before(self, monkeypatch):
         assert not any(how.single for how in self.linear_ways(512, 768, 2304))  # not where descriptors are
-        a100 = next(a for a in tiling.ARCHITECTURES if a.name == 80)
+        a100 = next(a for a in tile_table.ARCHITECTURES if a.name == 80)
         monkeypatch.setattr(tiling, "architecture", lambda device: a100)
         assert not self.linear(8192, 768, 2304, rank=16).single  # products are dear beside a read
         assert self.linear(512, 768, 2304, rank=16).single  # and cheap beside a launch
@@ -254,7 +254,7 @@ class TestTheChoiceOfATile:
 
     @pytest.mark.parametrize("given", [False, True])
     def test_what_is_given_is_not_computed_again(self, given, monkeypatch):
-        a100 = next(a for a in tiling.ARCHITECTURES if a.name == 80)
+        a100 = next(a for a in tile_table.ARCHITECTURES if a.name == 80)
         monkeypatch.setattr(tiling, "architecture", lambda device: a100)
         shapes = (512, 768), (768, 2304), (16, 768), (16, 2304)
         x, weight, a, f = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)

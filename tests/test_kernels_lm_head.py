@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from kernel_checks import describe, pairwise, view
 from tolerances import assert_as_good_as
 
-from fastpeft.kernels import launch, lm_head, tiling
+from fastpeft.kernels import launch, lm_head, tile_table, tiling
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -88,7 +88,10 @@ def test_the_width_of_gpt2_agrees_with_float64(dtype, device):
 
 def interpreted_tiles():
     """(form, kernel, tile) for every tile that some architecture takes; the interpreter has no warps and no stages."""
-    forms = {"pointer": [tiling.HEAD], "descriptor": [tiling.HEAD, *tiling.HEAD_DESCRIPTOR.values()]}
+    forms = {
+        "pointer": [tile_table.HEAD],
+        "descriptor": [tile_table.HEAD, *tile_table.HEAD_DESCRIPTOR.values()],
+    }
     found = {
         (form, kernel, tile[:3]): (form, kernel, tile)
         for form, tables in forms.items()

@@ -22,7 +22,7 @@ from kernel_checks import (
     sizes_over,
 )
 
-from fastpeft.kernels import dropout, launch, lora_layer, lora_linear, tiling
+from fastpeft.kernels import dropout, launch, lora_layer, lora_linear, tile_table, tiling
 from fastpeft.kernels.gradients import Gradients
 from fastpeft.kernels.linear import Linear
 from fastpeft.kernels.shrink import Shrink
@@ -109,7 +109,7 @@ def test_a_descriptor_serves_operands_that_begin_anywhere(layout, device):
             return moved(t.T).T
         return torch.empty(t.numel() + 1, dtype=t.dtype, device=device)[1:].view(t.shape).copy_(t)
 
-    tile = tiling.Tile(32, 32, 32, 4, 2)
+    tile = tile_table.Tile(32, 32, 32, 4, 2)
     linear = Linear(x, weight, bias, b.mT, tiling.Linear(tile, True, False, 4))
     u = x @ a.T
     expected, *_ = linear(x, weight, bias, b.mT, 0.5, u=u)
@@ -119,12 +119,12 @@ def test_a_descriptor_serves_operands_that_begin_anywhere(layout, device):
     assert torch.equal(linear(*operands, bias, b.mT, 0.5, u=u)[0], expected)
 
 
-@pytest.mark.parametrize("rank", sorted(tiling.SHRINK))
+@pytest.mark.parametrize("rank", sorted(tile_table.SHRINK))
 def test_every_strip_of_the_rank_r_passes(rank, device):
     arguments = lora_arguments(150, 136, 40, rank, "bf16", device)
     x, lora_a, lora_b = arguments["x"], arguments["lora_a"], arguments["lora_b"]
     truth = x.double() @ lora_a.double().T
-    for strip in tiling.SHRINK[rank]:
+    for strip in tile_table.SHRINK[rank]:
         xa = Shrink(x, lora_a.T, strip)(x, lora_a.T)
         assert (xa.double() - truth).abs().max() <= 2**-8 * truth.abs().max()
     generator = torch.Generator().manual_seed(0)

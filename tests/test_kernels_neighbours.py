@@ -24,7 +24,7 @@ from test_packing import batch, outcome
 import fastpeft
 from fastpeft import reference
 from fastpeft.block import FusedMLP
-from fastpeft.kernels import dropout, launch, layer_norm, lora_chain, lora_linear, tiling
+from fastpeft.kernels import dropout, launch, layer_norm, lora_chain, lora_linear, tile_table
 from fastpeft.routes import Route
 
 pytestmark = [
@@ -191,7 +191,7 @@ def test_no_neighbour_has_a_pass_of_its_own_and_backward_keeps_the_pre_activatio
 def test_without_a_gradient_to_it_the_pre_activation_is_not_stored(
     form, variant, trains, device, monkeypatch
 ):
-    tile = tiling.linear_tiles(80 if variant == "single" else 90, form, variant, epilogue=True)[-1]
+    tile = tile_table.linear_tiles(80 if variant == "single" else 90, form, variant, epilogue=True)[-1]
     choose_tile(monkeypatch, device, tile, form, variant, epilogue=True)
     x, *tensors = mlp_arguments(70, 72, 136, 16, "bf16", device, layout="linear").values()
     fc, proj, residual = tensors[:4], tensors[4:8], tensors[8]
