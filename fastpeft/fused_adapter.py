@@ -56,7 +56,7 @@ class _AdapterPlan(Plan):
     """An adapter: all that `why_not_adapter` reads, compared or read again, and what x was."""
 
     def __init__(self, module: Any, x: Tensor) -> None:
-        self._places = module.down._parameters, module.up._parameters
+        self._projections = module.down, module.up
         self._act, self._dtype = module.act, x.dtype
         self._stock, self._forward = module._fastpeft_stock, module._fastpeft_stock.forward
         self.activation = activation_name(module.act) or ""
@@ -65,8 +65,9 @@ class _AdapterPlan(Plan):
 
     def read(self) -> list[Tensor | None]:
         """Weights and biases, down and up."""
-        down, up = self._places
-        return [each.get(name, False) for each in (down, up) for name in ("weight", "bias")]
+        return [
+            each._parameters.get(name, False) for each in self._projections for name in ("weight", "bias")
+        ]
 
     def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         """As `Plan.holds`, for x of the width that the adapter takes."""

@@ -143,13 +143,9 @@ class LoraPlan(Plan):
         factors = module.lora_A, module.lora_B, module.lora_dropout
         parts = [[part[name] for name in self.adapters] for part in factors]
         self._dropouts = parts[2]
-        self._held = [(module.base_layer._parameters, name) for name in ("weight", "bias")]
+        self._held = [(module.base_layer, name) for name in ("weight", "bias")]
         for lora_a, lora_b in zip(*parts[:2], strict=True):
-            self._held += [
-                (lora_a._parameters, "weight"),
-                (lora_b._parameters, "weight"),
-                (lora_b._parameters, "bias"),
-            ]
+            self._held += [(lora_a, "weight"), (lora_b, "weight"), (lora_b, "bias")]
         self._chains: dict[int, tuple[Sequence[LoraPlan], Decided]] = {}
         super().__init__(module, [module, *factors], [module.base_layer, *chain(*parts)])
 
@@ -173,7 +169,7 @@ class LoraPlan(Plan):
 
     def read(self) -> list[Tensor | None]:
         """Weight and bias of the frozen layer; of each adapter lora_a, lora_b, and its bias, which there mustn't be."""
-        return [each.get(name, False) for each, name in self._held]
+        return [each._parameters.get(name, False) for each, name in self._held]
 
     @property
     def widths(self) -> tuple[int, int]:

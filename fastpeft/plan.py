@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import repeat
-from operator import contains
+from operator import attrgetter, contains
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ class Plan(ABC):
         self._module = module
         self._walked: Any = None
         self._handles = RemovableHandle.next_id
-        self._holders = [each._modules for each in holders]
-        self._children = [dict(each) for each in self._holders]
+        self._holders = list(holders)
+        self._children = list(map(dict, map(_MODULES, holders)))
         self._parts = list(parts)
         self._kinds = list(map(type, parts))
         self._attributes = list(map(vars, parts))
@@ -57,7 +57,7 @@ class Plan(ABC):
         if walked is None or walked is not self._walked or self._module is not module:
             if not (
                 self._module is module
-                and self._holders == self._children
+                and list(map(_MODULES, self._holders)) == self._children
                 and list(map(type, self._parts)) == self._kinds
                 and (self._handles == RemovableHandle.next_id or self._is_plain())
                 and not any(map(contains, self._attributes, repeat("forward")))
@@ -89,6 +89,9 @@ class Plan(ABC):
         first = self.tensors[0]
         assert first is not None
         return x.dtype == first.dtype or torch.is_autocast_enabled(x.device.type)
+
+
+_MODULES = attrgetter("_modules")
 
 
 def like(tensor: Any) -> Any:

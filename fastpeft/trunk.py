@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Sequence
 from itertools import chain, repeat
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -120,12 +120,12 @@ class _Seen(NamedTuple):
 
     transformer: Any
     handles: int  # how many hooks' handles torch had given out
-    holders: list[dict[str, Any]]  # the `_modules` of every module that has some
+    holders: list[Any]  # every module that has some below it
     children: list[dict[str, Any]]  # what they held
     called: list[Any]  # every module that is called
     kinds: list[type]  # their classes
     attributes: list[dict[str, Any]]  # their `__dict__`s
-    places: list[dict[str, Any]]  # the `_parameters` that hold what trains, once for each
+    places: list[Any]  # the modules that hold what trains, once for each
     names: list[str]  # its name there
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
     causal: list[tuple[bool, int]]  # what they have to say of themselves
@@ -164,7 +164,7 @@ class Trunk:
             seen is not None
             and seen.transformer is transformer
             and seen.handles == RemovableHandle.next_id
-            and seen.holders == seen.children
+            and list(map(_MODULES, seen.holders)) == seen.children
             and list(map(type, seen.called)) == seen.kinds
             and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
         ):
@@ -177,7 +177,7 @@ class Trunk:
 
     def trained(self) -> Iterable[Any]:
         """What trained when it was last walked, as it is now."""
-        return map(dict.get, self.seen.places, self.seen.names)
+        return map(dict.get, map(_PARAMETERS, self.seen.places), self.seen.names)
 
     def adapter_names(self) -> Sequence[str] | None:
         """The adapters of a batch's rows, as hooks give them now wherever there are any; None where they don't."""
@@ -199,7 +199,7 @@ class Trunk:
         called = [module for module in modules if type(module) not in _HELD]
         offender = next((m for m in called if why_not_module(m, coming)), None)
         places = [
-            (m._parameters, name)
+            (m, name)
             for m in called
             for name, p in m._parameters.items()
             if p is not None and p.requires_grad
@@ -207,7 +207,7 @@ class Trunk:
         self.seen = _Seen(
             transformer,
             handles,
-            [m._modules for m in modules if m._modules],
+            [m for m in modules if m._modules],
             [dict(m._modules) for m in modules if m._modules],
             called,
             list(map(type, called)),
@@ -230,7 +230,7 @@ def _why_not_state(seen: _Seen) -> str | None:
     """What a trunk of known modules is nevertheless kept stock by; None where nothing does."""
     if list(map(_CAUSAL, seen.attentions)) != seen.causal:
         return "an attention isn't causal, or its layer_idx isn't its place"
-    if not _PLAIN.issuperset(map(type, map(dict.get, seen.places, seen.names))):
+    if not _PLAIN.issuperset(map(type, map(dict.get, map(_PARAMETERS, seen.places), seen.names))):
         return "parameters of a class of their own"
     given = [names_given(module) for module in seen.named]
     if any(given):
@@ -246,6 +246,7 @@ def _why_not_state(seen: _Seen) -> str | None:
 #: Behind these there may be bottleneck adapters, which names are for, and not for their own forward.
 _HOSTS = (nn.Dropout, nn.LayerNorm)
 _CAUSAL = itemgetter("is_causal", "layer_idx")
+_MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 

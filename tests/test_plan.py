@@ -139,7 +139,36 @@ def deleted(model):
     model.delete_adapter("default")
 
 
+def parameters_replaced_whole(part):
+    def change(model):
+        module = part(layer_of(model))
+        module._parameters = {
+            name: None if p is None else nn.Parameter(p.detach() * 2, p.requires_grad)
+            for name, p in module._parameters.items()
+        }
+
+    return change
+
+
+def factors_replaced_whole(model):
+    factors = layer_of(model).lora_A
+    held = dict(factors._modules)
+    swap_factor(model)
+    swapped, factors._modules = dict(factors._modules), held
+    factors._modules = swapped
+
+
+def blocks_replaced_whole(model):
+    """The blocks change places."""
+    blocks = next(m for path, m in model.named_modules() if path.endswith("transformer.h"))
+    blocks._modules = dict(zip(blocks._modules, reversed(blocks._modules.values()), strict=True))
+
+
 CHANGES = {
+    "parameters of the base replaced whole": parameters_replaced_whole(lambda layer: layer.base_layer),
+    "parameters of a factor replaced whole": parameters_replaced_whole(lambda layer: layer.lora_A["default"]),
+    "factors replaced whole": factors_replaced_whole,
+    "blocks replaced whole": blocks_replaced_whole,
     "weight replaced": replace_weight,
     "weight edited": lambda model: layer_of(model).base_layer.weight.data.mul_(2),
     "weight transposed in memory": transpose_in_memory,
