@@ -147,11 +147,13 @@ def _rehearse(model: Any, runs: list[Run]) -> None:
                 wrapped.set_requires_grad([run.name])
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"run {run.name}: {error}") from error
+            layers = [(name, m) for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)]
+            # Which old versions of peft say of the first adapter alone.
+            if not any(run.name in layer.scaling for _, layer in layers):
+                raise ValueError(f"run {run.name}: the model has no modules {run.config.target_modules}")
             trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
             strange = [name for name in trained if not _TRAINED.fullmatch(name)] + [
-                name
-                for name, m in wrapped.named_modules()
-                if isinstance(m, LoraLayer) and (type(m) is not LoraLinear or m.lora_variant)
+                name for name, layer in layers if type(layer) is not LoraLinear or layer.lora_variant
             ]
             if strange:
                 raise ValueError(

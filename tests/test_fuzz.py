@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, assume, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from models import gpt2, randomise, run_again, with_adapters
@@ -48,6 +48,15 @@ lora_configs = st.fixed_dictionaries(
         "use_dora": st.sampled_from([False, False, False, True]),
     }
 ).map(lambda lora: {**lora, "lora_bias": lora["lora_bias"] and not lora["use_dora"]})  # peft refuses both
+
+
+def _returns(call):
+    """Whether this call returns, rather than raises RuntimeError."""
+    try:
+        call()
+    except RuntimeError:
+        return False
+    return True
 
 
 class MeanHead(GPT2ForSequenceClassification):
@@ -213,8 +222,10 @@ class Twins(RuleBasedStateMachine):
     @precondition(lambda self: self.merged)
     @rule()
     def unmerge(self):
-        for model in self.twins():
-            model.unmerge_adapter()
+        # Old versions of peft can't for DoRA on a Conv1D, and stop half-way.
+        can = [_returns(model.unmerge_adapter) for model in self.twins()]
+        assert len(set(can)) == 1
+        assume(all(can))
         self.merged = False
 
     @rule(factor=st.sampled_from([0.9, 1.1]))
