@@ -28,16 +28,12 @@ class FusedAdapter(nn.Module):
     def forward(self, x: Tensor, *args: Any, residual: Tensor | None = None, **kwargs: Any) -> Tensor:
         """x (..., width) → the same shape, added to a residual if the block gives one."""
         site = self._fastpeft
-        plan = None if args or kwargs else _planned(self, x)
+        plan = "called with extra arguments" if args or kwargs else _planned(self, x)
+        if isinstance(plan, str):
+            site.record(Route("stock", plan))
+            y = super().forward(x, *args, **kwargs)
+            return y if residual is None else residual + y
         if plan is None:
-            reason = why_not_here() or (
-                "called with extra arguments" if args or kwargs else why_not_adapter(self)
-            )
-            reason = reason or why_not_tensors(x, self.down.weight, same_dtype=not isinstance(self, Adapter))
-            if reason:
-                site.record(Route("stock", reason))
-                y = super().forward(x, *args, **kwargs)
-                return y if residual is None else residual + y
             down, up = self.down, self.up
             tensors = [down.weight, down.bias, up.weight, up.bias]
             activation, decided = activation_name(self.act) or "", None
@@ -85,20 +81,21 @@ class _AdapterPlan(Plan):
         return x.dtype == self._dtype and not torch.is_autocast_enabled(x.device.type)
 
 
-def _planned(module: Any, x: Tensor) -> _AdapterPlan | None:
-    """The plan of a call of this adapter on x, made where there is none; None where it isn't fused by one."""
-    if torch.compiler.is_compiling():
-        return None
-    site = module._fastpeft
-    plan = site.plan
+def _planned(module: Any, x: Tensor) -> _AdapterPlan | str | None:
+    """The plan of a call of this adapter on x, made where there is none.
+
+    Why it runs stock, where it does; None where it is fused without a plan: traced, of shapes that are for the
+    operation to complain of, or of a scale that is no plain number.
+    """
+    traced, site = torch.compiler.is_compiling(), module._fastpeft
+    plan = None if traced else site.plan
     if plan is not None and plan.holds(module, x):
         return plan
-    if why_not_here() or why_not_adapter(module):
-        return None
-    if why_not_tensors(x, module.down.weight, same_dtype=not isinstance(module, Adapter)):
-        return None
+    reason = why_not_here() or why_not_adapter(module)
+    reason = reason or why_not_tensors(x, module.down.weight, same_dtype=not isinstance(module, Adapter))
+    if reason or traced:
+        return reason
     plan = _AdapterPlan(module, x)
-    # It doesn't where a shape is for the operation to complain of, or the scale is no plain number.
     if not plan.holds(module, x):
         return None
     site.plan = plan

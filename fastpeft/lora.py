@@ -53,17 +53,13 @@ class FusedLoraLinear(LoraLinear):
         if groups is not None or kwargs.get("adapter_names") is not None:
             return self._grouped(x, args, kwargs, groups, residual)
         site = self._fastpeft
-        plan = None if args or kwargs else planned(self, x, walked=walked)
+        plan = "called with extra arguments" if args or kwargs else planned(self, x, walked=walked)
         layer: Projection | Grouped
         rest: list[str] = []
+        if isinstance(plan, str):
+            site.record(Route("stock", plan))
+            return added(super().forward(x, *args, **kwargs), residual)
         if plan is None:
-            reason = why_not_here() or (
-                "called with extra arguments" if args or kwargs else why_not_lora(self)
-            )
-            reason = reason or why_not_tensors(x, self.base_layer.weight)
-            if reason:
-                site.record(Route("stock", reason))
-                return added(super().forward(x, *args, **kwargs), residual)
             layer, rest = projection_of(self)
         else:
             layer = plan.layer()
@@ -89,18 +85,19 @@ class FusedLoraLinear(LoraLinear):
     ) -> Tensor:
         """`forward`, of rows that use different adapters."""
         site, names = self._fastpeft, kwargs.pop("adapter_names", ())
-        plan = None
+        plan: LoraPlan | str | None
         if args or kwargs:
-            reason: str | None = "called with extra arguments"
+            plan = "called with extra arguments"
+        elif torch.compiler.is_compiling():
+            plan = "traced"
         elif groups is None and len(names) != len(x):
-            reason = "an error"  # for stock to raise
+            plan = "an error"  # for stock to raise
         else:
-            adapters = frozenset(names if groups is None else groups.names)
-            plan = planned(self, x, names=adapters)
-            wide = x.shape[-1:] == (self.in_features,)
-            reason = None if plan else _why_not_call(self, x, adapters) or (None if wide else "an error")
-        if reason:
-            site.record(Route("stock", reason))
+            plan = planned(self, x, names=frozenset(names if groups is None else groups.names))
+            if plan is None and x.shape[-1:] != (self.in_features,):
+                plan = "an error"
+        if isinstance(plan, str):
+            site.record(Route("stock", plan))
             stock = super().forward
             if groups is None:
                 y = stock(x, *args, adapter_names=names, **kwargs)
@@ -236,24 +233,26 @@ def planned(
     width: int | None = None,
     walked: Any = None,
     names: Set[str] | None = None,
-) -> LoraPlan | None:
-    """The plan of a call of this LoRA layer on x, made where there is none; None where it isn't fused by one.
+) -> LoraPlan | str | None:
+    """The plan of a call of this LoRA layer on x, made where there is none.
 
-    Where a `width` is given, the call is on a tensor of that width that comes of x. `walked` is as in `Plan.holds`.
-    Where groups of rows have adapters, `names` are theirs.
+    Why it runs stock, where it does; None where it is fused without a plan: traced, of several adapters at once, or of
+    shapes that are for the operation to complain of. Where a `width` is given, the call is on a tensor of that width
+    that comes of x. `walked` is as in `Plan.holds`. Where groups of rows have adapters, `names` are theirs.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() == 0:
-        return None
+        return _why_not_call(module, x, names)
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
     plan = site.plan
     if plan is not None and plan.names == names and plan.holds(module, x, walked):
         return plan if width == plan.widths[0] else None
-    if _why_not_call(module, x, names) or (names is None and len(_active(module)) > 1):
-        return None
+    reason = _why_not_call(module, x, names)
+    if reason or (names is None and len(_active(module)) > 1):
+        return reason
     plan = LoraPlan(module, names)
     if not plan.holds(module, x) or not plan.fits or width != plan.widths[0]:
-        return None  # a shape for the operation to complain of
+        return None
     plan.decided = plan.before(())
     site.plan = plan
     return plan
@@ -267,7 +266,7 @@ def for_kernels(layer: Any, x: Tensor, width: int, walked: Any, groups: Groups |
     if site.plan is not None and site.plan.decided.by_torch:
         return None
     plan = planned(layer, x, width, walked, None if groups is None else frozenset(groups.names))
-    if plan is None or plan.decided.chosen(site.options, x.device).path != "triton":
+    if not isinstance(plan, LoraPlan) or plan.decided.chosen(site.options, x.device).path != "triton":
         return None
     return plan if plan.adapters else None
 
@@ -329,9 +328,7 @@ def _active(module: Any) -> list[str]:
 
 
 def _why_not_call(module: Any, x: Tensor, names: Set[str] | None) -> str | None:
-    """Why a call of this LoRA layer on what comes of x has no plan; of rows with these adapters, why it runs stock."""
-    if torch.compiler.is_compiling():
-        return "traced"
+    """Why a call of this LoRA layer on what comes of x runs stock, of rows with these adapters where they are given."""
     base = module.base_layer
     reason = why_not_here() or why_not_lora(module, names)
     return reason or why_not_tensors(x, *(t for t in (base.weight, base.bias) if t is not None))
