@@ -344,6 +344,18 @@ def test_training_is_in_bf16_where_the_cpu_multiplies_it_and_nothing_else_is_ask
     assert seen == [torch.bfloat16 if expected == "bf16" else None]
 
 
+def test_accumulated_batches_are_averaged(tmp_path, undrawn):
+    small = {"methods": ("head",), "seeds": 1, "max_steps": 1}
+    losses = [
+        compare(
+            arguments(tmp_path, out=tmp_path / str(size), batch_size=size, accumulate=16 // size, **small)
+        )
+        for size in (16, 4)
+    ]
+    at_once, accumulated = (results["runs"][0]["curve"][0]["loss"] for results in losses)
+    assert accumulated == pytest.approx(at_once, rel=0.2)  # other texts
+
+
 def test_a_method_that_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(runner, "why_not", lambda method, _: {"lora": "too old"}.get(method.name))
     asked = arguments(tmp_path, methods=("head", "lora"))

@@ -38,7 +38,7 @@ from fastpeft.compare.machine import mixed_precision
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import apply, loading, lora_config, save, trainable
-from fastpeft.compare.tasks import CLASSIFY
+from fastpeft.compare.tasks import CLASSIFY, LM
 
 HALF_WAY = 100  # steps, from which on a run is judged half-way too: a shorter one, judging would take as long
 LOSS_POINTS = 20
@@ -300,6 +300,8 @@ def _trainer(
         callbacks=[_Pace(notify)],
     )
     trainer.remove_callback(PrinterCallback)
+    # A classifier takes the number of labels in all accumulated batches too, but doesn't divide by it.
+    trainer.model_accepts_loss_kwargs = arguments.task == LM
     return trainer
 
 
