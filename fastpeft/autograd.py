@@ -34,6 +34,16 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
+def _turned(t: Tensor) -> Tensor:
+    """tᵀ, contiguous, as stock's gradients are: hooks see their strides, and `autograd.grad` hands them on."""
+    return t.T.contiguous()
+
+
+def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+    """xᵀ dy, the gradient of a weight (K, N), contiguous where the weight is, and as its transpose otherwise."""
+    return mm(x.T, dy) if weight.stride(1) == 1 else mm(dy.T, x).T
+
+
 class Part(NamedTuple):
     """A low-rank update of some rows."""
 
@@ -135,7 +145,7 @@ class LoraLinear(torch.autograd.Function):
                     dropped = part.of(x) if mask is None else masks.apply(mask, part.of(x))
                 d_lora_a = as_dtype(mm(dxa_t, as_dtype(dropped, wide)), lora_a.dtype)
             if need_b:
-                d_lora_b = as_dtype(mm(xa_t, dy_wide).mul_(part.scale).T, lora_b.dtype)
+                d_lora_b = as_dtype(_turned(mm(xa_t, dy_wide).mul_(part.scale)), lora_b.dtype)
             if dx is not None:
                 updated, a = part.of(dx), as_dtype(lora_a, wide)
                 if mask is not None:
@@ -145,7 +155,7 @@ class LoraLinear(torch.autograd.Function):
                 else:
                     updated += dxa_t.T @ a
             found += (d_lora_a, d_lora_b)
-        d_weight = mm(x.T, dy) if need_weight else None
+        d_weight = weight_gradient(x, dy, weight) if need_weight else None
         d_bias = dy.sum(0) if need_bias else None
         return dx, d_weight, d_bias, None, None, *found
 
@@ -297,7 +307,7 @@ class Adapter(torch.autograd.Function):
             d_down_bias = dz_t.sum(1).to(down_bias.dtype)
         if need_up:
             h_t = reference.ACTIVATIONS[ctx.activation](z_t)
-            d_up = mm(h_t, dy).mul_(ctx.scale).T.to(up_weight.dtype)
+            d_up = _turned(mm(h_t, dy).mul_(ctx.scale)).to(up_weight.dtype)
         if need_up_bias:
             d_up_bias = dy.sum(0).mul_(ctx.scale).to(up_bias.dtype)
         return dx, d_down, d_down_bias, d_up, d_up_bias, None, None

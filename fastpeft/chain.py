@@ -183,7 +183,7 @@ def _fits(chain: Chain) -> bool:
         ranks, ends = (lora_a.shape[-2], lora_b.shape[-1]), (lora_a.shape[-1], lora_b.shape[-2])
         if ends != tuple(weight.shape) or ranks[0] != ranks[1] or ends[0] != width:
             return False
-        if norm is not None and norm.weight.shape != (width,):
+        if norm is not None and (norm.weight is None or norm.weight.shape != (width,)):
             return False
         width = ends[1]
         if residual_p is not None and residual is not None and residual.shape != (*rows.shape[:-1], width):

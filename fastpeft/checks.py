@@ -58,8 +58,13 @@ def _check_number(name: str, value: Any) -> None:
         )
 
 
+def is_dense(t: Tensor) -> bool:
+    """Whether t's numbers are what lies in memory at its strides, of which kernels know no more than the address."""
+    return t.layout is torch.strided and not t.is_nested and not t.is_neg()
+
+
 def check_tensors(**named: Tensor | None) -> None:
-    """Raises where one of these tensors has a dtype that isn't served, or isn't where the first is."""
+    """Raises where one of these tensors has a dtype or layout that isn't served, or isn't where the first is."""
     (first, x), *_ = named.items()
     assert x is not None
     if x.dim() == 0:
@@ -69,6 +74,10 @@ def check_tensors(**named: Tensor | None) -> None:
             continue
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} has dtype {tensor.dtype}: use float32, bfloat16, float16 or float64")
+        if not torch.compiler.is_compiling() and not is_dense(tensor):
+            raise TypeError(
+                f"{name} is sparse, nested or a negative view: use a dense tensor, or resolve_neg()"
+            )
         if tensor.device != x.device:
             raise ValueError(
                 f"{name} is on {tensor.device} and {first} on {x.device}: move them to one device"

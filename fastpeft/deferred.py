@@ -96,6 +96,9 @@ def read(value: Any) -> Any:
         hidden = value.product.hidden
         with torch.inference_mode(hidden.is_inference()), torch.set_grad_enabled(value.grad_mode):
             value.plain = _computed(value)
+            if value.requires_grad and not value.plain.requires_grad:
+                with torch.enable_grad():  # an autograd function, or checkpoint, has returned it since
+                    value.plain = _Plain.apply(value, value.plain)
     return value.plain
 
 
@@ -133,6 +136,18 @@ class _Deferred(torch.autograd.Function):
     def backward(ctx: Any, d_logits: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (weight,) = ctx.saved_tensors
         return (d_logits.to(weight.dtype) @ weight).to(ctx.dtype), None, None
+
+
+class _Plain(torch.autograd.Function):
+    """Gives plain logits the history that the deferred ones have got since."""
+
+    @staticmethod
+    def forward(ctx: Any, deferred: Tensor, plain: Tensor) -> Tensor:  # type: ignore[override]
+        return plain.view_as(plain)
+
+    @staticmethod
+    def backward(ctx: Any, d_plain: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return d_plain, None
 
 
 def _float(logits: Logits) -> Logits:

@@ -38,7 +38,7 @@ class FusedAdapter(nn.Module):
             tensors = [down.weight, down.bias, up.weight, up.bias]
             activation, decided = activation_name(self.act) or "", None
         else:
-            tensors, activation, decided = plan.tensors, plan.activation, plan.decided
+            tensors, activation, decided = plan.read(), plan.activation, plan.decided
         bottleneck = Bottleneck._make((*tensors, activation, getattr(self, "scale", 1.0)))
         try:
             y, route = ops.routed_adapter(x, bottleneck, site.options, residual, decided)
@@ -57,7 +57,7 @@ class _AdapterPlan(Plan):
         self._stock, self._forward = module._fastpeft_stock, module._fastpeft_stock.forward
         self.activation = activation_name(module.act) or ""
         acts = [module.act] if isinstance(module.act, nn.Module) else []
-        super().__init__(module, [module], [module.down, module.up, *acts])
+        super().__init__(module, [], [module.down, module.up, *acts])
 
     def read(self) -> list[Tensor | None]:
         """Weights and biases, down and up."""
@@ -70,6 +70,7 @@ class _AdapterPlan(Plan):
         act = module.act
         return (
             act is self._act
+            and "update" not in vars(module)
             and self._stock.forward is self._forward
             and (type(act) is not nn.GELU or activation_name(act) == self.activation)
             and type(getattr(module, "scale", 1.0)) in (float, int)
@@ -77,7 +78,7 @@ class _AdapterPlan(Plan):
             and x.shape[-1:] == module.down.weight.shape[1:]
         )
 
-    def takes(self, x: Tensor) -> bool:
+    def takes(self, x: Tensor, first: Tensor) -> bool:
         return x.dtype == self._dtype and not torch.is_autocast_enabled(x.device.type)
 
 
@@ -104,6 +105,8 @@ def _planned(module: Any, x: Tensor) -> _AdapterPlan | str | None:
 
 def why_not_adapter(module: Any) -> str | None:
     """Why this adapter, as it is now, must run stock; None where fusion computes the same."""
+    if "update" in vars(module):
+        return "it has an update of its own"
     stock = getattr(module, "_fastpeft_stock", None)
     if stock is not None and stock.forward is not type(module)._fastpeft_forward:
         return f"the forward of {stock.__name__} was replaced"

@@ -124,10 +124,16 @@ class _Deferring:
         reason = why_not_tensors(hidden, *(t for t in (layer.weight, layer.bias) if t is not None))
         if hidden.dtype == torch.float64:
             reason = "stock rounds float64 logits to float32 before the loss"
+        elif layer.weight.is_inference():
+            reason = "nothing tells when a weight of torch.inference_mode changes"
         if reason:
             site.record(Route("stock", reason))
             return layer(hidden)
         dtype = dtype_here(hidden) or hidden.dtype
+        if (
+            not torch.is_grad_enabled()
+        ):  # then a user may edit in place what logits are still to be computed from
+            hidden = hidden.clone()
         return defer(Product(hidden, layer.weight, layer.bias, dtype, site))
 
 
@@ -157,7 +163,9 @@ def _fused(stock: Any) -> type[nn.Module]:
     def _reads(self: Any, given: dict[str, Any]) -> Reads | str | None:
         """What this call reads, or why that isn't known; None where nobody asks."""
         ids = given.get("input_ids")
-        if type(self.transformer) is not PackedModel:
+        told = self.transformer
+        # What somebody put on it isn't told: it would be handed an argument that it doesn't know.
+        if type(told) is not PackedModel or not is_plain(told):
             return None
         if (
             type(ids) is not Tensor

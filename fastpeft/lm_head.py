@@ -65,7 +65,7 @@ def lm_head_loss(
 
     Raises:
         ValueError: shapes, devices or options that don't fit; `backend="triton"` where it can't serve, with the reason.
-        TypeError: a dtype that isn't served, or weight or bias in another than hidden's.
+        TypeError: a dtype or layout that isn't served, or weight or bias in another dtype than hidden's.
         IndexError: a label outside 0 to V - 1 that isn't `ignore_index`, naming it.
     """
     loss, _ = routed_lm_head_loss(

@@ -6,7 +6,7 @@ import numbers
 from collections.abc import Hashable, Sequence, Set
 from itertools import chain
 from operator import is_
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -142,16 +142,17 @@ class LoraPlan(Plan):
         self._dropouts = parts[2]
         self._held = [(module.base_layer, name) for name in ("weight", "bias")]
         for lora_a, lora_b in zip(*parts[:2], strict=True):
-            self._held += [(lora_a, "weight"), (lora_b, "weight"), (lora_b, "bias")]
+            self._held += [(lora_a, "weight"), (lora_b, "weight"), (lora_a, "bias"), (lora_b, "bias")]
         self._chains: dict[int, tuple[Sequence[LoraPlan], Decided]] = {}
-        super().__init__(module, [module, *factors], [module.base_layer, *chain(*parts)])
+        super().__init__(module, factors, [module.base_layer, *chain(*parts)])
 
     def before(self, others: Sequence[LoraPlan]) -> Decided:
         """What was found out about a chain of this layer and of these others behind it."""
         known, decided = self._chains.get(len(others), ((), None))
         if decided is None or not all(map(is_, known, others)):
             kinds = self._kind(), *(each._kind() for each in others)
-            decided = self._module._fastpeft.decided.once(kinds, Decided)
+            module: Any = self._module()
+            decided = module._fastpeft.decided.once(kinds, Decided)
             self._chains[len(others)] = others, decided
         return decided
 
@@ -160,12 +161,12 @@ class LoraPlan(Plan):
         weight, bias, *factors = self._like
         if self.names is None:
             return weight, bias, *factors
-        ranks = [shape[0] for _, _, _, shape, *_ in factors[::3]]
-        dtypes = (frozenset(dtype for _, dtype, *_ in factors[i::3]) for i in range(2))
+        ranks = [shape[0] for _, _, _, shape, *_ in factors[::4]]
+        dtypes = (frozenset(dtype for _, dtype, *_ in factors[i::4]) for i in range(2))
         return weight, bias, max(ranks, default=0), *dtypes
 
     def read(self) -> list[Tensor | None]:
-        """Weight and bias of the frozen layer; of each adapter lora_a, lora_b, and its bias, which there mustn't be."""
+        """Weight and bias of the frozen layer; of each adapter lora_a, lora_b, and their biases, which mustn't be."""
         return [each._parameters.get(name, False) for each, name in self._held]
 
     @property
@@ -177,19 +178,20 @@ class LoraPlan(Plan):
     @property
     def fits(self) -> bool:
         """Whether the parameters have shapes that go together."""
-        weight, bias, *factors = self.tensors
+        weight, bias, *factors = self.read()
         if weight is None or weight.dim() != 2:
             return False
         k, n = self.widths
         return (bias is None or bias.shape == (n,)) and all(
-            a.shape[1:] == (k,) and b.shape == (n, len(a)) and none is None
-            for a, b, none in zip(*[iter(factors)] * 3, strict=True)
+            a.shape[1:] == (k,) and b.shape == (n, len(a)) and bias_a is bias_b is None
+            for a, b, bias_a, bias_b in zip(*[iter(factors)] * 4, strict=True)
         )
 
     def holds(self, module: Any, x: Tensor, walked: Any = None) -> bool:
         return (
             not module._disable_adapters
             and not module.merged_adapters
+            and module.cast_input_dtype_enabled
             and (self.names is not None or module._active_adapter == self._active)
             and module.lora_variant.keys().isdisjoint(self.adapters)
             and module.scaling is self._scaling
@@ -200,12 +202,13 @@ class LoraPlan(Plan):
     def layer(self, groups: Groups | None = None) -> Projection | Grouped:
         """What the call computes, with an update for each group where there are groups.
 
-        Of tensors that `holds` has just seen.
+        Of parameters that `holds` has just seen.
         """
-        weight, bias, *factors = cast(list[Any], self.tensors)
+        tensors: list[Any] = self.read()
+        weight, bias, *factors = tensors
         if self._transposed:
             weight = weight.t()
-        held = zip(factors[::3], factors[1::3], self.adapters, self._dropouts, strict=True)
+        held = zip(factors[::4], factors[1::4], self.adapters, self._dropouts, strict=True)
         updates = [
             Update(lora_a, lora_b, float(self._scaling[name]), dropout_p(dropout))
             for lora_a, lora_b, name, dropout in held
@@ -240,7 +243,7 @@ def planned(
     shapes that are for the operation to complain of. Where a `width` is given, the call is on a tensor of that width
     that comes of x. `walked` is as in `Plan.holds`. Where groups of rows have adapters, `names` are theirs.
     """
-    if torch.compiler.is_compiling() or type(x) is not Tensor or x.dim() == 0:
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.is_nested or x.dim() == 0:
         return _why_not_call(module, x, names)
     width = x.shape[-1] if width is None else width
     site = module._fastpeft
@@ -346,6 +349,8 @@ def why_not_lora(module: Any, given: Set[str] | None = None) -> str | None:
         return "adapters are disabled"
     if module.merged:
         return "adapters are merged into the base weight"
+    if not module.cast_input_dtype_enabled:
+        return "peft is told not to cast what comes in"
     if not is_plain(base):
         return "base_layer has hooks or a replaced forward"
     parts = module.lora_A, module.lora_B, module.lora_dropout
@@ -360,7 +365,7 @@ def why_not_lora(module: Any, given: Set[str] | None = None) -> str | None:
             return f"adapter {name!r} has hooks or a replaced forward"
         if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear:
             return f"adapter {name!r} has factors other than nn.Linear"
-        if given is not None and lora_b.bias is not None:
+        if lora_a.bias is not None or (given is not None and lora_b.bias is not None):
             return f"adapter {name!r} has a bias"
         if type(dropout) not in (nn.Dropout, nn.Identity):
             return f"adapter {name!r} has {type(dropout).__name__} for dropout"

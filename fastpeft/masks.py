@@ -69,14 +69,18 @@ def _positions(size: int, dropout_p: float) -> np.ndarray:
 def _gaps(count: int, dropout_p: float) -> np.ndarray:
     """Distances from one dropped element to the next, geometric: k has probability p (1-p)ᵏ⁻¹."""
     if count <= _FEW:
-        waits = torch.empty(count, dtype=torch.float64).exponential_(-math.log1p(-dropout_p)).numpy()
+        waits = (
+            torch.empty(count, dtype=torch.float64, device="cpu")
+            .exponential_(-math.log1p(-dropout_p))
+            .numpy()
+        )
         return np.minimum(waits, _FAR).astype(np.int64) + 1
     table, rest, total = _gap_law(dropout_p)
-    words = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    words = torch.empty(-(-count // 4), dtype=torch.int64, device="cpu").random_(-(2**63), None)
     lanes = words.numpy().view(np.uint16)[:count] >> (16 - _BITS)
     gaps = table.take(lanes, mode="clip")  # none is out of bounds, which "raise" would look for
     undecided = np.flatnonzero(gaps == 0)
-    weights = torch.rand(len(undecided), dtype=torch.float64).numpy() * total
+    weights = torch.rand(len(undecided), dtype=torch.float64, device="cpu").numpy() * total
     found = rest.searchsorted(weights, side="right")
     # Beyond the weights the law begins again, by what is left of the same number.
     left = np.maximum(total - weights, 1e-300) / (total - rest[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastpeft import gemm, ops, reference, routes
 from fastpeft.adapters import Adapter
-from fastpeft.checks import FLOATS
+from fastpeft.checks import FLOATS, is_dense
 from fastpeft.kernels.rows import rows_in
 from fastpeft.routes import Route
 from fastpeft.stock import Defined
@@ -25,9 +26,12 @@ from fastpeft.swap import Site, stands_for
 
 #: What a call of a fused layer stands for, and what runs between a call and the forward.
 _LAYERS = Defined(
-    (nn.Module, "__call__"), (F, "linear"), (F, "dropout"), (torch, "addmm"),
-    *((kind, "forward") for kind in (LoraLinear, Adapter, Conv1D, nn.Linear, nn.Dropout, nn.Identity)),
-    *((kind, "forward") for kind in (NewGELUActivation, GELUActivation, nn.GELU, nn.ReLU, nn.SiLU)),
+    (nn.Module, "__call__"), (nn.Module, "_call_impl"), (F, "linear"), (F, "dropout"), (torch, "addmm"),
+    *((kind, name) for name in ("forward", "__call__") for kind in (
+        LoraLinear, Adapter, Conv1D, nn.Linear, nn.Dropout, nn.Identity,
+        NewGELUActivation, GELUActivation, nn.GELU, nn.ReLU, nn.SiLU,
+    )),
+    (Adapter, "update"),
 )  # fmt: skip
 #: Modes to which it is all the same whose operators run: `torch.device(...)` and torch.set_default_device.
 HARMLESS_MODES: set[type] = {DeviceContext}
@@ -40,7 +44,9 @@ class FusedGelu(NewGELUActivation):
     _fastpeft: Site
 
     def forward(self, input: Tensor) -> Tensor:
-        site = self._fastpeft
+        site = vars(self).get("_fastpeft")
+        if site is None:  # made by somebody of this class, which takes no arguments
+            return super().forward(input)
         reason = "exact=True keeps stock's arithmetic" if site.options.exact else _why_not_operators()
         reason = reason or why_not_tensors(input)
         if reason:
@@ -91,12 +97,10 @@ def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
         return "traced"  # whatever traces or transforms knows stock's product
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"
+    held = (t for t in (module.weight, module.bias) if t is not None)
+    reason = _why_not_operators() or why_not_tensors(x, *held)
     width = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
-    if x.shape[-1:] != (width,):
-        return "an error"  # for stock to raise
-    return _why_not_operators() or why_not_tensors(
-        x, *(t for t in (module.weight, module.bias) if t is not None)
-    )
+    return reason or (None if x.shape[-1:] == (width,) else "an error")  # for stock to raise
 
 
 def why_not_frozen(module: Any, rows: int = 1) -> str | None:
@@ -121,6 +125,8 @@ def _why_not_operators() -> str | None:
     """Why a call has to run stock's own operators: they were replaced, or a mode is handed each of them."""
     if torch.compiler.is_compiling():
         return _replaced()
+    if torch.jit.is_tracing():
+        return "traced"  # which knows no operations but torch's
     if torch._C._len_torch_dispatch_stack() and not _harmless(_get_current_dispatch_mode_stack()):
         return "a dispatch mode looks on"
     if torch._C._len_torch_function_stack() and not _harmless(_get_current_function_mode_stack()):
@@ -137,6 +143,17 @@ def _replaced() -> str | None:
     return _LAYERS.replaced()
 
 
+#: A module's dictionaries of hooks, of its `__dict__`; read at each call, for hooks can be put back without a handle.
+HOOKS = tuple(
+    map(itemgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
+)
+
+
+def hooked(attributes: list[dict[str, Any]]) -> bool:
+    """Whether any of the modules with these `__dict__`s has a hook."""
+    return any(any(map(hooks, attributes)) for hooks in HOOKS)
+
+
 def is_plain(module: nn.Module, but_for: Any = None) -> bool:
     """Whether a call of `module` runs its class's forward, and perhaps `but_for` after it, and nothing else."""
     return not (
@@ -150,12 +167,15 @@ def is_plain(module: nn.Module, but_for: Any = None) -> bool:
 
 def why_not_tensors(first: Tensor, *others: Tensor, same_dtype: bool = True) -> str | None:
     """Why these tensors can't go into one fused operation; stock decides what becomes of them."""
-    saves = torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which can't ask `is_inference`
+    traced = torch.compiler.is_compiling()  # which can't ask `is_inference` or `is_neg`
+    saves = torch.is_grad_enabled() and not traced
     for tensor in (first, *others):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"its tensors are {type(tensor).__name__}"
         if tensor.dtype not in FLOATS:
             return f"dtype {tensor.dtype}"
+        if not traced and not is_dense(tensor):
+            return "a sparse or nested tensor, or a negative view"
         if saves and tensor.is_inference():  # no autograd function can save one
             return "its tensors are of torch.inference_mode"
         if tensor.is_meta or tensor.device != first.device:

@@ -54,7 +54,7 @@ def lora_linear(
     Raises:
         ValueError: shapes, devices, `dropout_p` or `backend` that don't fit; `backend="triton"` for a case
             Triton can't serve here, with the reason.
-        TypeError: a dtype that isn't served, or `weight`, `bias` in another dtype than x.
+        TypeError: a dtype or layout that isn't served, or `weight`, `bias` in another dtype than x.
     """
     projection = Projection(weight, bias, lora_a, lora_b, scaling, dropout_p)
     y, _ = routed_lora_linear(x, projection, Options(backend, exact))
@@ -92,7 +92,7 @@ def adapter(
     Raises:
         ValueError: shapes, devices, `activation` or `backend` that don't fit; `backend="triton"` for a case
             Triton can't serve here, with the reason.
-        TypeError: a dtype that isn't served.
+        TypeError: a dtype or layout that isn't served.
     """
     bottleneck = Bottleneck(down_weight, down_bias, up_weight, up_bias, activation, scale)
     y, _ = routed_adapter(x, bottleneck, Options(backend, exact))
@@ -197,7 +197,7 @@ def routed_adapter(
 
         route = decided.answers.once(routes.kind_of(rows, residual_rows), found) if decided else found()
         if route.path == "triton":
-            y = through_kernels(*given).view(x.shape)
+            y = unrowed(through_kernels(*given), x)
             return y if residual_rows is not None else added(y, outer), route
     wide = torch.promote_types(x.dtype, bottleneck.down_weight.dtype) if options.exact else x.dtype
     if torch.compiler.is_compiling() or routes.transformed():
@@ -210,4 +210,4 @@ def routed_adapter(
     autocast = torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         y = autograd.Adapter.apply(*operands) if torch.is_grad_enabled() else autograd.adapter(*operands)[0]
-    return added(y.to(x.dtype).view(x.shape), outer), route
+    return added(unrowed(y.to(x.dtype), x), outer), route

@@ -14,6 +14,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
@@ -174,6 +176,7 @@ _NAMED = {name: name for name in _FALSY} | dict.fromkeys(
 )
 #: Attention, by how it is configured, that looks at none of what is passed through to it.
 _ATTEND: dict[str, Callable[..., Any]] = {"eager": eager_attention_forward, "sdpa": sdpa_attention_forward}
+_MASKS: dict[str, Callable[..., Any]] = {"eager": eager_mask, "sdpa": sdpa_mask}
 _UNREAD = "GPT2Model was called by itself: what of its padding is read isn't known"
 
 
@@ -202,7 +205,7 @@ class PackedModel(GPT2Model):
             site.record(Route("stock", packed))
             if reason or site.settings is None or site.trunk.adapter_names() is not None:
                 return super().forward(*args, **kwargs)
-            grid = Grid([site.trunk.seen], site.settings.attend)
+            grid = Grid([site.trunk.seen.mark], site.settings.attend)
             try:
                 return super().forward(*args, packed=grid, **kwargs)
             finally:
@@ -249,12 +252,22 @@ def _settings(transformer: Any) -> Settings:
     return Settings(dict(vars(config)), implementation, _ATTEND.get(implementation), reason, asked)
 
 
+def _are_of(settings: Settings, config: Any) -> bool:
+    """Whether settings are of this config as it is; its properties take 2 µs each."""
+    now = vars(config)
+    return now.keys() == settings.held.keys() and all(map(is_, now.values(), settings.held.values()))
+
+
 def _why_not_settings(settings: Settings) -> str | None:
     if settings.reason:
         return settings.reason
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(settings.implementation, eager_attention_forward)
-    if attend is not settings.attend:
-        return f"{settings.implementation} attention isn't transformers' own"
+    implementation = settings.implementation
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+    if (
+        attend is not settings.attend
+        or ALL_MASK_ATTENTION_FUNCTIONS[implementation] is not _MASKS[implementation]
+    ):
+        return f"{implementation} attention, or its mask, isn't transformers' own"
     return None
 
 
@@ -274,7 +287,7 @@ def _why_not_blocks(module: Any, arguments: dict[str, Any]) -> str | None:
     if any(isinstance(value, Tensor) and value.numel() == 0 for value in map(arguments.get, _READ)):
         return "no tokens"
     site = module._fastpeft
-    if site.settings is None or site.settings.held != vars(module.config):  # whose properties take 2 µs each
+    if site.settings is None or not _are_of(site.settings, module.config):
         site.settings = _settings(module)
     reason = why_not_here() or _why_not_settings(site.settings)
     return reason or next((name for name in site.settings.asked if arguments.get(name) is None), None)
@@ -383,7 +396,7 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
     last = module.h[-1] if len(module.h) else None
     pooled = None if pooled is None or last is None else index[rows * length + pooled]
     slots, view = sequence * longest + places, (sequences, longest)
-    layout = Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen])
+    layout = Packed(tokens, slots, (batch, length), view, causal, pooled, last, [site.trunk.seen.mark])
     if order is None:
         return layout
     if by_adapter is not None:
@@ -394,7 +407,7 @@ def _layout(module: Any, arguments: dict[str, Any], reads: Reads | str, site: Pa
 def _as_graph(module: Any, packed: Packed, graphs: Graphs) -> Packed:
     """A layout whose blocks are replayed: the first does the work of all."""
     packed = packed._replace(spare=not packed.whole)
-    blocks, modules = module.h, module._fastpeft.trunk.seen.called
+    blocks, modules = module.h, [module, *module._fastpeft.trunk.seen.called]
 
     def graph(block: nn.Module, hidden: Tensor) -> Tensor:
         return graphs.through(blocks, modules, hidden, packed) if block is blocks[0] else hidden

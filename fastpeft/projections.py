@@ -116,8 +116,9 @@ def by_torch(rows: Tensor, layer: Projection | Grouped, exact: bool) -> Tensor:
 def _rows(bounds: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """The group of each row, and where each group's begin; asked for by every layer of a call."""
     with torch.inference_mode(False):  # training may use them too
-        starts = torch.tensor(bounds, dtype=torch.int32)
-        of_row = torch.arange(len(bounds) - 1, dtype=torch.int32).repeat_interleave(starts.diff())
+        starts = torch.tensor(bounds, dtype=torch.int32, device="cpu")
+        of_row = torch.arange(len(bounds) - 1, dtype=torch.int32, device="cpu")
+        of_row = of_row.repeat_interleave(starts.diff())
         return of_row.to(device), starts.to(device)
 
 
@@ -129,9 +130,11 @@ def _laws(
     from fastpeft.kernels.dropout import threshold
 
     with torch.inference_mode(False):
-        below = torch.tensor([threshold(p) for p in drops], dtype=torch.int32) if any(drops) else None
+        below = None
+        if any(drops):
+            below = torch.tensor([threshold(p) for p in drops], dtype=torch.int32, device=device)
         return (
             torch.tensor(ranks, dtype=torch.int32, device=device),
             torch.tensor(scalings, dtype=torch.float32, device=device),
-            None if below is None else below.to(device),
+            below,
         )

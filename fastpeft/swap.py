@@ -60,10 +60,20 @@ def stands_for(stock: type[nn.Module]) -> Callable[[_Fused], _Fused]:
         fused._fastpeft_stock = stock  # type: ignore[attr-defined]
         fused._fastpeft_forward = stock.forward  # type: ignore[attr-defined]  # what it was found to compute
         fused.__reduce_ex__ = _reduce_ex  # type: ignore[method-assign, assignment]
+        fused.__new__ = staticmethod(_made)  # type: ignore[method-assign, assignment]
         _FUSED[stock] = fused
         return fused
 
     return enter
+
+
+def _made(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
+    """A module of the stock class for whoever calls a fused one, for a new module has no site to run by.
+
+    Without arguments an empty one of the class itself, as DataParallel asks for its replicas.
+    """
+    stock = vars(cls).get("_fastpeft_stock")
+    return stock(*args, **kwargs) if stock and (args or kwargs) else object.__new__(cls)
 
 
 def _reduce_ex(module: Any, protocol: Any) -> Any:
@@ -77,8 +87,7 @@ def _reduce_ex(module: Any, protocol: Any) -> Any:
 
 
 def _new(stock: type[nn.Module], mixin: type[nn.Module] | None) -> nn.Module:
-    fused = fused_class(stock, mixin)
-    return fused.__new__(fused)
+    return object.__new__(fused_class(stock, mixin))
 
 
 def fused_class(stock: type[nn.Module], mixin: type[nn.Module] | None = None) -> type[nn.Module]:

@@ -6,12 +6,14 @@ hook, a forward of an instance's own, a module used twice, keeps the trunk stock
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Container, Iterable, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, itemgetter
+from operator import attrgetter, is_, itemgetter
 from types import CodeType
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from peft.peft_model import PeftModel
 from peft.tuners.lora import Embedding as LoraEmbedding
@@ -21,7 +23,6 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2
@@ -37,6 +38,7 @@ from transformers.utils import output_capturing
 
 from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output, adapters_of
 from fastpeft.groups import is_names, names_given
+from fastpeft.modules import HOOKS, hooked
 from fastpeft.stock import Defined
 from fastpeft.swap import is_fused, stock_class
 
@@ -53,9 +55,9 @@ _HELD = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}  # never called
 _REPLACED = {GPT2Model, GPT2Block, GPT2Attention, GPT2MLP}
 #: What a packed call has a way of its own for, or relies on.
 _DEFINED = Defined(
-    *((kind, "forward") for kind in _CALLED),
+    *((kind, name) for name in ("forward", "__call__") for kind in _CALLED),
     (modeling_gpt2, "create_causal_mask"), (modeling_gpt2, "eager_attention_forward"),
-    (F, "scaled_dot_product_attention"), (F, "layer_norm"), (F, "embedding"),
+    (F, "scaled_dot_product_attention"), (F, "softmax"), (torch, "matmul"), (F, "layer_norm"), (F, "embedding"),
 )  # fmt: skip
 
 
@@ -116,31 +118,37 @@ def why_not_module(module: Any, coming: Container[int] = ()) -> str | None:
 
 
 class _Seen(NamedTuple):
-    """A trunk as it was walked; lists run in parallel with what a call compares them with."""
+    """A trunk as it was walked; lists run in parallel with what a call compares them with.
 
-    transformer: Any
-    handles: int  # how many hooks' handles torch had given out
+    All but the first two are of what is below the transformer, which holds this: else only the collector could free it.
+    """
+
+    transformer: Any  # a weak reference
+    own: dict[str, Any]  # what it held
     holders: list[Any]  # every module that has some below it
     children: list[dict[str, Any]]  # what they held
     called: list[Any]  # every module that is called
     kinds: list[type]  # their classes
     attributes: list[dict[str, Any]]  # their `__dict__`s
+    bare: list[dict[str, Any]]  # of those without hooks
+    hooked: list[dict[str, Any]]  # and of those with
+    hooks: list[list[dict[int, Any]]]  # which these are, by kind
     places: list[Any]  # the modules that hold what trains, once for each
     names: list[str]  # its name there
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
-    causal: list[tuple[bool, int]]  # what they have to say of themselves
+    expected: list[tuple[Any, ...]]  # what they have to say of themselves
     tables: list[dict[str, Any]]  # the `__dict__`s of the embeddings
     layers: int  # how many LoRA layers there were, and modules with bottleneck adapters behind them
     named: list[Any]  # the modules that a call gave `adapter_names`
-    offender: Any  # the module that keeps the trunk stock, if one does
+    offender: Any  # a weak reference to the module that keeps the trunk stock, if one does
+    mark: Any  # stands for all of this where it goes on
 
 
 class Trunk:
     """What a GPT-2 was made of when it was last walked, for a call to ask cheaply whether it still is.
 
-    A call compares every module below with what was there, its class, whether it has a forward of its own, and the
-    classes of what trains. Hooks come only with handles, which torch numbers: while no number was given out since, none
-    has come.
+    A call compares every module below with what was there, its class, its hooks, whether it has a forward of its own,
+    and the classes of what trains.
     """
 
     def __init__(self) -> None:
@@ -162,17 +170,21 @@ class Trunk:
         seen = self.seen
         if (
             seen is not None
-            and seen.transformer is transformer
-            and seen.handles == RemovableHandle.next_id
+            and seen.transformer() is transformer
+            and transformer._modules == seen.own
+            and "forward" not in vars(transformer)
             and list(map(_MODULES, seen.holders)) == seen.children
             and list(map(type, seen.called)) == seen.kinds
             and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
+            and not hooked([*seen.bare, vars(transformer)])
+            and [list(map(dict, map(hooks, seen.hooked))) for hooks in HOOKS] == seen.hooks
         ):
             if seen.offender is None:
                 return _why_not_state(seen)
-            reason = why_not_module(seen.offender)
+            offender = seen.offender()
+            reason = None if offender is None else why_not_module(offender)
             if reason:
-                return f"{_name_of(seen.offender, transformer)} {reason}"
+                return f"{_name_of(offender, transformer)} {reason}"
         return self.walk(transformer)
 
     def trained(self) -> Iterable[Any]:
@@ -186,7 +198,6 @@ class Trunk:
 
     def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
         """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""
-        handles = RemovableHandle.next_id
         modules = [transformer]
         for module in modules:  # which grows: each after the one that holds it
             modules.extend(m for m in module._modules.values() if m is not None)
@@ -198,28 +209,34 @@ class Trunk:
             return "its layers aren't all GPT-2's blocks"
         called = [module for module in modules if type(module) not in _HELD]
         offender = next((m for m in called if why_not_module(m, coming)), None)
+        below = called[1:]
         places = [
-            (m, name)
-            for m in called
-            for name, p in m._parameters.items()
-            if p is not None and p.requires_grad
+            (m, name) for m in below for name, p in m._parameters.items() if p is not None and p.requires_grad
         ]
+        attributes: list[Any] = list(map(vars, below))
+        with_hooks = [each for each in attributes if hooked([each])]
+        config = transformer.config
+        width, heads = config.hidden_size, config.num_attention_heads
         self.seen = _Seen(
-            transformer,
-            handles,
-            [m for m in modules if m._modules],
-            [dict(m._modules) for m in modules if m._modules],
-            called,
-            list(map(type, called)),
-            list(map(vars, called)),
+            weakref.ref(transformer),
+            dict(transformer._modules),
+            [m for m in modules[1:] if m._modules],
+            [dict(m._modules) for m in modules[1:] if m._modules],
+            below,
+            list(map(type, below)),
+            attributes,
+            [each for each in attributes if not hooked([each])],
+            with_hooks,
+            [list(map(dict, map(hooks, with_hooks))) for hooks in HOOKS],
             [place[0] for place in places],
             [place[1] for place in places],
             [vars(block.attn) for block in transformer.h],
-            [(True, i) for i in range(len(transformer.h))],
-            [vars(m) for m in called if isinstance(m, nn.Embedding)],
-            sum(isinstance(m, LoraLayer) or bool(adapters_of(m)) for m in called),
-            [m for m in called if names_given(m) is not None],
-            offender,
+            [(True, i, heads, width // heads, width, width, False) for i in range(len(transformer.h))],
+            [vars(m) for m in below if isinstance(m, nn.Embedding)],
+            sum(isinstance(m, LoraLayer) or bool(adapters_of(m)) for m in below),
+            [m for m in below if names_given(m) is not None],
+            None if offender is None else weakref.ref(offender),
+            object(),
         )
         if offender is None:
             return _why_not_state(self.seen)
@@ -228,8 +245,10 @@ class Trunk:
 
 def _why_not_state(seen: _Seen) -> str | None:
     """What a trunk of known modules is nevertheless kept stock by; None where nothing does."""
-    if list(map(_CAUSAL, seen.attentions)) != seen.causal:
-        return "an attention isn't causal, or its layer_idx isn't its place"
+    if list(map(_SHAPE, seen.attentions)) != seen.expected:
+        return "an attention isn't causal, or its layer_idx, heads, widths or upcasting aren't what the config says"
+    if not all(map(is_, map(_CONFIG, seen.attentions), repeat(seen.transformer().config))):
+        return "an attention has a config of its own"
     if not _PLAIN.issuperset(map(type, map(dict.get, map(_PARAMETERS, seen.places), seen.names))):
         return "parameters of a class of their own"
     given = [names_given(module) for module in seen.named]
@@ -245,7 +264,10 @@ def _why_not_state(seen: _Seen) -> str | None:
 
 #: Behind these there may be bottleneck adapters, which names are for, and not for their own forward.
 _HOSTS = (nn.Dropout, nn.LayerNorm)
-_CAUSAL = itemgetter("is_causal", "layer_idx")
+_SHAPE = itemgetter(
+    "is_causal", "layer_idx", "num_heads", "head_dim", "embed_dim", "split_size", "reorder_and_upcast_attn"
+)
+_CONFIG = itemgetter("config")
 _MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 

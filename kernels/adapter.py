@@ -105,7 +105,7 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:  # type: ignore[override]
-        return _gradients(ctx, dy, differentiated())
+        return _gradients(ctx, None if dy is None else dy.resolve_neg(), differentiated())
 
 
 def _save(ctx, inputs, output):

@@ -200,6 +200,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh: Tensor, d_residual: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight = ctx.saved_tensors
+        dh, d_residual = dh.resolve_neg(), d_residual.resolve_neg()
         by_operator = differentiated() or not eager(x)
         with on_device_of(x):
             dx = (_backward if by_operator else backward)(dh, x, weight, d_residual, ctx.eps)

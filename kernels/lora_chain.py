@@ -131,7 +131,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, d_residual: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors
+        saved, dy = ctx.saved_tensors, dy.resolve_neg()
+        if d_residual is not None:
+            d_residual = d_residual.resolve_neg()
         if differentiated():
             return once_differentiable(lambda *given: _backward(ctx, *given), dy, d_residual, *saved)
         return _backward(ctx, dy, d_residual, *saved)

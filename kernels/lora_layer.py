@@ -173,7 +173,9 @@ def gradients(
         dx, d_lora_a, d_lora_b = backward(*given, need_x, need_a, need_b, activated, groups)
     if need_weight:
         kept = torch.nn.functional.gelu(x, approximate="tanh") if activated else x
-        d_weight = as_rows(kept).T @ as_rows(dy)
+        kept, rows = as_rows(kept), as_rows(dy)
+        # Contiguous where the weight is, and as its transpose otherwise, as stock's is.
+        d_weight = kept.T @ rows if weight.stride(1) == 1 else (rows.T @ kept).T
     if need_bias:
         d_bias = as_rows(dy).sum(0)
     return dx, d_weight, d_bias, d_lora_a, d_lora_b

@@ -689,7 +689,7 @@ def test_what_is_captured_needs_nothing_of_the_host(backend, as_on_cuda):
     with torch.device("meta"):
         hidden = torch.empty(1, 20, 48, requires_grad=True)
         tokens, slots, pooled = (torch.empty(n, dtype=torch.int64) for n in (20, 20, 3))
-    packed = Packed(tokens, slots, (3, 9), (3, 32), None, pooled, blocks[-1], [trunk.seen], spare=True)
+    packed = Packed(tokens, slots, (3, 9), (3, 32), None, pooled, blocks[-1], [trunk.seen.mark], spare=True)
     with AsCaptured("meta") as watch, launch.record() as launches:
         replayed = graphs._Captured(blocks, trunk.seen.called, hidden, packed, None, None)
         replayed.load(hidden, packed)

@@ -278,9 +278,65 @@ class WithNorm(UserAdapter):
         self.norm = nn.LayerNorm(48)
 
 
-class Raising(UserAdapter):
+class Switched(UserAdapter):
+    enabled = True
+
     def forward(self, x):
-        raise KeyError("states")
+        return x + self.up(self.act(self.down(x))) if self.enabled else x
+
+
+class Detached(UserAdapter):
+    def forward(self, x):
+        return x + self.up(self.act(self.down(x.detach())))
+
+
+class Remembering(UserAdapter):
+    def forward(self, x):
+        self.h = self.act(self.down(x))
+        return x + self.up(self.h)
+
+
+class FirstTokens(UserAdapter):
+    def forward(self, x):
+        return x + self.up(self.act(self.down(x[:, :4])))
+
+
+class InPlace(UserAdapter):
+    def forward(self, x):
+        x += self.up(self.act(self.down(x)))
+        return x
+
+
+class Branching(Scaled):
+    def forward(self, x):
+        return x + self.scale * self.up(self.act(self.down(x))) if self.scale else x
+
+
+class IdleScale(UserAdapter):
+    scale = 1.0
+
+
+class ScaledInput(UserAdapter):
+    scale = 1.0
+
+    def forward(self, x):
+        return self.scale * x + self.up(self.act(self.down(x)))
+
+
+class OwnLookUp(UserAdapter):
+    def __getattr__(self, name):
+        return super().__getattr__(name)
+
+
+class Property(UserAdapter):
+    @property
+    def up(self):
+        return self._modules["up"]
+
+
+class Wider(UserAdapter):
+    def forward(self, x, y):
+        return x + self.up(self.act(self.down(y)))
 
 
 class NoAct(UserAdapter):
@@ -294,11 +350,21 @@ class NoAct(UserAdapter):
     [
         (NoResidual(), "a probe shows that its forward isn't"),
         (Doubled(), "a probe shows that its forward isn't"),
-        (HiddenDropout(), "a probe shows that its forward isn't"),
+        (HiddenDropout(), "its forward reads F, dropout, training beside down, act, up and scale"),
         (UserAdapter(act=nn.Tanh()), "activation Tanh is none of relu, gelu, gelu_tanh, silu"),
         (Gated(), "it has parameters or buffers of its own"),
         (WithNorm(), "it has submodules besides down, act and up: norm"),
-        (Raising(), "probing its forward raised KeyError: 'states'"),
+        (Switched(), "its forward reads enabled beside"),
+        (Detached(), "its forward reads detach beside"),
+        (Remembering(), "its forward reads h beside"),
+        (FirstTokens(), "its forward does more than call, add and multiply"),
+        (InPlace(), "its forward does more than call, add and multiply"),
+        (Branching(), "its forward does more than call, add and multiply"),
+        (IdleScale(), "it has a scale that its forward doesn't read"),
+        (ScaledInput(), "a probe shows that its forward isn't"),
+        (OwnLookUp(), "looks attributes up, in a way of its own"),
+        (Property(), "its class defines down or up itself"),
+        (Wider(), "probing its forward raised TypeError"),
         (NoAct(), "it has no activation named `act`"),
     ],
     ids=lambda value: type(value).__name__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 
@@ -716,3 +717,21 @@ def test_nor_does_one_of_rows_with_adapters(monkeypatch):
     monkeypatch.setattr(ops, "check_lora_linear", lambda *given: pytest.fail("checked again"))
     outcome_of_rows(model)
     outcome_of_rows(model, ROWS[::-1])
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=interpreted)])
+def test_what_was_replaced_and_a_model_are_freed_at_once(backend):
+    """Without the collector: on a GPU memory is short until it comes."""
+    model, _ = interpreted_pair() if backend == "triton" else pair(torch.float32)
+    outcome(model)
+    replaced = weakref.ref(layer_of(model).base_layer.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        model.load_state_dict({name: t.clone() for name, t in model.state_dict().items()}, assign=True)
+        assert replaced() is None
+        held = [weakref.ref(module) for module in model.modules()]
+        del model
+        assert [each() for each in held if each() is not None] == []
+    finally:
+        gc.enable()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import io
 import types
 from functools import partial
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import assert_stock, gpt2, with_adapters, with_lora
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora import Linear as LoraLinear
 from test_packing import batch, packing_row
 from torch import nn
@@ -30,13 +32,15 @@ from transformers import (
     GPT2Model,
 )
 from transformers.activations import NewGELUActivation
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as GPT2Output
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
-from fastpeft import swap
+from fastpeft import probe, swap
 from fastpeft.adapters import Adapter
 from fastpeft.stock import Defined
 
@@ -819,19 +823,20 @@ def test_unpatch_below_a_parametrization_names_the_remedy():
     assert not any(swap.is_below(m) for m in model.modules())
 
 
-def test_the_report_runs_no_code_of_the_users():
-    class Counting(nn.Module):
+def test_the_report_runs_no_code_of_the_users(monkeypatch):
+    class Own(nn.Module):
         def __init__(self):
             super().__init__()
             self.down, self.act, self.up = nn.Linear(48, 6), nn.ReLU(), nn.Linear(6, 48)
 
         def forward(self, x):
-            calls.append(x)
             return x + self.up(self.act(self.down(x)))
 
-    calls = []
+    calls, real = [], Own.forward
+    monkeypatch.setattr(probe, "_why_not_code", lambda module: None)
+    monkeypatch.setattr(Own, "forward", lambda self, x: (calls.append(x), real(self, x))[1])
     model = gpt2(n_layer=1)
-    model.transformer.h[0].mlp.adapter = Counting()
+    model.transformer.h[0].mlp.adapter = Own()
     fastpeft.report(model)
     assert not calls
     fastpeft.patch(model)
@@ -839,3 +844,309 @@ def test_the_report_runs_no_code_of_the_users():
     assert probed
     fastpeft.report(model)
     assert len(calls) == probed
+
+
+def language_model(**config):
+    return with_lora(gpt2(GPT2LMHeadModel, **config)).train()
+
+
+def with_labels(lengths):
+    inputs = batch(lengths)
+    return {**inputs, "labels": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)}
+
+
+def loss_and_step(model, inputs):
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("lengths", [LENGTHS, [9, 9]], ids=["padded", "full"])
+def test_a_mask_function_of_ones_own(implementation, lengths, monkeypatch):
+    """Each token sees itself alone."""
+
+    def use(model, inputs):
+        own = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
+
+        def diagonal(*args, **kwargs):
+            mask = own(*args, **{**kwargs, "allow_is_causal_skip": False})
+            keep = torch.eye(mask.shape[-1], dtype=torch.bool)
+            if mask.dtype == torch.bool:
+                return mask & keep
+            return mask.masked_fill(~keep, torch.finfo(mask.dtype).min)
+
+        AttentionMaskInterface.register(implementation, diagonal)
+        try:
+            return loss_and_step(model, inputs)
+        finally:
+            AttentionMaskInterface.register(implementation, own)
+
+    model = language_model(attn_implementation=implementation)
+    assert_the_same(use, model, with_labels(lengths), "or its mask, isn't transformers' own")
+
+
+@pytest.mark.parametrize("embeds", [False, True])
+def test_an_attention_with_a_config_of_its_own(embeds):
+    def use(model, inputs):
+        attn = transformer(model).h[1].attn
+        attn.config = copy.deepcopy(attn.config)
+        attn.config._attn_implementation = "zeros"
+        if embeds:
+            inputs["inputs_embeds"] = transformer(model).wte(inputs.pop("input_ids"))
+        return logits(model, inputs)
+
+    zeros = lambda module, q, k, v, mask, **_: (torch.zeros_like(v).transpose(1, 2).contiguous(), None)  # noqa: E731
+    ALL_ATTENTION_FUNCTIONS.register("zeros", zeros)
+    try:
+        assert_the_same(use, language_model(), with_labels(LENGTHS), "a config of its own")
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping["zeros"]
+
+
+def test_heads_pruned_by_hand():
+    def use(model, inputs):
+        keep = torch.arange(width // heads, width)
+        for block in transformer(model).h:
+            attn = block.attn
+            for layer, index, dim in (
+                (attn.c_attn, torch.cat([keep + i * width for i in range(3)]), 1),
+                (attn.c_proj, keep, 0),
+            ):
+                layer.weight = nn.Parameter(
+                    layer.weight.detach().index_select(dim, index), requires_grad=False
+                )
+                layer.nx, layer.nf = layer.weight.shape
+            attn.c_attn.bias = nn.Parameter(attn.c_attn.bias.detach()[index_of_bias], requires_grad=False)
+            attn.num_heads, attn.split_size = heads - 1, len(keep)
+        return loss_and_step(model, inputs)
+
+    model = with_lora(gpt2(GPT2LMHeadModel), ["c_fc"])
+    width, heads = model.config.n_embd, model.config.n_head
+    index_of_bias = torch.cat([torch.arange(width // heads, width) + i * width for i in range(3)])
+    assert_the_same(use, model, with_labels(LENGTHS), "aren't what the config says")
+
+
+@pytest.mark.parametrize("where", ["block", "lora_A", "the model"])
+@pytest.mark.parametrize("scope", ["auto", "layers"])
+def test_hooks_put_away_for_a_call_and_put_back(where, scope):
+    """No handle is given out for those that come back."""
+
+    def use(model, inputs):
+        module, seen = HOOKED[where](transformer(model)), []
+        module.register_forward_hook(lambda m, given, output: seen.append(1))
+        hooks, shown = module._forward_hooks, []
+        for held in (hooks, {}, hooks):
+            module._forward_hooks = held
+            shown += [loss_and_step(model, inputs), torch.tensor(len(seen))]
+        return shown
+
+    model = language_model()
+    stock, patched = copy.deepcopy(model), fastpeft.patch(copy.deepcopy(model), scope=scope)
+    expected = seen(use, stock, with_labels(LENGTHS))
+    torch.testing.assert_close(seen(use, patched, with_labels(LENGTHS)), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_of_lora_a():
+    def use(model, inputs):
+        layer = transformer(model).h[0].mlp.c_fc.lora_A["default"]
+        layer.bias = nn.Parameter(torch.ones(layer.out_features))
+        return loss_and_step(model, inputs)
+
+    model = assert_the_same(use, language_model(), with_labels(LENGTHS))
+    reasons = {row.reason for row in fastpeft.report(model) if row.kind == "lora" and row.path == "stock"}
+    assert reasons == {"adapter 'default' has a bias"}
+
+
+def test_peft_told_not_to_cast():
+    model = fastpeft.patch(language_model())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora" in name else parameter.data.bfloat16()
+    model(**batch(LENGTHS))
+    with disable_input_dtype_casting(model), pytest.raises(RuntimeError, match="same dtype"):
+        model(**batch(LENGTHS))
+
+
+@pytest.mark.parametrize("dropout", ["attn_pdrop", "resid_pdrop", "lora_dropout"])
+def test_a_default_device_that_is_another(dropout):
+    lora = {"lora_dropout": 0.1} if dropout == "lora_dropout" else {}
+    model = with_lora(gpt2(GPT2LMHeadModel, **({} if lora else {dropout: 0.1})), **lora)
+    fastpeft.patch(model.train())
+    inputs = with_labels(LENGTHS)
+    with torch.device("meta"):
+        loss = model(**inputs).loss
+    assert loss.isfinite()
+
+
+def test_a_tensor_in_the_config():
+    def use(model, inputs):
+        for weight in (1.0, 2.0):
+            transformer(model).config.class_weights = torch.tensor([weight, 3.0])
+            loss = loss_and_step(model, inputs)
+        return loss
+
+    assert_the_same(use, language_model(), with_labels(LENGTHS))
+
+
+def language_model_of_its_own_head():
+    """LoRA around an `nn.Linear` whose weight trains."""
+    model = with_lora(gpt2(GPT2LMHeadModel, tie_word_embeddings=False), ["c_fc", "lm_head"])
+    model.get_base_model().lm_head.base_layer.weight.requires_grad_()
+    return model.train()
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+def test_gradients_lie_in_memory_as_stocks():
+    def use(model, inputs):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.cat([g.view(-1) for g in torch.autograd.grad(model(**inputs).loss, trained)])
+
+    model = with_adapters(language_model(), "post_mlp")
+    layer = transformer(model).h[0].mlp.c_fc.base_layer
+    layer.weight.requires_grad_()
+    assert_the_same(use, model, with_labels(LENGTHS))
+    head = language_model_of_its_own_head()
+    assert_the_same(use, head, with_labels(LENGTHS))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_hidden_states_edited_before_the_logits_are_read(mode):
+    def use(model, inputs):
+        with mode():
+            output = model(**inputs, output_hidden_states=True)
+            output.hidden_states[-1].zero_()
+            return output.logits.clone()
+
+    assert_the_same(use, language_model().eval(), with_labels([9, 9]))
+
+
+def test_logits_that_a_checkpoint_returns_have_its_history():
+    def use(model, inputs):
+        ids = inputs["input_ids"]
+        asked = torch.ones((), requires_grad=True)
+        given = lambda ids, _: tuple(model(ids, labels=ids).values())[:2]  # noqa: E731
+        loss, found = torch.utils.checkpoint.checkpoint(given, ids, asked, use_reentrant=True)
+        (loss + found.square().mean()).backward()
+        return found * 1
+
+    assert_the_same(use, language_model(use_cache=False), batch([9, 9]))
+
+
+@pytest.mark.parametrize("use", ["instance", "hook"])
+def test_what_stands_on_the_transformer_is_handed_stocks_arguments(use):
+    def replaced(model, inputs):
+        inner = transformer(model)
+        own, names = inner.forward, []
+
+        def forward(*args, **given):
+            names.append(sorted(given))
+            return own(*args, **given)
+
+        if use == "instance":
+            inner.forward = forward
+        else:
+            inner.register_forward_pre_hook(
+                lambda m, args, given: names.append(sorted(given)), with_kwargs=True
+            )
+        loss = loss_and_step(model, inputs)
+        return loss, torch.tensor(["reads" in each or "packed" in each for each in names])
+
+    assert_the_same(replaced, language_model(), with_labels(LENGTHS))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
+@pytest.mark.parametrize("kind", ["csr", "nested", "mkldnn", "csr weight", "negative", "negative weight"])
+def test_tensors_that_are_more_than_their_memory(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    lora = LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+    model, x = get_peft_model(model, lora), torch.randn(6, 16)
+    negative = torch.randn(16, 16, dtype=torch.complex64).conj().imag
+    if kind.endswith("weight"):
+        weight = model.base_model.model[0].base_layer.weight
+        held = negative if kind == "negative weight" else weight.detach().to_sparse_csr()
+        model.base_model.model[0].base_layer.weight = nn.Parameter(held, requires_grad=False)
+    given = {
+        "csr": x.to_sparse_csr,
+        "nested": lambda: torch.nested.nested_tensor([x[:2], x[2:]]),
+        "mkldnn": x.to_mkldnn,
+        "negative": lambda: negative[:6],
+    }.get(kind, lambda: x)()
+    plain = {"nested": lambda y: y.to_padded_tensor(0.0), "mkldnn": lambda y: y.to_dense()}.get(
+        kind, lambda y: y
+    )
+    expected = plain(model(given)).detach()
+    patched = fastpeft.patch(model)
+    torch.testing.assert_close(plain(patched(given)).detach(), expected, rtol=1e-4, atol=1e-5)
+    assert {row.path for row in fastpeft.report(patched) if row.kind == "lora"} & {"stock"}
+
+
+def test_softmax_replaced_counts_for_attention_that_drops(monkeypatch):
+    own = F.softmax
+    model = language_model(attn_implementation="eager", attn_pdrop=1e-6)
+    monkeypatch.setattr(F, "softmax", lambda x, dim=-1, **given: 0.5 * own(x, dim, **given))
+    assert_the_same(
+        loss_and_step, model, with_labels(LENGTHS), "the softmax of torch.nn.functional was replaced"
+    )
+
+
+def test_a_class_called_in_a_way_of_its_own(monkeypatch):
+    calls = []
+
+    def called(self, *args, **kwargs):
+        calls.append(1)
+        return nn.Module.__call__(self, *args, **kwargs)
+
+    def use(model, inputs):
+        calls.clear()
+        loss_and_step(model, inputs)
+        return torch.tensor(len(calls))
+
+    model = language_model()
+    monkeypatch.setattr(GPT2Attention, "__call__", called)
+    assert_the_same(use, model, with_labels(LENGTHS), "the __call__ of GPT2Attention was replaced")
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+def test_results_can_be_changed_in_place():
+    def use(model, inputs):
+        with torch.no_grad():
+            found = model(**batch([5, 5])).logits
+        found.add_(torch.ones((), requires_grad=True))
+        layer = transformer(model).h[0].mlp.c_fc
+        return found.detach(), layer(torch.ones(2, 3, 48)).detach_()
+
+    assert_the_same(use, with_lora(gpt2(GPT2LMHeadModel, tie_word_embeddings=False), ["c_fc", "lm_head"]), {})
+
+
+def test_another_module_of_a_patched_ones_class(tmp_path):
+    model = fastpeft.patch(with_lora(gpt2(GPT2LMHeadModel)))
+    inner = transformer(model)
+    ids = torch.arange(2, 9)[None]
+    again = type(inner)(inner.config)
+    assert not swap.is_fused(again)
+    assert again(ids)[0].shape == inner(ids)[0].shape
+    block = inner.h[0]
+    assert type(block.mlp.act)()(torch.ones(3)).shape == (3,)
+    old = block.mlp.c_fc
+    block.mlp.c_fc = type(old)(
+        old.base_layer,
+        "default",
+        LoraConfig(fan_in_fan_out=True),
+        r=4,
+        lora_alpha=4,
+        is_target_conv_1d_layer=True,
+    )
+    assert model(ids).logits.shape[:2] == ids.shape
+    copied = copy.deepcopy(inner)
+    assert swap.is_fused(copied)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+def test_traced_by_jit_a_layer_is_stocks():
+    model = fastpeft.patch(language_model().eval())
+    layer = transformer(model).h[0].mlp.c_fc
+    traced = torch.jit.trace(layer, torch.ones(3, 48))
+    torch.testing.assert_close(traced(torch.ones(2, 48)), layer(torch.ones(2, 48)))
+    torch.jit.save(traced, io.BytesIO())
