@@ -143,15 +143,16 @@ def _replaced() -> str | None:
     return _LAYERS.replaced()
 
 
-#: A module's dictionaries of hooks, of its `__dict__`; read at each call, for hooks can be put back without a handle.
-HOOKS = tuple(
-    map(itemgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
-)
+_FORWARD_HOOKS, _FORWARD_PRE_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
 
 
 def hooked(attributes: list[dict[str, Any]]) -> bool:
-    """Whether any of the modules with these `__dict__`s has a hook."""
-    return any(any(map(hooks, attributes)) for hooks in HOOKS)
+    """Whether any of the modules with these `__dict__`s has a hook on its forward.
+
+    Hooks come with handles, which torch numbers; but some take a module's dictionary of hooks away for a call, and put
+    it back.
+    """
+    return any(map(_FORWARD_HOOKS, attributes)) or any(map(_FORWARD_PRE_HOOKS, attributes))
 
 
 def is_plain(module: nn.Module, but_for: Any = None) -> bool:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastpeft.checks import is_dense
-from fastpeft.modules import hooked, why_not_here
+from fastpeft.modules import hooked, is_plain, why_not_here
 from fastpeft.routes import Decided
 
 
@@ -22,13 +23,14 @@ class Plan(ABC):
 
     Costs the host some 5 µs a call where asking everything costs 50. Modules below are compared by identity and class,
     and for hooks or a forward of their own; parameters by class, dtype, device, layout and whether inference mode made
-    them.
+    them. No hook has come to a backward pass while torch has given out no handle since.
     """
 
     def __init__(self, module: Any, holders: Sequence[Any], parts: Sequence[nn.Module]) -> None:
         """Of `module`, whose call runs `parts`, which it and the `holders` below it hold."""
         self._module = weakref.ref(module)  # which holds its plan: else only the collector could free it
         self._walked: Any = None
+        self._handles = RemovableHandle.next_id
         self._own, self._holders = dict(module._modules), list(holders)
         self._children = list(map(dict, map(_MODULES, holders)))
         self._parts = list(parts)
@@ -65,6 +67,7 @@ class Plan(ABC):
                 and list(map(type, self._parts)) == self._kinds
                 and not any(map(contains, self._attributes, repeat("forward")))
                 and not hooked(self._attributes)
+                and (self._handles == RemovableHandle.next_id or self._is_plain())
                 and why_not_here() is None
             ):
                 return False
@@ -81,6 +84,14 @@ class Plan(ABC):
             and self.takes(x, first)
         )
 
+    def _is_plain(self) -> bool:
+        """Whether no module below has a hook, which then holds for all handles given out up to now."""
+        handles = RemovableHandle.next_id
+        if not all(map(is_plain, self._parts)):
+            return False
+        self._handles = handles
+        return True
+
     def takes(self, x: Tensor, first: Tensor) -> bool:
         """Whether x has a dtype that the call was planned for, of which `first` is the first parameter."""
         return x.dtype == first.dtype or torch.is_autocast_enabled(x.device.type)
@@ -93,6 +104,6 @@ def like(tensor: Any) -> Any:
     """What a call's plan is for, of a tensor."""
     if tensor is None or tensor is False:
         return tensor
-    dense = is_dense(tensor)
-    strides = tensor.stride() if dense else None
-    return type(tensor), tensor.dtype, tensor.device, tensor.shape, strides, dense, tensor.is_inference()
+    strides = tensor.layout is torch.strided and tensor.stride()
+    kind = type(tensor), tensor.dtype, tensor.device
+    return *kind, tensor.shape, strides, tensor.is_neg(), tensor.is_inference()

@@ -23,6 +23,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.other import ModulesToSaveWrapper, prepare_model_for_kbit_training
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.models.gpt2 import modeling_gpt2
@@ -38,7 +39,7 @@ from transformers.utils import output_capturing
 
 from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output, adapters_of
 from fastpeft.groups import is_names, names_given
-from fastpeft.modules import HOOKS, hooked
+from fastpeft.modules import hooked
 from fastpeft.stock import Defined
 from fastpeft.swap import is_fused, stock_class
 
@@ -130,9 +131,8 @@ class _Seen(NamedTuple):
     called: list[Any]  # every module that is called
     kinds: list[type]  # their classes
     attributes: list[dict[str, Any]]  # their `__dict__`s
-    bare: list[dict[str, Any]]  # of those without hooks
-    hooked: list[dict[str, Any]]  # and of those with
-    hooks: list[list[dict[int, Any]]]  # which these are, by kind
+    bare: list[dict[str, Any]]  # of those without hooks on their forward
+    handles: int  # how many hooks' handles torch had given out
     places: list[Any]  # the modules that hold what trains, once for each
     names: list[str]  # its name there
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
@@ -176,8 +176,8 @@ class Trunk:
             and list(map(_MODULES, seen.holders)) == seen.children
             and list(map(type, seen.called)) == seen.kinds
             and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
-            and not hooked([*seen.bare, vars(transformer)])
-            and [list(map(dict, map(hooks, seen.hooked))) for hooks in HOOKS] == seen.hooks
+            and not hooked(seen.bare)
+            and seen.handles == RemovableHandle.next_id
         ):
             if seen.offender is None:
                 return _why_not_state(seen)
@@ -198,6 +198,7 @@ class Trunk:
 
     def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
         """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""
+        handles = RemovableHandle.next_id
         modules = [transformer]
         for module in modules:  # which grows: each after the one that holds it
             modules.extend(m for m in module._modules.values() if m is not None)
@@ -214,7 +215,6 @@ class Trunk:
             (m, name) for m in below for name, p in m._parameters.items() if p is not None and p.requires_grad
         ]
         attributes: list[Any] = list(map(vars, below))
-        with_hooks = [each for each in attributes if hooked([each])]
         config = transformer.config
         width, heads = config.hidden_size, config.num_attention_heads
         self.seen = _Seen(
@@ -226,8 +226,7 @@ class Trunk:
             list(map(type, below)),
             attributes,
             [each for each in attributes if not hooked([each])],
-            with_hooks,
-            [list(map(dict, map(hooks, with_hooks))) for hooks in HOOKS],
+            handles,
             [place[0] for place in places],
             [place[1] for place in places],
             [vars(block.attn) for block in transformer.h],

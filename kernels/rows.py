@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 
@@ -17,8 +16,8 @@ def as_taken(t: Tensor) -> Tensor:
 
 
 def unrowed(y: Tensor, x: Tensor) -> Tensor:
-    """Rows y (M, N) in the grid of x (..., K): no view to autograd, which may be changed in place like any result."""
-    return y if x.dim() == y.dim() else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    """Rows y (M, N) in the grid of x (..., K)."""
+    return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
 
 
 def rows_in(t: Tensor) -> int:
