@@ -184,7 +184,7 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
         setattr(host, attribute, adapter.to(near.device, near.dtype).train(transformer.training))
         if adapt_output not in host._forward_hooks.values():
             # First in line, so that hooks which record hidden states see the adapted output.
-            host.register_forward_hook(adapt_output, prepend=True)
+            host.register_forward_hook(adapt_output, prepend=True, with_kwargs=True)
     return model
 
 
@@ -200,8 +200,10 @@ def set_adapters(model: nn.Module, name: str) -> None:
         adapter.active = each == name
 
 
-def adapt_output(host: Any, args: Any, output: Any) -> Any:
+def adapt_output(host: Any, args: Any, kwargs: Any, output: Any) -> Any:
     """The forward hook of a host: adapts its output, the first of a tuple."""
+    if getattr(kwargs.get("packed"), "graph", None) is not None:
+        return output  # of blocks that a graph has gone through, their adapters and all
     if isinstance(output, tuple):
         return (adapted(host, output[0], *args[:1]), *output[1:])
     return adapted(host, output, *args[:1])

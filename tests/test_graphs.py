@@ -189,8 +189,13 @@ def test_sequences_that_share_rows(device):
         assert replays(model)
 
 
-def test_adapters_and_trainable_embeddings(device):
-    model = with_adapters(gpt2(GPT2ForSequenceClassification, use_cache=False), "post_attn", "post_mlp")
+@pytest.mark.parametrize(
+    "slots",
+    [("post_attn", "post_mlp"), ("post_embed", "post_block"), ("parallel_mlp", "pre_head")],
+    ids="-".join,
+)
+def test_adapters_and_trainable_embeddings(slots, device):
+    model = with_adapters(gpt2(GPT2ForSequenceClassification, use_cache=False), *slots)
     model.transformer.wte.weight.requires_grad_()
     model, twin = pair(model, device)
     assert_same_steps(model, twin, [batch(l, device, GPT2ForSequenceClassification) for l in LENGTHS])

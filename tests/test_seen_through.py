@@ -861,6 +861,7 @@ def loss_and_step(model, inputs):
     return loss
 
 
+@pytest.mark.fidelity("a mask function registered with transformers", "stock, with the reason")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("lengths", [LENGTHS, [9, 9]], ids=["padded", "full"])
 def test_a_mask_function_of_ones_own(implementation, lengths, monkeypatch):
@@ -886,6 +887,7 @@ def test_a_mask_function_of_ones_own(implementation, lengths, monkeypatch):
     assert_the_same(use, model, with_labels(lengths), "or its mask, isn't transformers' own")
 
 
+@pytest.mark.fidelity("an attention with a config of its own", "stock, with the reason")
 @pytest.mark.parametrize("embeds", [False, True])
 def test_an_attention_with_a_config_of_its_own(embeds):
     def use(model, inputs):
@@ -904,6 +906,7 @@ def test_an_attention_with_a_config_of_its_own(embeds):
         del ALL_ATTENTION_FUNCTIONS._global_mapping["zeros"]
 
 
+@pytest.mark.fidelity("attention heads pruned by hand", "stock, with the reason")
 def test_heads_pruned_by_hand():
     def use(model, inputs):
         keep = torch.arange(width // heads, width)
@@ -927,6 +930,7 @@ def test_heads_pruned_by_hand():
     assert_the_same(use, model, with_labels(LENGTHS), "aren't what the config says")
 
 
+@pytest.mark.fidelity("hooks put away for a call and put back, without a new handle", "seen, as stock")
 @pytest.mark.parametrize("where", ["block", "lora_A", "the model"])
 @pytest.mark.parametrize("scope", ["auto", "layers"])
 def test_hooks_put_away_for_a_call_and_put_back(where, scope):
@@ -947,6 +951,7 @@ def test_hooks_put_away_for_a_call_and_put_back(where, scope):
     torch.testing.assert_close(seen(use, patched, with_labels(LENGTHS)), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.fidelity("a bias of lora_A", "stock, with the reason")
 def test_a_bias_of_lora_a():
     def use(model, inputs):
         layer = transformer(model).h[0].mlp.c_fc.lora_A["default"]
@@ -995,6 +1000,7 @@ def language_model_of_its_own_head():
     return model.train()
 
 
+@pytest.mark.fidelity("the strides of gradients", "as stock")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
 def test_gradients_lie_in_memory_as_stocks():
     def use(model, inputs):
@@ -1009,6 +1015,9 @@ def test_gradients_lie_in_memory_as_stocks():
     assert_the_same(use, head, with_labels(LENGTHS))
 
 
+@pytest.mark.fidelity(
+    "hidden states edited in place before the logits are read, without gradients", "as stock"
+)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_hidden_states_edited_before_the_logits_are_read(mode):
     def use(model, inputs):
@@ -1020,6 +1029,7 @@ def test_hidden_states_edited_before_the_logits_are_read(mode):
     assert_the_same(use, language_model().eval(), with_labels([9, 9]))
 
 
+@pytest.mark.fidelity("logits that a reentrant checkpoint returns", "as stock, with their gradient")
 def test_logits_that_a_checkpoint_returns_have_its_history():
     def use(model, inputs):
         ids = inputs["input_ids"]
@@ -1054,6 +1064,7 @@ def test_what_stands_on_the_transformer_is_handed_stocks_arguments(use):
     assert_the_same(replaced, language_model(), with_labels(LENGTHS))
 
 
+@pytest.mark.fidelity("sparse and nested tensors, negative views", "stock, with the reason")
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta:UserWarning")
 @pytest.mark.parametrize("kind", ["csr", "nested", "mkldnn", "csr weight", "negative", "negative weight"])
@@ -1122,6 +1133,7 @@ def test_logits_of_a_frozen_head_can_be_changed_in_place(grad, monkeypatch):
     assert {row.reason for row in fastpeft.report(model) if row.kind == "frozen"} == {"oneDNN"}
 
 
+@pytest.mark.fidelity("a new module made by a patched one's class", "stock")
 def test_another_module_of_a_patched_ones_class(tmp_path):
     model = fastpeft.patch(with_lora(gpt2(GPT2LMHeadModel)))
     inner = transformer(model)
@@ -1145,6 +1157,7 @@ def test_another_module_of_a_patched_ones_class(tmp_path):
     assert swap.is_fused(copied)
 
 
+@pytest.mark.fidelity("torch.jit.trace of a layer", "stock")
 @pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
 def test_traced_by_jit_a_layer_is_stocks():
     model = fastpeft.patch(language_model().eval())
