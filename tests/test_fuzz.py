@@ -88,7 +88,9 @@ class Around(nn.Module):
 
 
 def along(module, args, output):
-    """A hook that does, too."""
+    """A hook that does, too; where it is always called, of no output after an error."""
+    if output is None:
+        return None
     first = output[0] if isinstance(output, tuple) else output
     changed = first + 0.1 * first.flip(1)
     return (changed, *output[1:]) if isinstance(output, tuple) else changed
