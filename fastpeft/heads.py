@@ -130,9 +130,7 @@ class _Deferring:
             site.record(Route("stock", reason))
             return layer(hidden)
         dtype = dtype_here(hidden) or hidden.dtype
-        if (
-            not torch.is_grad_enabled()
-        ):  # then a user may edit in place what logits are still to be computed from
+        if not torch.is_grad_enabled():  # where anybody may edit it before the logits are read
             hidden = hidden.clone()
         return defer(Product(hidden, layer.weight, layer.bias, dtype, site))
 

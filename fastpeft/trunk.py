@@ -173,6 +173,7 @@ class Trunk:
             and seen.transformer() is transformer
             and transformer._modules == seen.own
             and "forward" not in vars(transformer)
+            and not hooked([vars(transformer)])
             and list(map(_MODULES, seen.holders)) == seen.children
             and list(map(type, seen.called)) == seen.kinds
             and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
