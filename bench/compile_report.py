@@ -218,12 +218,12 @@ def recorded(case: Case) -> launch.Launch:
     many = () if grouped is None else (len(grouped.ranks),)
     seed = torch.empty(1, dtype=torch.int64, device="meta")
     mask = Dropout(0.1, seed) if drop else None
+    tickets = seed.new_empty(ticket_count(60), dtype=torch.int32)
     weights = factor(rank, K), factor(K, rank)
     with launch.record() as launches:
         if case.kernel == "linear":
             form, variant = case.variant.split()[:2]
             how = tiling.Linear(tile_table.Tile(*case.tile), form == "descriptor", variant == "single", 132)
-            tickets = seed.new_empty(ticket_count(60), dtype=torch.int32)
             given: dict[str, Any] = {}
             kind: dict[str, Any] = {"drops": drop, "tickets": len(tickets)}
             if "transposed" in case.variant:  # dx
@@ -274,18 +274,7 @@ def recorded(case: Case) -> launch.Launch:
             d_b, d_a = factor(*many, N, rank), factor(*many, rank, K)
             kind = {"drops": drop, "activated": gelu, "grouped": grouped is not None}
             gradients = Gradients(dy, x, rank, d_b.dtype, d_a.dtype, **kind, splits=16)
-            gradients(
-                dy,
-                xa,
-                x,
-                dxa,
-                d_b,
-                d_a,
-                2.0,
-                seed.new_empty(ticket_count(60), dtype=torch.int32),
-                mask,
-                grouped,
-            )
+            gradients(dy, xa, x, dxa, d_b, d_a, 2.0, tickets, mask, grouped)
         elif case.kernel == "adapter_forward":
             strip = tile_table.Strip(*case.tile)
             activation, *more = case.variant.split()

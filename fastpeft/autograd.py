@@ -39,7 +39,7 @@ def _turned(t: Tensor) -> Tensor:
     return t.T.contiguous()
 
 
-def weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
     """xᵀ dy, the gradient of a weight (K, N), contiguous where the weight is, and as its transpose otherwise."""
     return mm(x.T, dy) if weight.stride(1) == 1 else mm(dy.T, x).T
 
@@ -155,7 +155,7 @@ class LoraLinear(torch.autograd.Function):
                 else:
                     updated += dxa_t.T @ a
             found += (d_lora_a, d_lora_b)
-        d_weight = weight_gradient(x, dy, weight) if need_weight else None
+        d_weight = _weight_gradient(x, dy, weight) if need_weight else None
         d_bias = dy.sum(0) if need_bias else None
         return dx, d_weight, d_bias, None, None, *found
 

@@ -25,6 +25,12 @@ from fastpeft.routes import Decided
 from fastpeft.swap import Site, stands_for
 
 
+def spread(rows: Tensor, places: Tensor, size: int) -> Tensor:
+    """Rows (T, N) at these places (T,) of (size, N), zeros elsewhere."""
+    # For backward `index_copy_` would keep the rows, of which it asks the shape.
+    return rows.new_zeros(size, rows.shape[1]).index_put_((places,), rows)
+
+
 class Packed(NamedTuple):
     """Where the packed tokens are: in the caller's (batch, length) grid, and in attention's padded view."""
 
@@ -57,8 +63,7 @@ class Packed(NamedTuple):
         """Packed rows (T, N) in the caller's grid, (batch, length, N), zeros where no token is."""
         batch, length = self.grid
         if self.moved or len(rows) < batch * length:
-            # For backward `index_copy_` would keep the rows, of which it asks the shape.
-            rows = rows.new_zeros(batch * length, rows.shape[1]).index_put_((self.tokens,), rows)
+            rows = spread(rows, self.tokens, batch * length)
         return rows.view(batch, length, -1)
 
 

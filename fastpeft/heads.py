@@ -161,9 +161,9 @@ def _fused(stock: Any) -> type[nn.Module]:
     def _reads(self: Any, given: dict[str, Any]) -> Reads | str | None:
         """What this call reads, or why that isn't known; None where nobody asks."""
         ids = given.get("input_ids")
-        told = self.transformer
+        inner = self.transformer
         # What somebody put on it isn't told: it would be handed an argument that it doesn't know.
-        if type(told) is not PackedModel or not is_plain(told):
+        if type(inner) is not PackedModel or not is_plain(inner):
             return None
         if (
             type(ids) is not Tensor

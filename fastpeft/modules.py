@@ -93,7 +93,7 @@ def _is_served(module: Any, x: Tensor) -> bool:
 
 
 def _why_not_frozen_call(module: Any, x: Tensor) -> str | None:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or routes.transformed():
+    if torch.compiler.is_compiling() or routes.transformed():
         return "traced"  # whatever traces or transforms knows stock's product
     if torch.is_autocast_enabled(x.device.type):
         return "autocast"

@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention, GPT2Model, eager_attention_forward
 
 from fastpeft import attention, groups, routes
-from fastpeft.block import Grid, Packed, called, projected
+from fastpeft.block import Grid, Packed, called, projected, spread
 from fastpeft.graphs import Graphs
 from fastpeft.kernels.rows import rounded
 from fastpeft.modules import why_not_here
@@ -91,9 +91,7 @@ class PackedAttention(GPT2Attention):
         size = batch * longest
         scattered = packed.spare or len(qkv) < size  # else the packed rows are the view
         if scattered:
-            view = qkv.new_zeros(size + packed.spare, qkv.shape[1])
-            # For backward `index_copy_` would keep qkv, of which it asks the shape.
-            qkv = view.index_put_((packed.slots,), qkv)[:size]
+            qkv = spread(qkv, packed.slots, size + packed.spare)[:size]
         # Split before the heads are: the gradient is then joined without another copy.
         query, key, value = self._heads(qkv, packed.view)
         if kept is not None:

@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D
 import fastpeft
 from fastpeft import gemm, probe, swap
 from fastpeft.adapters import Adapter
+from fastpeft.kernels import launch
 from fastpeft.stock import Defined
 
 LENGTHS = [12, 4, 9]
@@ -1165,3 +1166,49 @@ def test_traced_by_jit_a_layer_is_stocks():
     traced = torch.jit.trace(layer, torch.ones(3, 48))
     torch.testing.assert_close(traced(torch.ones(2, 48)), layer(torch.ones(2, 48)))
     torch.jit.save(traced, io.BytesIO())
+
+
+def test_an_update_of_an_adapters_own():
+    def use(model, inputs):
+        adapter = next(m for m in model.modules() if isinstance(m, Adapter))
+        shown = []
+        for own in (None, lambda x: 3 * torch.ones_like(x)):
+            if own is not None:
+                adapter.update = own
+            shown.append(loss_and_step(model, inputs))
+        return shown
+
+    assert_the_same(use, with_adapters(language_model(), "post_mlp"), with_labels(LENGTHS))
+
+
+@pytest.mark.parametrize("kind", ["lora", "adapter"])
+def test_a_negative_gradient_comes_to_the_kernels(kind):
+    if not launch.INTERPRETED:
+        pytest.skip("the CPU runs kernels only in the interpreter")
+    layer = nn.Sequential(nn.Linear(16, 16)) if kind == "lora" else nn.Sequential(Adapter(16, 4, "gelu"))
+    if kind == "lora":
+        layer = get_peft_model(layer, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    stock, patched = copy.deepcopy(layer), fastpeft.patch(layer, backend="triton")
+    x, dy = torch.randn(5, 16), torch.randn(5, 16, dtype=torch.complex64).conj().imag
+    assert dy.is_neg()
+    found = []
+    for model in (stock, patched):
+        given = x.clone().requires_grad_()
+        model(given).backward(dy)
+        found.append([given.grad, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert {row.path for row in fastpeft.report(patched) if row.kind == kind} == {"triton"}
+
+
+def test_a_layer_norm_without_weight_beside_the_kernels():
+    if not launch.INTERPRETED:
+        pytest.skip("the CPU runs kernels only in the interpreter")
+    model = with_lora(gpt2(GPT2LMHeadModel, n_embd=16, n_layer=1))
+    for block in transformer(model).h:
+        block.ln_1 = block.ln_2 = None
+        block.ln_1, block.ln_2 = (nn.LayerNorm(16, elementwise_affine=False) for _ in range(2))
+    stock, patched = copy.deepcopy(model), fastpeft.patch(model, backend="triton")
+    inputs = with_labels([5, 3])
+    torch.testing.assert_close(
+        loss_and_step(patched, inputs), loss_and_step(stock, inputs), rtol=1e-4, atol=1e-5
+    )
