@@ -133,7 +133,7 @@ class _Seen(NamedTuple):
     attributes: list[dict[str, Any]]  # their `__dict__`s
     bare: list[dict[str, Any]]  # of those without hooks on their forward
     handles: int  # how many hooks' handles torch had given out
-    places: list[Any]  # the modules that hold what trains, once for each
+    places: list[dict[str, Any]]  # the `__dict__`s of the modules that hold what trains, once for each
     names: list[str]  # its name there
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
     expected: list[tuple[Any, ...]]  # what they have to say of themselves
@@ -213,7 +213,10 @@ class Trunk:
         offender = next((m for m in called if why_not_module(m, coming)), None)
         below = called[1:]
         places = [
-            (m, name) for m in below for name, p in m._parameters.items() if p is not None and p.requires_grad
+            (vars(m), name)
+            for m in below
+            for name, p in m._parameters.items()
+            if p is not None and p.requires_grad
         ]
         attributes: list[Any] = list(map(vars, below))
         config = transformer.config
@@ -267,8 +270,8 @@ _HOSTS = (nn.Dropout, nn.LayerNorm)
 _SHAPE = itemgetter(
     "is_causal", "layer_idx", "num_heads", "head_dim", "embed_dim", "split_size", "reorder_and_upcast_attn"
 )
-_CONFIG = itemgetter("config")
-_MODULES, _PARAMETERS = attrgetter("_modules"), attrgetter("_parameters")
+_CONFIG, _PARAMETERS = itemgetter("config"), itemgetter("_parameters")
+_MODULES = attrgetter("_modules")
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
