@@ -125,11 +125,9 @@ def saved_bytes(model: nn.Module, batch: Batch) -> int:
 def step_peak_bytes(step: Callable[[], None], device: str) -> int | None:
     """The most memory a step takes above what was held before it: by tensors on CUDA, else by the process."""
     peak = PeakMemory(torch.device(device))
-    before = peak.bytes()
     step()
     wait(device)
-    after = peak.bytes()
-    return None if before is None or after is None else after - before
+    return peak.bytes()
 
 
 def batches_of(

@@ -6,7 +6,7 @@ import sys
 from importlib.util import find_spec
 
 #: What the extra `compare` installs.
-NEEDS = ("accelerate", "huggingface_hub", "jinja2", "matplotlib", "rich", "typer")
+NEEDS = ("accelerate", "filelock", "huggingface_hub", "jinja2", "matplotlib", "rich", "typer")
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def compare(
     trained weights to --out.
     """
     arguments = Arguments(
-        out=out,
+        out=out.expanduser(),
         task=task,
         methods=_methods(methods),
         model=model,
@@ -160,7 +160,7 @@ def compare(
         backend=backend,
         together=together,
     )
-    preflight.check(arguments)
+    corpus = preflight.check(arguments)
     # Imported here: `--help`, a mistyped option and a missing file needn't wait for torch and all that needs it.
     from rich.console import Console
 
@@ -174,21 +174,21 @@ def compare(
     leads = processes().is_main_process
     try:
         with Reporter(Console(stderr=True, quiet=not leads)) as reporter:
-            results = run(arguments, reporter)
+            results = run(arguments, reporter, corpus)
     except BadInput:
         if leads:
             raise
         raise typer.Exit(2) from None  # the leading process says it for all
     except KeyboardInterrupt:
         if leads:
-            kept = finished_runs(out)
+            kept = finished_runs(arguments.out)
             runs = "run" if kept == 1 else "runs"
             print(
                 f"fastpeft: stopped; {kept} finished {runs} kept; the same command goes on", file=sys.stderr
             )
         raise typer.Exit(130) from None
     if leads:
-        _show(results, out)
+        _show(results, arguments.out)
 
 
 def _show(results: dict[str, Any], out: Path) -> None:
@@ -198,6 +198,9 @@ def _show(results: dict[str, Any], out: Path) -> None:
     from fastpeft.compare.table import table
 
     console = Console(highlight=False)
+    console.width = max(
+        console.width, 80
+    )  # a narrower terminal folds the lines, where rich would drop columns
     console.print(table(results))
     console.print(f"Report: {out / REPORT_FILE}", soft_wrap=True)
 
@@ -211,10 +214,16 @@ def report(
 
     They have to be judged by the same texts.
     """
+    out = out.expanduser()
     preflight.check_folder(out, preflight.RESULTS_FILE)
-    results = joining.join(folders)
+    if (out / preflight.PLAN_FILE).exists():
+        raise BadInput(f"--out {out}: holds a comparison of its own: name another folder")
+    results = joining.join([folder.expanduser() for folder in folders])
     from fastpeft.compare.runner import write
+    from fastpeft.compare.summary import diverged, summarise
 
+    if not summarise(results):
+        raise BadInput(f"nothing is left to compare. {' '.join(diverged(results))}")
     write(results, out)
     _show(results, out)
 

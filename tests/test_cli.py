@@ -94,10 +94,12 @@ BAD_INPUT = {
     "texts of one token": (["--max-length", "1"], "--max-length must be at least 2"),
     "unknown backend": (["--backend", "cuda"], "unknown backend 'cuda': choose from auto, triton, torch"),
     "no seed": (["--seeds", "0"], "--seeds must be a number above 0, got 0"),
+    "more texts a step than can be": (["--batch-size", "9" * 21], "and at most 2,147,483,647, got"),
     "a negative learning rate": (["--lr", "-1"], "--lr must be a number above 0, got -1"),
     "a learning rate that is no number": (["--lr", "nan"], "--lr must be a number above 0, got nan"),
     "no steps": (["--max-steps", "0"], "--max-steps must be a number above 0, got 0"),
     "a model that isn't GPT-2": (["--model", "{}/bert"], "its model is bert"),
+    "a model's file": (["--model", "{}/gpt2/config.json"], "is a file: give the folder it is in"),
     "no such model folder": (["--model", "{}/none"], "no such folder"),
     "a model folder without config": (["--model", "{}/empty"], "no config.json"),
     "a config that can't be read": (["--model", "{}/strange"], "config.json can't be read"),
@@ -247,6 +249,11 @@ AT_ONCE = {
     "a missing model": (["compare", "--model", "./none"], "no such folder"),
     "a missing model to inspect": (["inspect", "--model", "./none"], "no such folder"),
     "a missing report": (["report", "none"], "none/results.json: no such file"),
+    "a file without texts": (["compare", "--data", "empty.csv"], "the file is empty"),
+    "a layer that isn't there": (
+        ["compare", "--model", "gpt2", "--methods", "lora:layers=2"],
+        "no layer 2: the model has layers 0 to 1",
+    ),
 }
 
 
@@ -254,6 +261,9 @@ AT_ONCE = {
 def test_what_needs_no_torch_is_answered_without_it(case, tmp_path):
     """Its import takes seconds; without it, and without what draws boxes around help, the answer takes typer's."""
     arguments, answer = AT_ONCE[case]
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "gpt2").mkdir()
+    (tmp_path / "gpt2" / "config.json").write_text('{"model_type": "gpt2", "n_layer": 2}', encoding="utf-8")
     code = (
         "import sys, fastpeft.__main__\n"
         f"sys.argv = ['fastpeft', *{arguments!r}]\n"

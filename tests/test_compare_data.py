@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def test_rotten_tomatoes_is_the_whole_corpus_balanced_in_both_parts():
         ([*ROWS, "not, quoted,yes"], "text,label", "row 22 has more fields than the header"),
         ([f"text {i},yes" for i in range(9)], "text,label", "one class only ('yes')"),
         ([*ROWS, "strange,maybe"], "text,label", "only the eval part would have the label 'maybe'"),
+        (['"so" they say,yes', *ROWS], "text,label", "line 2: ',' expected after '\"'"),
+        ([*ROWS, '"never closed,yes'], "text,label", "a field that begins with a quote has to end with one"),
+        ([f"{row},no" for row in ROWS], "text,label,label", "two columns are named 'label'"),
     ],
     ids=lambda value: value if isinstance(value, str) else f"{len(value)} rows",
 )
@@ -114,6 +118,9 @@ def test_a_table_that_cannot_be_used_is_refused(tmp_path, rows, header, message)
         ('{"text": 3, "label": "yes"}', "row 2: text is 3"),
         ('{"text": "three", "label": [1]}', "row 2: label is [1]"),
         ('{"text": null, "label": "yes"}', "(empty text): row 2"),
+        (r'{"text": "half \ud83d", "label": "yes"}', "(not UTF-8): row 2"),
+        (f'{{"text": "long", "label": {"9" * 5000}}}', "row 2 is not JSON"),
+        ("[" * 100_000, "row 2 is not JSON"),
     ],
 )
 def test_json_lines_that_cannot_be_used_are_refused(tmp_path, line, message):
@@ -122,6 +129,31 @@ def test_json_lines_that_cannot_be_used_are_refused(tmp_path, line, message):
     with pytest.raises(BadInput) as refusal:
         _load(path)
     assert message in str(refusal.value)
+
+
+def test_a_quote_that_opens_a_text_swallows_no_rows(tmp_path):
+    rows = ['"Great film\tyes', *(row.replace(",", "\t") for row in ROWS), '"Bad one\tno']
+    with pytest.raises(BadInput, match="has to end with one"):
+        _load(_table(tmp_path, *rows, name="texts.tsv", header="text\tlabel"))
+
+
+def test_another_encoding_is_named(tmp_path):
+    path = _table(tmp_path, *ROWS)
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-16")
+    with pytest.raises(BadInput, match="is UTF-16: save it as UTF-8"):
+        _load(path)
+
+
+def test_documents_are_numbered_by_their_lines_in_one_pass(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("one\nmore\n\n\n two\n \nthree\n", encoding="utf-8")
+    assert [(row.number, row.text) for row in tables.read(path, ("text",))] == [
+        (1, "one\nmore"), (5, "two"), (7, "three")
+    ]  # fmt: skip
+    path.write_text("a document of some words\n\n" * 60_000, encoding="utf-8")
+    began = time.perf_counter()
+    assert tables.read(path, ("text",))[-1].number == 2 * 60_000 - 1
+    assert time.perf_counter() - began < 5  # counted from the start each time, four minutes
 
 
 def test_an_empty_file_is_refused(tmp_path):

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from fastpeft import cli
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.joining import join
+from fastpeft.compare.page import render
+from fastpeft.compare.table import table
+
+MODEL = {
+    "name": "gpt2", "folder": None, "pretrained_here": None, "sha256": "m" * 64, "layers": 2, "width": 8,
+    "parameters": 99, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def _run(method: str, seed: int, scores: list[float]) -> dict:
@@ -17,6 +28,8 @@ def _run(method: str, seed: int, scores: list[float]) -> dict:
         "method": method,
         "seed": seed,
         "trains": f"what {method} trains",
+        "base": "base = ...",
+        "diverged": False,
         "load": f'load("runs/{method}-seed{seed}/weights")',
         "quality": sum(scores) / len(scores),
         "scores": scores,
@@ -49,18 +62,15 @@ def _finished(
         },
         "data": {
             "name": "texts.csv", "sha256": sha256, "weights": [1, 1, 1, 1], "train_rows": 20, "eval_rows": 4,
-            "labels": {"a": {}, "b": {}}, "skipped_rows": 0, "cut_rows": 0,
+            "labels": {"a": {}, "b": {}}, "skipped_rows": 0, "longest": 60, "cut_rows": 0,
         },
-        "model": {
-            "name": "gpt2", "pretrained_here": None, "sha256": "m" * 64, "layers": 2, "width": 8, "parameters": 99,
-            "pad_token_id": 0,
-        },
+        "model": MODEL,
         "versions": {"torch": "2.13"},
         "machine": {
             "device": "cpu", "processor": "some", "cores": 2, "gpu": None, "system": "Linux", "processes": 1,
             "torch_threads": 2, "mixed_precision": "no",
         },
-        "record": {"format": 3},
+        "record": {"format": 4},
         "task": "classify",
         "before": None,
         "joined": None,
@@ -87,6 +97,38 @@ def test_all_methods_are_in_it_with_what_differs(tmp_path):
     ]
 
 
+def test_folders_of_one_name_are_told_apart_by_where_they_are(tmp_path):
+    folders = [tmp_path / side / "report" for side in ("first", "second")]
+    for folder in folders:
+        folder.parent.mkdir()
+        _finished(folder, "head")
+    joined = join(folders)
+    assert joined["arguments"]["methods"] == ["head [first/report]", "head [second/report]"]
+    with chdir(folders[0]):
+        assert join([Path(), folders[1]])["arguments"]["methods"] == joined["arguments"]["methods"]
+
+
+def test_the_page_of_folders_that_differ_states_no_folders_facts_for_all(tmp_path):
+    a = _finished(tmp_path / "a", "head")
+    b = _finished(tmp_path / "b", "lora", model={**MODEL, "name": "other", "sha256": "other"})
+    results = json.loads((b / "results.json").read_text(encoding="utf-8"))
+    results["arguments"] |= {"lr": 0.01, "batch_size": 8}
+    results["data"] |= {"cut_rows": 7, "longest": 3}
+    for run in results["runs"]:
+        run["base"] = "base = other"
+    (b / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    page = render(join([a, b]))
+    for row in ("arguments lr", "arguments batch size", "model sha256", "data cut rows"):
+        assert f"<td>{row}</td>" in page
+    for fact in ("Every run takes", "The base model is", "Each method has its own", "were cut to"):
+        assert fact not in page
+    [first, second] = re.findall(r"<pre>(base = .*?)</pre>", page, re.DOTALL)
+    assert first.startswith("base = ...")
+    assert f"{a}/runs/head-seed0" in first
+    assert second.startswith("base = other")
+    assert f"{b}/runs/lora-seed0" in second
+
+
 def test_what_the_base_had_is_said_where_all_have_one_base(tmp_path):
     speaking = {"task": "lm", "before": [9.0] * 4}
     a = _finished(tmp_path / "a", "lora", **speaking)
@@ -99,9 +141,9 @@ def test_what_the_base_had_is_said_where_all_have_one_base(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"sha256": "e" * 64}, "their data differ"),
-        ({"task": "lm"}, "their task differ"),
-        ({"record": {"format": 4}}, "their record format differ"),
+        ({"sha256": "e" * 64}, "the data differs"),
+        ({"task": "lm"}, "the task differs"),
+        ({"record": {"format": 5}}, "the record format differs"),
     ],
 )
 def test_what_was_judged_otherwise_is_refused(tmp_path, change, message):
@@ -136,3 +178,22 @@ def test_the_command_writes_the_joined_report_and_shows_it(tmp_path, capsys):
         cli.main(["report", str(tmp_path / "none"), "--out", str(tmp_path / "other")])
     assert capsys.readouterr().err.startswith(f"fastpeft: {tmp_path / 'none' / 'results.json'}: no such file")
     assert not (tmp_path / "other").exists()
+
+
+def test_a_comparison_is_not_written_over_by_a_joined_report(tmp_path, capsys):
+    a, b = _finished(tmp_path / "a", "head"), _finished(tmp_path / "b", "lora")
+    (a / "plan.json").write_text("{}", encoding="utf-8")
+    before = (a / "results.json").read_bytes()
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(a), str(b), "--out", str(a)])
+    assert "holds a comparison of its own: name another folder" in capsys.readouterr().err
+    assert (a / "results.json").read_bytes() == before
+
+
+def test_methods_of_two_folders_are_told_apart_in_the_terminal(tmp_path):
+    results = join([_finished(tmp_path / "a", "head"), _finished(tmp_path / "b", "head")])
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(results))
+    shown = console.file.getvalue()
+    assert "head [a] " in shown
+    assert "head [b] " in shown

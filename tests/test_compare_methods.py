@@ -10,7 +10,7 @@ import torch
 from models import gpt2
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, GPT2Model
 
-from fastpeft.compare import methods
+from fastpeft.compare import methods, preflight
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import PLACES
@@ -134,7 +134,7 @@ def test_defaults_hold_where_a_method_says_nothing_else():
 
 
 def test_a_list_of_methods_is_parted_at_names_not_at_options():
-    assert methods.names(" head, lora:r=4,dropout=0.1 ,adapter-mlp:bottleneck=16,layers=6-11,prefix,") == (
+    assert methods.names(" head, lora: r=4,dropout=0.1 ,adapter-mlp:bottleneck=16,layers=6-11,prefix,") == (
         "head", "lora:r=4,dropout=0.1", "adapter-mlp:bottleneck=16,layers=6-11", "prefix"
     )  # fmt: skip
 
@@ -147,6 +147,9 @@ def test_a_list_of_methods_is_parted_at_names_not_at_options():
         ("head:r=4", "no option 'r': head takes no options"),
         ("adapter-embed:layers=1", "no option 'layers': adapter-embed takes bottleneck"),
         ("lora:r=0", "r must be a whole number of at least 1, got '0'"),
+        ("lora:r=1_0", "r must be a whole number of at least 1, got '1_0'"),
+        ("lora:r=99999999999999999999", "r must be a whole number of at least 1"),
+        ("lora:r=2,r=4", "--methods lora:r=2,r=4: r is given twice"),
         ("lora:r", "r must be a whole number of at least 1, got 'nothing'"),
         ("lora:dropout=1", "dropout must be a number from 0 up to, not including, 1, got '1'"),
         ("lora:layers=3-1", "layers must be a layer or a range of layers, like 6-11, got '3-1'"),
@@ -172,3 +175,7 @@ def test_a_layer_that_is_not_there_is_refused():
 def test_the_same_method_under_two_names_is_refused():
     with pytest.raises(BadInput, match="each method once"):
         Arguments(methods=("lora", "lora:r=8"))
+    asked = Arguments(methods=("lora", "head", "lora:layers=0-1"))
+    with pytest.raises(BadInput, match="lora:layers=0-1 comes to the same as lora"):
+        preflight.check_fit(asked, preflight.Shape(2, 64))
+    preflight.check_fit(asked, preflight.Shape(3, 64))

@@ -91,24 +91,40 @@ def test_the_bootstraps_interval_is_as_wide_as_texts_vary():
     assert (low, high) == pytest.approx((quality - 1.96 * error, quality + 1.96 * error), abs=0.3 * error)
 
 
-def test_chances_are_corrected_for_being_many_as_holm_does():
-    assert paired.corrected([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert paired.corrected([0.9, 0.8]) == [1.0, 1.0]
-    assert paired.corrected([]) == []
+def test_tests_share_a_chance_as_holm_has_it():
+    assert paired.shares([0.01, 0.04, 0.03]) == [
+        3,
+        2,
+        2,
+    ]  # 0.03 · 2 shows nothing, so 0.04 isn't asked by itself
+    assert paired.shares([0.01, 0.04, 0.02]) == [3, 1, 2]
+    assert paired.shares([0.9, 0.8]) == [2, 2]
+    assert paired.shares([]) == []
 
 
+@pytest.mark.parametrize("tests", [1, 15])
+def test_an_interval_leaves_out_zero_where_a_difference_is_shown(tests):
+    generator = np.random.default_rng(6)
+    for shift in np.linspace(0, 0.3, 40):
+        found = paired.difference(
+            shift + generator.normal(size=(3, 200)), np.zeros((3, 200)), np.ones(200), tests
+        )
+        assert found.shown == (not found.low < 0 < found.high)
+
+
+@pytest.mark.parametrize("tests", [1, 10])
 @pytest.mark.parametrize(("text", "seed"), [(4e-4, 0.0), (1e-6, 4e-4), (4e-4, 4e-4)])
-def test_as_many_as_it_names_would_tell_four_times_in_five(text, seed):
+def test_as_many_as_it_names_would_tell_four_times_in_five(text, seed, tests):
     """In simulated comparisons of that many, with the difference and the spreads it was told of."""
     generator = np.random.default_rng(5)
-    texts, seeds = paired.would_tell(paired.Difference(0.02, 0, 0, 0.3, text, seed), 100, 3)
+    texts, seeds = paired.would_tell(paired.Difference(0.02, 0, 0, 0.3, text, seed, 100, 3, tests))
     assert texts > 100 or seeds > 3
     shown = 0
     for _ in range(300):
         apart = 0.02 + _scores(generator, seeds, texts, (3 * seed) ** 0.5, (100 * text) ** 0.5, 0)
-        shown += paired.difference(apart, np.zeros_like(apart), np.ones(texts)).p < 0.05
+        shown += paired.difference(apart, np.zeros_like(apart), np.ones(texts), tests).shown
     assert 0.7 * 300 <= shown <= 0.93 * 300
 
 
 def test_a_difference_that_seeds_hide_is_not_promised():
-    assert paired.would_tell(paired.Difference(1e-6, 0, 0, 0.9, 1e-4, 1e-2), 100, 3) is None
+    assert paired.would_tell(paired.Difference(1e-6, 0, 0, 0.9, 1e-4, 1e-2, 100, 3)) is None

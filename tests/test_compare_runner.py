@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import itertools
 import json
 import os
 import re
@@ -16,12 +17,14 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import safetensors.torch
 import torch
 import transformers
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
@@ -32,6 +35,7 @@ import fastpeft
 from fastpeft.compare import plots, runner, train
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.errors import BadInput
+from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import run_name
 from fastpeft.compare.placement import loading, trainable, why_not
 from fastpeft.compare.progress import Reporter
@@ -127,9 +131,16 @@ def test_adapter_runs_fuse_their_adapters_and_lora_runs_their_projections(finish
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of one run can't be measured")
-def test_peak_memory_is_that_of_a_process_with_torch_in_it(finished):
-    for run in finished[2]["runs"]:
-        assert 100e6 < run["peak_memory_bytes"] < 20e9
+def test_peak_memory_is_what_a_run_adds_whatever_ran_before(finished):
+    assert all(0 < run["peak_memory_bytes"] < 1e9 for run in finished[2]["runs"])
+    held = torch.ones(50_000_000)
+    del held  # a peak of 200 MB, which isn't the next one's
+    held = torch.ones(25_000_000)
+    peak = PeakMemory(torch.device("cpu"))
+    assert peak.bytes() < 5e6
+    more = torch.ones(10_000_000)
+    del held
+    assert peak.bytes() == pytest.approx(more.nbytes, rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +323,14 @@ def test_memory_that_does_not_suffice_is_one_line_naming_the_remedy(tmp_path, mo
         compare(asked)
 
 
+@pytest.mark.parametrize("asked", ["fp16", "fp8", "half"])
+def test_a_precision_that_the_cpu_has_no_autocast_for_is_refused(monkeypatch, asked):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", asked)
+    monkeypatch.setattr(runner.machine, "processes", lambda: SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(BadInput, match=f"ACCELERATE_MIXED_PRECISION={asked}: here it can be no, bf16"):
+        runner.machine.mixed_precision()
+
+
 @pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("asked", "amx", "avx512", "expected"),
@@ -484,6 +503,71 @@ def test_other_data_or_another_model_under_the_same_name_is_refused(tmp_path):
         compare(asked)
 
 
+def test_points_that_are_moved_apart_meet_no_others():
+    """As 355 and 357 would meet 448, where they are moved from each other alone."""
+    for values in ([355, 357, 448], [100, 105, 118, 140], [10, 1000, 1001, 1002, 1600], [7]):
+        placed = plots._apart(values)
+        ordered = sorted(placed)
+        assert [placed.index(each) for each in ordered] == list(range(len(values)))
+        assert all(after > 1.1 * before for before, after in itertools.pairwise(ordered))
+    assert plots._apart([10, 20]) == [10, 20]
+
+
+def test_runs_judged_at_different_steps_share_a_curve(finished):
+    results = copy.deepcopy(finished[2])
+    [head] = [run for run in results["runs"] if run["method"] == "head"]
+    other = copy.deepcopy(head) | {"seed": 1}
+    other["curve"] = [point for point in other["curve"] if point["step"] in (2, 4)]
+    results["runs"].append(other)
+    [axes] = plots._draw_curves(results).axes
+    [line] = [line for line in axes.get_lines() if line.get_label() == "head"]
+    assert list(line.get_xdata()) == [2, 4]
+
+
+@pytest.mark.parametrize("damage", ["half a record", "no record", "no weights"])
+def test_a_damaged_run_is_named_and_left(finished, tmp_path, damage):
+    folder, asked, _ = finished
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    run = out / "runs" / "head-seed0"
+    if damage == "half a record":
+        (run / "record.json").write_text('{"method": "he', encoding="utf-8")
+    elif damage == "no record":
+        (run / "record.json").unlink()
+    else:
+        shutil.rmtree(run / "weights")
+    before = sorted(out.rglob("*"))
+    with pytest.raises(
+        BadInput, match="runs/head-seed0: is damaged: remove it, and the run is trained again"
+    ):
+        compare(dataclasses.replace(asked, out=out))
+    assert set(out.rglob("*")) - {out / ".lock"} == set(before) - {out / ".lock"}
+
+
+def test_a_folder_that_another_comparison_writes_to_is_refused(finished):
+    _, asked, _ = finished
+    with (
+        FileLock(asked.out / ".lock"),
+        pytest.raises(BadInput, match="another comparison is writing to it: wait for it, or name another"),
+    ):
+        compare(asked)
+
+
+def test_a_run_that_diverges_is_recorded_as_that(tmp_path):
+    asked = arguments(tmp_path, methods=("head", "full"), seeds=2, max_steps=6, lr=1e30)
+    results = compare(asked)
+    found = {run["method"]: run for run in results["runs"]}
+    assert found["full"]["diverged"]
+    assert found["full"]["quality"] is found["full"]["scores"] is None
+    assert not found["head"]["diverged"]
+    page = (asked.out / "report.html").read_text(encoding="utf-8")
+    assert "full isn&#39;t compared: it diverged from seeds 0 and 1 at the learning rate 1e+30" in page
+    strict = json.JSONDecoder(parse_constant=lambda name: pytest.fail(f"{name} isn't JSON"))
+    strict.decode((asked.out / "results.json").read_text(encoding="utf-8"))
+    with pytest.raises(BadInput, match=r"nothing is left to compare\. full isn't compared: it diverged"):
+        compare(dataclasses.replace(asked, methods=("full",), out=tmp_path / "alone"))
+    assert (tmp_path / "alone" / "results.json").exists()
+
+
 def test_records_of_another_format_are_refused(finished, tmp_path):
     """A folder from before the two scopes were timed: its plan names no format."""
     folder, asked, _ = finished
@@ -492,7 +576,7 @@ def test_records_of_another_format_are_refused(finished, tmp_path):
     before = json.loads(plan.read_text(encoding="utf-8"))
     del before["record"]
     plan.write_text(json.dumps(before), encoding="utf-8")
-    with pytest.raises(BadInput, match=r"record format \(was None, now 3\); name another folder"):
+    with pytest.raises(BadInput, match=r"record format \(was None, now 4\); name another folder"):
         compare(dataclasses.replace(asked, out=tmp_path / "old"))
 
 

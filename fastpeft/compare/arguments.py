@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,17 +57,17 @@ class Arguments:
     def __post_init__(self) -> None:
         for name in _NUMBERS:
             value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise BadInput(f"--{name.replace('_', '-')} must be a number above 0, got {value}")
+            most = methods.MOST if isinstance(value, int) else sys.float_info.max
+            if value is not None and not 0 < value <= most:
+                bound = f" and at most {most:,}" if isinstance(value, int) and value > most else ""
+                raise BadInput(f"--{name.replace('_', '-')} must be a number above 0{bound}, got {value}")
         if self.max_length == 1:
             raise BadInput("--max-length must be at least 2: a token is judged by what came before it")
         if self.task not in TASKS:
             raise BadInput(f"unknown task {self.task!r}: choose from {', '.join(TASKS)}")
         if not self.methods:
             object.__setattr__(self, "methods", DEFAULT_METHODS[self.task])
-        settings = [(method.place, method.options) for method in self.chosen]
-        if any(method in settings[:i] for i, method in enumerate(settings)):
-            raise BadInput(f"--methods takes each method once, got {','.join(self.methods)!r}")
+        self.refuse_twins([(method.place, method.options) for method in self.chosen])
         if self.backend not in BACKENDS:
             raise BadInput(f"unknown backend {self.backend!r}: choose from {', '.join(BACKENDS)}")
 
@@ -87,6 +88,16 @@ class Arguments:
             "tokens": methods.PREFIX_TOKENS,
         }
         return tuple(methods.parse(name, self.task, defaults) for name in self.methods)
+
+    def refuse_twins(self, settings: list[Any]) -> None:
+        """Raises where two of the methods come to the same, by these."""
+        for i, setting in enumerate(settings):
+            if setting in settings[:i]:
+                twin = self.methods[settings.index(setting)]
+                raise BadInput(
+                    f"--methods takes each method once, got {','.join(self.methods)!r}"
+                    + (f": {self.methods[i]} comes to the same as {twin}" if self.methods[i] != twin else "")
+                )
 
     @property
     def reserved(self) -> int:

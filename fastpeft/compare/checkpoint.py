@@ -34,14 +34,7 @@ class Base(NamedTuple):
     description: dict[str, Any]
 
 
-class Shape(NamedTuple):
-    """What methods must fit into, by the names of GPT-2's config."""
-
-    n_layer: int
-    n_positions: int
-
-
-def shape(name: str) -> Shape:
+def shape(name: str) -> preflight.Shape:
     """A model's; refuses, before any work, one that isn't there or isn't GPT-2. Reads no weights.
 
     Raises:
@@ -49,9 +42,8 @@ def shape(name: str) -> Shape:
     """
     if name == IMDB_SMALL:
         base_model.tokenizer()
-        return Shape(base_model.RECIPE["layers"], base_model.RECIPE["positions"])
-    config = preflight.config(_find(name, "config"), name)
-    return Shape(config.get("n_layer", 12), config.get("n_positions", 1024))
+        return preflight.Shape(base_model.RECIPE["layers"], base_model.RECIPE["positions"])
+    return preflight.shape(_find(name, "config"), name)
 
 
 def load(
@@ -68,11 +60,16 @@ def load(
     """
     if name == IMDB_SMALL:
         folder = base_model.ensure(device, notify)
-        description: dict[str, Any] = {"name": name, "pretrained_here": base_model.described(folder)}
+        description: dict[str, Any] = {
+            "name": name,
+            "folder": None,
+            "pretrained_here": base_model.described(folder),
+        }
     else:
         shape(name)
         folder = _find(name)
-        description = {"name": name, "pretrained_here": None}
+        own = preflight.local_folder(name)
+        description = {"name": name, "folder": own and str(own.resolve()), "pretrained_here": None}
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = MODEL_CLASSES[task].from_pretrained(folder, dtype=torch.float32, **_head(task, label_names))

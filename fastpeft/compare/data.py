@@ -183,7 +183,8 @@ def _refuse(what: str, reason: str, rows: list[int]) -> None:
 
 
 def _is_unicode(text: str) -> bool:
-    return not any("\udc80" <= character <= "\udcff" for character in text)
+    """Whether it can be written: JSON spells surrogates without a partner."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _label_order(label: str) -> tuple[int, int, str]:

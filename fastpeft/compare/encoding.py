@@ -22,7 +22,8 @@ class Encoded(NamedTuple):
     eval: Examples
     texts: list[int]  # of each eval example, the index of its text
     weights: list[int]  # of each eval text: 1, or the tokens of it that are predicted
-    cut: int  # texts that were cut to fit the model
+    longest: int  # tokens of an example at most
+    cut: int  # texts that were longer: a text to classify was cut, a document goes on in another example
 
 
 def encode(data: Data, base: Base, arguments: Arguments) -> Encoded:
@@ -44,6 +45,7 @@ def encode(data: Data, base: Base, arguments: Arguments) -> Encoded:
         [evaluation[i] for i in order],
         [texts[i] for i in order],
         weights,
+        longest,
         cut_train + cut_eval,
     )
 
@@ -72,4 +74,5 @@ def _predicted(part: Part, base: Base, longest: int) -> tuple[Examples, list[int
         for start in range(0, len(document), longest - 1):
             examples.append({"input_ids": tokens[start : start + longest]})
             texts.append(index)
-    return examples, texts, [sum(token != padding for token in document) for document in ids], 0
+    weights = [sum(token != padding for token in document) for document in ids]
+    return examples, texts, weights, sum(len(document) >= longest for document in ids)

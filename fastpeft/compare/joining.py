@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.preflight import RESULTS_FILE
 
-_PARTS = ("arguments", "model", "versions", "machine")
+_PARTS = ("arguments", "model", "versions", "machine", "data")
+#: Of the data the rest is the same, or the folders can't be joined.
+_IN_PART = {"data": ("longest", "cut_rows")}
+#: Where the model lies says nothing of what it is.
+_UNTOLD = ("folder",)
 
 
 def join(folders: list[Path]) -> dict[str, Any]:
     """The results of all folders in one, with what differs between them; of seeds, those that all have.
 
-    A method that several have is told apart by its folder's name.
+    A method that several have is told apart by as much of its folder's path as does it.
 
     Raises:
         BadInput: a folder without results, twice the same folder, or comparisons of different tasks or texts.
@@ -29,22 +34,21 @@ def join(folders: list[Path]) -> dict[str, Any]:
             ("record format", lambda r: r["record"]["format"]),
             ("task", lambda r: r["task"]),
             ("data", lambda r: f"{r['data']['name']}, {r['data']['sha256'][:12]}"),
-            ("tokens of each text", lambda r: sum(r["data"]["weights"])),
+            ("number of tokens", lambda r: sum(r["data"]["weights"])),
         ):
             if of(results) != of(first):
                 raise BadInput(
-                    f"{folders[0]} and {folder} can't be joined: their {what} differ ({of(first)}, {of(results)})"
+                    f"{folders[0]} and {folder} can't be joined: the {what} differs ({of(first)}, "
+                    f"{of(results)})"
                 )
     seeds = min(results["arguments"]["seeds"] for results in found)
-    named = [(folder, run) for folder, results in zip(folders, found, strict=True) for run in results["runs"]]
-    twice = {
-        run["method"] for a, run in named for b, other in named if a != b and run["method"] == other["method"]
-    }
+    counts = Counter(method for results in found for method in {run["method"] for run in results["runs"]})
     runs = [
         run
-        | {"load": run["load"].replace("runs/", f"{folder}/runs/")}
-        | ({"method": f"{run['method']} [{folder.name}]"} if run["method"] in twice else {})
-        for folder, run in named
+        | {"load": run["load"].replace("runs/", f"{folder.resolve()}/runs/")}
+        | ({"method": f"{run['method']} [{label}]"} if counts[run["method"]] > 1 else {})
+        for folder, label, results in zip(folders, _labels(folders), found, strict=True)
+        for run in results["runs"]
         if run["seed"] < seeds
     ]
     methods = list(dict.fromkeys(run["method"] for run in runs))
@@ -55,6 +59,13 @@ def join(folders: list[Path]) -> dict[str, Any]:
         "runs": runs,
         "joined": {"folders": [str(folder) for folder in folders], "differs": _differing(found)},
     }
+
+
+def _labels(folders: list[Path]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart."""
+    paths = [folder.resolve().parts for folder in folders]
+    ends = ([str(Path(*path[-size:])) for path in paths] for size in range(1, 1 + max(map(len, paths))))
+    return next(labels for labels in ends if len(set(labels)) == len(labels))
 
 
 def _read(folder: Path) -> dict[str, Any]:
@@ -74,9 +85,9 @@ def _differing(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each setting that isn't the same in all, its values in the order of the folders."""
     rows = []
     for part in _PARTS:
-        for key in found[0][part]:
+        for key in _IN_PART.get(part, found[0][part]):
             values = [results[part].get(key) for results in found]
-            if any(value != values[0] for value in values):
+            if key not in _UNTOLD and any(value != values[0] for value in values):
                 rows.append(
                     {"what": f"{part} {key.replace('_', ' ')}", "values": [_shown(v) for v in values]}
                 )

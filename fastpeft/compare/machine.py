@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 
 import fastpeft
+from fastpeft.compare.errors import BadInput
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate")
 
@@ -52,8 +53,14 @@ def mixed_precision() -> str:
     """What autocast computes in: what accelerate was launched with, else bf16 where the device is made for it, or `no`.
 
     Where bfloat16 is only emulated, by a CPU without AMX or AVX512-BF16 or a GPU before Ampere, it is the slower one.
+
+    Raises:
+        BadInput: it was launched with another, or with fp16 on a CPU, which accelerate has no autocast for.
     """
     if asked := os.environ.get("ACCELERATE_MIXED_PRECISION"):
+        known = ("no", "bf16") if processes().device.type == "cpu" else ("no", "bf16", "fp16")
+        if asked not in known:
+            raise BadInput(f"ACCELERATE_MIXED_PRECISION={asked}: here it can be {', '.join(known)}")
         return asked
     native = {
         "cuda": lambda: torch.cuda.is_bf16_supported(including_emulation=False),

@@ -13,10 +13,10 @@ _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
-    """The most memory held since it was made, in bytes.
+    """The most memory held since it was made, beyond what was held then, in bytes.
 
-    On CUDA what tensors took (`max_memory_allocated`); on Linux without a GPU the process's resident set,
-    libraries and all. Elsewhere it isn't measured: `getrusage` keeps the peak of the whole process's life.
+    On CUDA by tensors (`max_memory_allocated`); on Linux without a GPU in the process's resident set. Elsewhere it
+    isn't measured: `getrusage` keeps the peak of the whole process's life.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -27,15 +27,17 @@ class PeakMemory:
         elif device.type == "cpu":
             _give_back()
             self.restarted = _restart_peak()
+        self._before = 0
+        self._before = self.bytes() or 0
 
     def bytes(self) -> int | None:
         """The peak so far; None where it can't be measured."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._before
         if self.device.type == "cpu" and self.restarted:
             for line in _STATUS.read_text(encoding="ascii").splitlines():
                 if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+                    return int(line.split()[1]) * 1024 - self._before
         return None
 
 

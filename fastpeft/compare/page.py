@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import base64
+import shlex
+from itertools import groupby
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from fastpeft.compare import plots
-from fastpeft.compare.card import base_lines
 from fastpeft.compare.summary import Spread, Summary, speed_shown
-from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
+from fastpeft.compare.tasks import CLASSIFY, TASKS, Task, written
 from fastpeft.compare.timing import SCOPES
 from fastpeft.compare.verdict import good_for, standings, verdict
 
@@ -31,6 +32,8 @@ def render(results: dict[str, Any]) -> str:
     }
     task = TASKS[results["task"]]
     found = standings(results)
+    summaries = [standing.summary for standing in found]
+    differs = {row["what"] for row in results["joined"]["differs"]} if results["joined"] else set()
     figures = [
         {
             "source": "data:image/svg+xml;base64," + base64.b64encode(plots.svg(plot, results)).decode(),
@@ -42,7 +45,7 @@ def render(results: dict[str, Any]) -> str:
     return environment.get_template("report.html.j2").render(
         results=results,
         task=task,
-        summaries=[standing.summary for standing in found],
+        summaries=summaries,
         standings=found,
         verdict=verdict(results),
         good_for=good_for(results),
@@ -51,14 +54,19 @@ def render(results: dict[str, Any]) -> str:
         speed_shown=speed_shown,
         scopes=SCOPES,
         classifies=results["task"] == CLASSIFY,
-        base_sentence=base_sentence(results["model"]),
+        differs=differs,
+        elsewhere=any(what.startswith(("machine ", "versions ")) for what in differs),
+        steps=_steps(results, summaries, differs),
+        base_sentence="The folders’ base models differ, as the table of what differs says."
+        if "model sha256" in differs
+        else base_sentence(results["model"]),
         command=command(results),
         quality=lambda summary: quality(summary, task),
         gap=lambda value: task.gap(value),
-        base_lines=base_lines(results, results["task"]),
+        loads=[(base, list(group)) for base, group in groupby(summaries, key=lambda s: s.base)],
         memory_kind="what tensors take on the GPU"
         if results["machine"]["device"] == "cuda"
-        else "the resident memory of the whole process, libraries and base model included",
+        else "what the process grows by",
     )
 
 
@@ -82,31 +90,39 @@ def base_sentence(model: dict[str, Any]) -> str:
     )
 
 
+def _steps(results: dict[str, Any], summaries: list[Summary], differs: set[str]) -> str:
+    """How long the runs are."""
+    arguments, processes = results["arguments"], results["machine"]["processes"]
+    sizes = {"arguments batch size", "arguments accumulate", "machine processes"}
+    if len({summary.steps for summary in summaries}) > 1 or differs & sizes:
+        return "The runs’ steps differ, as the table of what differs says."
+    size = min(arguments["batch_size"] * arguments["accumulate"], results["data"]["train_rows"])
+    each = f" on each of {processes} devices" if processes > 1 else ""
+    return f"Every run takes {summaries[0].steps} steps of {size} texts{each}."
+
+
 def command(results: dict[str, Any]) -> str:
     """The command that asks for these results, options left at None aside."""
     if results["joined"]:
-        return " ".join(["fastpeft report", *results["joined"]["folders"]])
-    words = ["fastpeft compare"]
+        return shlex.join(["fastpeft", "report", *results["joined"]["folders"]])
+    words = ["fastpeft", "compare"]
     for name, value in results["arguments"].items():
-        if value is not None:
-            shown = (
-                ",".join(value)
-                if isinstance(value, list)
-                else f"{value:g}"
-                if isinstance(value, float)
-                else value
-            )
-            words.append(f"--{name.replace('_', '-')} {shown}")
-    return " ".join(words)
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, list):
+            words.append(",".join(value))
+        elif value is not True:
+            words.append(f"{value:g}" if isinstance(value, float) else str(value))
+    return shlex.join(words)
 
 
 def quality(summary: Summary, task: Task) -> tuple[str, str]:
     """Mean, and the interval over held-out texts: `71.2%`, `70.1–72.3`."""
-    scale = 100 if task.name == CLASSIFY else 1
-    digits = 1 if task.name == CLASSIFY else 3
-    low, high = (f"{scale * end:.{digits}f}" for end in summary.interval)
-    mean = f"{scale * summary.quality.mean:.{digits}f}" + ("%" if task.name == CLASSIFY else "")
-    return mean, f"{low}–{high}"
+    low, high = summary.interval
+    if task.name == CLASSIFY:
+        return f"{100 * summary.quality.mean:.1f}%", f"{100 * low:.1f}–{100 * high:.1f}"
+    return written(summary.quality.mean), f"{written(low)}–{written(high)}"
 
 
 def milliseconds(spread: Spread) -> str:

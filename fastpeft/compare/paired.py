@@ -32,17 +32,26 @@ class Difference(NamedTuple):
     mean: float
     low: float
     high: float
-    p: float  # two-sided
+    p: float  # two-sided, of this test alone
     text_variance: float  # of the mean, that texts give it
     seed_variance: float  # and that seeds give it
+    texts: int
+    seeds: int
+    tests: int = 1  # that share the chance of a false difference, and the interval's of missing the truth
+
+    @property
+    def shown(self) -> bool:
+        """Whether it would come about by chance in fewer than 1 of 20 such families of tests."""
+        return self.p * self.tests < 1 - CONFIDENCE
 
 
-def difference(first: Floats, second: Floats, weights: Floats) -> Difference:
+def difference(first: Floats, second: Floats, weights: Floats, tests: int = 1) -> Difference:
     """The quality of `first` less that of `second`.
 
     Args:
         first, second: scores (seeds, texts), of at least two seeds and texts.
         weights: what each text weighs (texts,).
+        tests: as many share the chance of one false difference (`shares`).
     """
     apart = np.asarray(first, float) - second
     seeds, texts = apart.shape
@@ -53,11 +62,12 @@ def difference(first: Floats, second: Floats, weights: Floats) -> Difference:
     by_text = float(texts / (texts - 1) * (residuals**2).sum() / whole**2)
     by_seed = float((apart.sum(1) / whole).var(ddof=1) / seeds)
     if by_text + by_seed == 0:
-        return Difference(mean, mean, mean, float(mean == 0), 0.0, 0.0)
-    half = math.sqrt(_squared(CONFIDENCE, seeds) * by_seed + _squared(CONFIDENCE, texts) * by_text)
+        return Difference(mean, mean, mean, float(mean == 0), 0.0, 0.0, texts, seeds, tests)
+    confidence = _confidence(tests)
+    half = math.sqrt(_squared(confidence, seeds) * by_seed + _squared(confidence, texts) * by_text)
     widths = _squared(1 - _CHANCES, seeds) * by_seed + _squared(1 - _CHANCES, texts) * by_text
     p = float(np.interp(mean**2, widths, _CHANCES))
-    return Difference(mean, mean - half, mean + half, p, by_text, by_seed)
+    return Difference(mean, mean - half, mean + half, p, by_text, by_seed, texts, seeds, tests)
 
 
 def interval(scores: Floats, weights: Floats) -> tuple[float, float]:
@@ -77,31 +87,39 @@ def _drawn(texts: int) -> NDArray[np.float32]:
     return np.stack([np.bincount(row, minlength=texts) for row in drawn]).astype(np.float32)
 
 
-def corrected(ps: list[float]) -> list[float]:
-    """Holm's (1979) for tests made together: the chance of one false difference among all stays what it was."""
-    order = sorted(range(len(ps)), key=ps.__getitem__)
-    found, worst = [1.0] * len(ps), 0.0
-    for rank, index in enumerate(order):
-        worst = max(worst, min(1.0, (len(ps) - rank) * ps[index]))
-        found[index] = worst
+def shares(ps: list[float]) -> list[int]:
+    """How many tests each of these chances shares a false difference with, for that of one among all to stay 1 in 20.
+
+    Holm's (1979): the least chance with all, the next with those that are left, until one shows nothing.
+    """
+    found, left = [0] * len(ps), len(ps)
+    for index in sorted(range(len(ps)), key=ps.__getitem__):
+        found[index] = left
+        left -= ps[index] * left < 1 - CONFIDENCE
     return found
 
 
-def would_tell(found: Difference, texts: int, seeds: int) -> tuple[int, int] | None:
-    """Texts and seeds with which a difference as large as this one would be found four times in five.
+def would_tell(found: Difference) -> tuple[int, int] | None:
+    """Texts and seeds with which a difference as large as this one would be shown four times in five.
 
-    Of all pairs the one with the fewest scores; None where a billion texts wouldn't do.
+    By a test among as many as this was one of. Of all pairs the one with the fewest scores; None where a billion texts
+    wouldn't do.
     """
-    by_text = (math.sqrt(_squared(CONFIDENCE, texts)) + _POWER) ** 2 * found.text_variance * texts
+    texts, seeds, confidence = found.texts, found.seeds, _confidence(found.tests)
+    by_text = (math.sqrt(_squared(confidence, texts)) + _POWER) ** 2 * found.text_variance * texts
     pairs = []
     for number in range(seeds, 20 * seeds):
         by_seed = (
-            (math.sqrt(_squared(CONFIDENCE, number)) + _POWER) ** 2 * found.seed_variance * seeds / number
+            (math.sqrt(_squared(confidence, number)) + _POWER) ** 2 * found.seed_variance * seeds / number
         )
         room = found.mean**2 - by_seed
         if room * _MOST > by_text:
             pairs.append((max(texts, math.ceil(by_text / room)), number))
     return min(pairs, key=math.prod, default=None)
+
+
+def _confidence(tests: int) -> float:
+    return 1 - (1 - CONFIDENCE) / tests
 
 
 @functools.cache

@@ -146,16 +146,23 @@ def _quality_axis(axes: Axes, task: Task) -> None:
 
 def _apart(values: list[int]) -> list[float]:
     """The values, those within a tenth of each other moved apart on a log axis so that all can be seen."""
-    placed = [float(value) for value in values]
+    near, step = math.log(1.1), math.log(1.25)
     groups: list[list[int]] = []
+
+    def ends(group: list[int]) -> tuple[float, float]:
+        middle = sum(math.log(values[index]) for index in group) / len(group)
+        half = step * (len(group) - 1) / 2
+        return middle - half, middle + half
+
     for index in sorted(range(len(values)), key=values.__getitem__):
-        if groups and values[index] <= 1.1 * values[groups[-1][-1]]:
-            groups[-1].append(index)
-        else:
-            groups.append([index])
+        group = [index]
+        while groups and ends(group)[0] - ends(groups[-1])[1] <= near:  # moved, they may meet another
+            group = groups.pop() + group
+        groups.append(group)
+    placed = [float(value) for value in values]
     for group in groups:
-        for place, index in enumerate(group):
-            placed[index] *= 1.25 ** (place - (len(group) - 1) / 2)
+        for place, index in enumerate(group if len(group) > 1 else ()):
+            placed[index] = math.exp(ends(group)[0] + step * place)
     return placed
 
 
@@ -170,9 +177,10 @@ def _draw_curves(results: dict[str, Any]) -> Figure:
     for axes, key in zip(panels, keys, strict=True):
         for index, summary in enumerate(summarise(results)):
             runs = [run for run in results["runs"] if run["method"] == summary.method]
-            points = [[(p["step"], p[key]) for p in run["curve"] if key in p] for run in runs]
-            steps = [step for step, _ in points[0]]
-            values = np.array([[value for _, value in run] for run in points], dtype=float)
+            points = [{p["step"]: p[key] for p in run["curve"] if key in p} for run in runs]
+            # Runs side by side are judged and logged less often than one that was trained alone.
+            steps = [step for step in points[0] if all(step in run for run in points)]
+            values = np.array([[run[step] for step in steps] for run in points], dtype=float)
             colour, marker = _look(index)
             axes.plot(
                 steps,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastpeft.compare import data
 from fastpeft.compare.arguments import IMDB_SMALL, Arguments
@@ -13,28 +13,64 @@ from fastpeft.compare.errors import BadInput
 
 PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.json"
+#: Held while a comparison writes to its folder.
+LOCK_FILE = ".lock"
+FEWEST_TOKENS = 2  # of a text
 
 
-def check(arguments: Arguments) -> None:
-    """Refuse what a look at files and folders tells; leaves no trace.
+class Shape(NamedTuple):
+    """What methods must fit into, by the names of GPT-2's config."""
+
+    n_layer: int
+    n_positions: int
+
+
+def check(arguments: Arguments) -> data.Data:
+    """The data, and a refusal of what a look at files and folders tells; leaves no trace.
 
     Raises:
-        BadInput: an output folder that can't be written or holds something else, no such data, a model folder that
-            isn't there or holds no GPT-2.
+        BadInput: an output folder that can't be written or holds something else, data that can't be read or split, a
+            model folder that isn't there or holds no GPT-2 that the methods fit.
     """
     check_folder(arguments.out, PLAN_FILE)
     data.check(arguments.data, arguments.task)
-    check_model(arguments.model)
+    folder = check_model(arguments.model)
+    if folder:
+        check_fit(arguments, shape(folder, arguments.model))
+    return data.load(arguments.data, arguments.task)
 
 
-def check_model(name: str) -> None:
-    """Refuse a model's folder that isn't there or holds no GPT-2; what the Hub has is known later.
+def check_fit(arguments: Arguments, shape: Shape) -> None:
+    """Refuse methods that a model hasn't the layers or the positions for, or that come to the same in it.
 
     Raises:
         BadInput: with the reason.
     """
-    if name != IMDB_SMALL and (folder := local_folder(name)):
-        config(folder, name)
+    arguments.refuse_twins(
+        [
+            (method.place, {**method.options, "layers": method.layers(shape)})
+            if "layers" in method.options
+            else (method.place, method.options)
+            for method in arguments.chosen
+        ]
+    )
+    if shape.n_positions - arguments.reserved < FEWEST_TOKENS:
+        raise BadInput(
+            f"--methods: {arguments.reserved} tokens before each text leave it fewer than {FEWEST_TOKENS}: the model "
+            f"has {shape.n_positions} positions"
+        )
+
+
+def check_model(name: str) -> Path | None:
+    """A model's folder; None for what the Hub has or fastpeft makes, which is known later.
+
+    Raises:
+        BadInput: it isn't there or holds no GPT-2.
+    """
+    folder = None if name == IMDB_SMALL else local_folder(name)
+    if folder:
+        shape(folder, name)
+    return folder
 
 
 def local_folder(name: str) -> Path | None:
@@ -50,18 +86,19 @@ def local_folder(name: str) -> Path | None:
         return path
     looks_like_a_path = path.exists() or path.is_absolute() or name.startswith((".", "~"))
     if looks_like_a_path or name.count("/") > 1 or not name:
-        raise BadInput(f"--model {name}: no such folder")
+        what = "is a file: give the folder it is in" if path.is_file() else "no such folder"
+        raise BadInput(f"--model {name}: {what}")
     return None
 
 
-def config(folder: Path, name: str) -> dict[str, Any]:
-    """The config of the GPT-2 in a folder.
+def shape(folder: Path, name: str) -> Shape:
+    """Of the GPT-2 in a folder.
 
     Raises:
         BadInput: it can't be read, or is another model's.
     """
     try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         found = None
     if not isinstance(found, dict):
@@ -69,7 +106,7 @@ def config(folder: Path, name: str) -> dict[str, Any]:
     if found.get("model_type") != "gpt2":
         kind = found.get("model_type", "of no stated type")
         raise BadInput(f"--model {name}: its model is {kind}, and fastpeft compares on GPT-2")
-    return found
+    return Shape(found.get("n_layer", 12), found.get("n_positions", 1024))
 
 
 def part(path: Path) -> Path:
@@ -89,6 +126,6 @@ def check_folder(out: Path, ours: str) -> None:
             pass
     except OSError as error:
         raise BadInput(f"--out {out}: can't be written: {error.strerror}") from None
-    known = {ours, part(out / ours).name}
+    known = {ours, part(out / ours).name, LOCK_FILE}
     if out.exists() and any(out.iterdir()) and not known & {path.name for path in out.iterdir()}:
         raise BadInput(f"--out {out}: the folder holds something else: name an empty or new one")

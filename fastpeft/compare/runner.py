@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from fastpeft import routes
@@ -32,41 +35,54 @@ from fastpeft.compare.encoding import encode
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import why_not
-from fastpeft.compare.preflight import PLAN_FILE, RESULTS_FILE, part
+from fastpeft.compare.preflight import LOCK_FILE, PLAN_FILE, RESULTS_FILE, check_fit, part
 from fastpeft.compare.progress import Reporter
+from fastpeft.compare.summary import diverged, summarise
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
-from fastpeft.compare.train import Setting, judged_untrained, train_run, train_together
+from fastpeft.compare.train import (
+    WEIGHTS_FOLDER,
+    Setting,
+    judged_untrained,
+    train_run,
+    train_together,
+)
 
-FEWEST_TOKENS = 2  # of a text
 RUNS_FOLDER = "runs"
 #: Of a run's record: it goes up when a key comes, goes or changes its meaning.
-RECORD_FORMAT = 3
+RECORD_FORMAT = 4
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
 BEFORE_FILE = "before.json"
 REPORT_FILE = "report.html"
 
 
-def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str, Any]:
+def compare(
+    arguments: Arguments, reporter: Reporter | None = None, corpus: data.Data | None = None
+) -> dict[str, Any]:
     """Train every method from every seed, writing `results.json`, `report.html` and plots to `arguments.out`.
 
     A comparison that was interrupted goes on where it stopped: runs that are in the folder are kept.
+
+    Args:
+        arguments: what to compare.
+        reporter: shows how far it is; None shows nothing.
+        corpus: what `preflight.check` gave for these arguments, where it has been asked already.
 
     Returns:
         What `results.json` holds.
 
     Raises:
-        BadInput: an argument, file, model or output folder that can't be used; nothing has been written then.
+        BadInput: an argument, file, model or output folder that can't be used; nothing has been written then. Or memory
+            that doesn't suffice, or no method whose runs held; finished runs are kept.
     """
     reporter = reporter or Reporter(Console(quiet=True))
     state = machine.processes()
     out = arguments.out
-    preflight.check(arguments)
+    corpus = corpus or preflight.check(arguments)
     if arguments.together and state.num_processes > 1:
         raise BadInput("--together trains in one process: leave it out, or start one")
     _check_backend(arguments.backend, state.device)
     arguments = _trainable(arguments, reporter)
-    corpus = data.load(arguments.data, arguments.task)
     plan: dict[str, Any] = {
         "arguments": arguments.recorded(),
         "data": corpus.summary(),
@@ -75,25 +91,43 @@ def compare(arguments: Arguments, reporter: Reporter | None = None) -> dict[str,
         "record": {"format": RECORD_FORMAT},
     }
     _refuse_another(plan, out)
-    _check_fit(arguments, checkpoint.shape(arguments.model))
+    check_fit(arguments, checkpoint.shape(arguments.model))
     base = _base(arguments, corpus, reporter, state)
     plan["model"] = base.description
     _refuse_another(plan, out)
     encoded = encode(corpus, base, arguments)
-    plan["data"] |= {"cut_rows": encoded.cut, "weights": encoded.weights}
+    plan["data"] |= {"longest": encoded.longest, "cut_rows": encoded.cut, "weights": encoded.weights}
 
-    if state.is_main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        _write(out / PLAN_FILE, plan)
-        (out / RUNS_FOLDER).mkdir(exist_ok=True)
-    setting = Setting(base, encoded, arguments)
-    before = _before(setting, state)
-    records = _train_all(setting, plan, reporter, state)
-    results = plan | {"task": arguments.task, "before": before, "runs": records, "joined": None}
-    if state.is_main_process:
-        write(results, out)
-    state.wait_for_everyone()
+    with _alone(out, state):
+        if state.is_main_process:
+            _write(out / PLAN_FILE, plan)
+            (out / RUNS_FOLDER).mkdir(exist_ok=True)
+        setting = Setting(base, encoded, arguments)
+        before = _before(setting, state)
+        records = _train_all(setting, plan, reporter, state)
+        results = plan | {"task": arguments.task, "before": before, "runs": records, "joined": None}
+        if state.is_main_process:
+            write(results, out)
+        state.wait_for_everyone()
+    if not summarise(results):
+        raise BadInput(f"--out {out}: nothing is left to compare. {' '.join(diverged(results))}")
     return results
+
+
+@contextlib.contextmanager
+def _alone(out: Path, state: PartialState) -> Iterator[None]:
+    """Keeps other comparisons from a folder while this one writes to it; the system lets go of it whatever happens."""
+    with contextlib.ExitStack() as stack:
+        taken = False
+        if state.is_main_process:
+            out.mkdir(parents=True, exist_ok=True)
+            try:
+                stack.enter_context(FileLock(out / LOCK_FILE, timeout=0))
+            except Timeout:
+                taken = True
+        if broadcast_object_list([taken])[0]:
+            raise BadInput(f"--out {out}: another comparison is writing to it: wait for it, or name another")
+        yield
 
 
 def _trainable(arguments: Arguments, reporter: Reporter) -> Arguments:
@@ -109,11 +143,12 @@ def _trainable(arguments: Arguments, reporter: Reporter) -> Arguments:
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    """Results as JSON, page and plots."""
+    """Results as JSON; page and plots where there are methods to show."""
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RESULTS_FILE, results)
-    plots.write(results, out)
-    _replace(out / REPORT_FILE, page.render(results))
+    if summarise(results):
+        plots.write(results, out)
+        _replace(out / REPORT_FILE, page.render(results))
 
 
 def _train_all(
@@ -153,6 +188,7 @@ def _train_all(
                 found = train_together(method, seeds, setting, unfinished, show)
                 reporter.say(_saved(found, arguments.accumulate))
             for index, record, folder, final in zip(indices, found, unfinished, finals, strict=True):
+                record["base"] = card.base_lines(plan, arguments.task)
                 records[index] = record
                 if state.is_main_process:
                     _replace(folder / CARD_FILE, card.card(plan, method, record))
@@ -220,32 +256,21 @@ def _check_backend(backend: str, device: torch.device) -> None:
         raise BadInput(f"--backend {backend}: {error}") from None
 
 
-def _check_fit(arguments: Arguments, shape: checkpoint.Shape) -> None:
-    for method in arguments.chosen:
-        method.layers(shape)
-    if shape.n_positions - arguments.reserved < FEWEST_TOKENS:
-        raise BadInput(
-            f"--methods: {arguments.reserved} tokens before each text leave it fewer than {FEWEST_TOKENS}: the model "
-            f"has {shape.n_positions} positions"
-        )
-
-
 def _refuse_another(plan: dict[str, Any], out: Path) -> None:
     """Refuse a folder that holds a comparison of other arguments, data, model, versions or machine."""
     path = out / PLAN_FILE
     if not path.exists():
         return
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise BadInput(
-            f"--out {out}: {PLAN_FILE} is damaged: name another folder, or remove this one"
-        ) from None
+    before = _read(path)
+    if before is None or not all(isinstance(before.get(topic, {}), dict) for topic in plan):
+        raise BadInput(f"--out {out}: {PLAN_FILE} is damaged: name another folder, or remove this one")
     differing = []
     for topic, now in plan.items():
         was = before.get(topic, {})
         for key in now:
-            if was.get(key) != now[key]:
+            if (
+                was.get(key) != now[key] and key != "folder"
+            ):  # a model is told by its weights, wherever it lies
                 option = f"--{key.replace('_', '-')}" if topic == "arguments" else f"{topic} {key}"
                 differing.append(f"{option} (was {_shown(was.get(key))}, now {_shown(now[key])})")
     if differing:
@@ -263,12 +288,26 @@ def _shown(value: Any) -> str:
 
 def _record(out: Path, method: Method, seed: int) -> dict[str, Any] | None:
     """The record of a finished run; None where it hasn't finished."""
-    path = out / RUNS_FOLDER / run_name(method, seed) / RECORD_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    folder = out / RUNS_FOLDER / run_name(method, seed)
+    if not folder.exists():
+        return None
+    record = _read(folder / RECORD_FILE)
+    if record is None or not (folder / WEIGHTS_FOLDER).is_dir():
+        raise BadInput(f"{folder}: is damaged: remove it, and the run is trained again")
+    return record
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What a file of JSON holds; None where it can't be read, or isn't an object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _line(record: dict[str, Any], number: int, total: int, task: Task) -> str:
-    quality = f"{task.measure} {record['quality']:.3f}"
+    quality = "diverged" if record["diverged"] else f"{task.measure} {record['quality']:.3f}"
     return (
         f"[{number:>{len(str(total))}}/{total}] {record['method']} seed {record['seed']}: "
         f"{quality}, trained in {record['train_seconds']:.0f} s"
@@ -276,7 +315,7 @@ def _line(record: dict[str, Any], number: int, total: int, task: Task) -> str:
 
 
 def _write(path: Path, value: dict[str, Any]) -> None:
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:

@@ -24,7 +24,8 @@ class Summary(NamedTuple):
     method: str
     seeds: int
     trains: str
-    load: str  # Python that puts the first run's weights on the base model
+    base: str  # Python that makes the base model
+    load: str  # and puts the first run's weights on it
     quality: Spread
     interval: tuple[float, float]  # of the quality, over held-out texts
     scores: Floats  # (seeds, texts)
@@ -42,12 +43,34 @@ class Summary(NamedTuple):
 
 
 def summarise(results: dict[str, Any]) -> list[Summary]:
-    """A summary for each method, in the order of the runs."""
-    by_method: dict[str, list[dict[str, Any]]] = {}
-    for run in results["runs"]:
-        by_method.setdefault(run["method"], []).append(run)
+    """A summary for each method none of whose runs diverged, in the order of the runs."""
     weights = np.array(results["data"]["weights"], float)
-    return [_summary(method, group, weights) for method, group in by_method.items()]
+    return [
+        _summary(method, group, weights)
+        for method, group in _by_method(results).items()
+        if not any(run["diverged"] for run in group)
+    ]
+
+
+def diverged(results: dict[str, Any]) -> list[str]:
+    """A sentence for each method that `summarise` leaves out."""
+    said = []
+    for method, group in _by_method(results).items():
+        if seeds := [str(run["seed"]) for run in group if run["diverged"]]:
+            what = "seed" if len(seeds) == 1 else "seeds"
+            rate = f"{group[0]['learning_rate']:g}"
+            said.append(
+                f"{method} isn't compared: it diverged from {what} {listed(seeds)} at the learning rate {rate}; a "
+                "lower --lr may hold it."
+            )
+    return said
+
+
+def _by_method(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for run in results["runs"]:
+        found.setdefault(run["method"], []).append(run)
+    return found
 
 
 def _summary(method: str, runs: list[dict[str, Any]], weights: Floats) -> Summary:
@@ -64,6 +87,7 @@ def _summary(method: str, runs: list[dict[str, Any]], weights: Floats) -> Summar
         method=method,
         seeds=len(runs),
         trains=first["trains"],
+        base=first["base"],
         load=first["load"],
         quality=_spread([run["quality"] for run in runs]),
         interval=interval(scores, weights),

@@ -9,6 +9,7 @@ from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from fastpeft.compare.page import before, quality
 from fastpeft.compare.summary import Summary, speed_shown
@@ -30,7 +31,7 @@ def table(results: dict[str, Any]) -> RenderableType:
     for standing in found:
         s = standing.summary
         # Rich folds a long name anywhere; the options of a method are better told apart.
-        name = re.sub("([:,])", r"\1\n", s.method) if len(s.method) > _LONGEST else s.method
+        name = Text(re.sub("([:,])", r"\1\n", s.method) if len(s.method) > _LONGEST else s.method)
         trade.add_row(
             name,
             *quality(s, task),

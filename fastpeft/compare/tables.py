@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
@@ -48,6 +49,8 @@ def read(path: Path, columns: tuple[str, ...]) -> list[Row]:
         raw = path.read_bytes()
     except OSError as error:
         raise BadInput(f"--data {path}: can't be read: {error.strerror}") from None
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise BadInput(f"--data {path}: is UTF-16: save it as UTF-8")
     # Bytes that aren't UTF-8 become surrogates, so that the rows they are in can be named.
     text = raw.decode("utf-8-sig", errors="surrogateescape")
     kind = path.suffix.lower()
@@ -62,23 +65,32 @@ def read(path: Path, columns: tuple[str, ...]) -> list[Row]:
 
 def _documents(text: str) -> Iterator[Row]:
     """What lies between blank lines, numbered by its first line."""
+    line, at = 1, 0
     for found in re.finditer(r"\S[^\n]*(?:\n[^\n]*\S[^\n]*)*", text):
-        yield Row(text.count("\n", 0, found.start()) + 1, found.group())
+        line, at = line + text.count("\n", at, found.start()), found.start()
+        yield Row(line, found.group())
 
 
 def _table_rows(text: str, path: Path, columns: tuple[str, ...], delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(sys.maxsize)
-    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    if table.fieldnames is None:
-        raise BadInput(f"--data {path}: the file is empty")
-    _need_columns(table.fieldnames, path, columns)
+    # A text that begins with a quote, and isn't quoted, would else go on over the rows below.
+    table = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
+        if table.fieldnames is None:
+            raise BadInput(f"--data {path}: the file is empty")
+        _need_columns(table.fieldnames, path, columns)
+        for name in columns:
+            if list(table.fieldnames).count(name) > 1:
+                raise BadInput(f"--data {path}: two columns are named {name!r}")
         for number, fields in enumerate(table, 2):
             if None in fields:
                 raise BadInput(f"--data {path}: row {number} has more fields than the header: quote its text")
             yield Row(number, *(fields[name] or "" for name in columns))
     except csv.Error as error:
-        raise BadInput(f"--data {path}: line {table.line_num}: {error}") from None
+        raise BadInput(
+            f"--data {path}: line {table.reader.line_num}: {error}: a field that begins with a quote has to end with "
+            "one, and doubles those in it"
+        ) from None
 
 
 def _json_rows(text: str, path: Path, columns: tuple[str, ...]) -> Iterator[Row]:
@@ -87,8 +99,10 @@ def _json_rows(text: str, path: Path, columns: tuple[str, ...]) -> Iterator[Row]
             continue
         try:
             fields = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise BadInput(f"--data {path}: row {number} is not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:  # a number of too many digits is a ValueError too
+            raise BadInput(
+                f"--data {path}: row {number} is not JSON: {getattr(error, 'msg', error)}"
+            ) from None
         if not isinstance(fields, dict):
             raise BadInput(f"--data {path}: row {number} is not a JSON object")
         _need_columns(fields, path, columns, f"row {number}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ class Task(NamedTuple):
     measure: str
     scored: str  # what has a score: a text's verdict is right or not, a document takes so many bits
     direction: int  # 1 where higher is better, -1 where lower is
+    widest: float  # how far apart two qualities can be
     show: Callable[[float], str]  # a quality
     gap: Callable[[float], str]  # how far apart two are
     tick: Callable[[float], str]  # on a plot's axis
@@ -26,6 +28,7 @@ TASKS = {
         "accuracy",
         "texts",
         1,
+        1.0,
         "{:.1%}".format,
         lambda gap: f"{100 * gap:.1f} points",
         lambda value: f"{100 * value:g}%",
@@ -35,13 +38,19 @@ TASKS = {
         "bits a token",
         "documents",
         -1,
-        lambda bits: f"{bits:.3f} bits a token (perplexity {perplexity(bits):.1f})",
-        "{:.3f} bits".format,
+        math.inf,
+        lambda bits: f"{written(bits)} bits a token (perplexity {perplexity(bits):.1f})",
+        lambda gap: f"{written(gap)} bits",
         "{:g}".format,
     ),
 }
 
 
+def written(bits: float) -> str:
+    """Bits with three decimals, where they aren't so many that nobody looks at these."""
+    return f"{bits:.3f}" if abs(bits) < 1000 else f"{bits:.3g}"
+
+
 def perplexity(bits: float) -> float:
     """The perplexity of so many bits a token, `2^bits`."""
-    return 2.0**bits
+    return 2.0**bits if bits < 1024 else math.inf

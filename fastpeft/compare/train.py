@@ -44,6 +44,8 @@ HALF_WAY = 100  # steps, from which on a run is judged half-way too: a shorter o
 LOSS_POINTS = 20
 WARM_UP = 0.1
 
+#: Of a run's folder.
+WEIGHTS_FOLDER = "weights"
 POINT = ("loss", "eval_loss", "eval_quality")
 
 
@@ -66,21 +68,21 @@ def train_run(
     folder: Path,
     notify: Callable[[int, int], None] = lambda step, steps: None,
 ) -> dict[str, Any]:
-    """Train a method from `seed`, save its weights to `folder / "weights"`, return the run's record.
+    """Train a method from `seed`, save its weights to a folder in `folder`, return the run's record.
 
     Raises:
         BadInput: the device's memory, or the machine's, is too small.
     """
     set_seed(seed)
     base, encoded, arguments = setting
-    model: Any = copy.deepcopy(base.model)
-    if arguments.task == CLASSIFY:
-        model.score.weight.data.normal_(std=model.config.initializer_range)
-    model = fastpeft.patch(apply(method, model, arguments.task), backend=arguments.backend)
-    judge = Judge(encoded)
-    trainer = _trainer(model, setting, judge, setting.rate(method), seed, folder / "trainer", notify)
-    memory = PeakMemory(trainer.args.device)
+    settings = _settings(arguments, setting.rate(method), seed, folder / "trainer")
+    memory, judge = PeakMemory(settings.device), Judge(encoded)
     with enough_memory():
+        model: Any = copy.deepcopy(base.model)
+        if arguments.task == CLASSIFY:
+            model.score.weight.data.normal_(std=model.config.initializer_range)
+        model = fastpeft.patch(apply(method, model, arguments.task), backend=arguments.backend)
+        trainer = _trainer(model, setting, judge, settings, notify)
         outcome = trainer.train()
     peak = memory.bytes()
     judged = [entry for entry in trainer.state.log_history if "eval_quality" in entry]
@@ -88,7 +90,7 @@ def train_run(
         raise RuntimeError(f"nothing fused was called while {method.name} trained:\n{fastpeft.report(model)}")
     seconds = outcome.metrics["train_runtime"] - sum(entry["eval_runtime"] for entry in judged)
     history = trainer.state.log_history
-    return _recorded(method, seed, setting, folder, trainer, judge, history, seconds, peak)
+    return _recorded(method, seed, setting, folder, trainer, judge, history, seconds, peak, False)
 
 
 def train_together(
@@ -120,6 +122,7 @@ def train_together(
             head: Any = sweep.model.get_base_model().score
             head.modules_to_save[run.name].weight.data.normal_(std=base.model.config.initializer_range)
     fastpeft.patch(sweep.model, backend=arguments.backend)
+    sweep.trainer.remove_callback(PrinterCallback)
     sweep.trainer.add_callback(_Pace(notify, judges=False))
     began = time.perf_counter()
     with enough_memory():
@@ -131,10 +134,11 @@ def train_together(
         model: Any = PeftModel.from_pretrained(copy.deepcopy(base.model), result.folder, is_trainable=True)
         judge = Judge(encoded)
         fastpeft.patch(model, backend=arguments.backend)
-        trainer = _trainer(model, setting, judge, rate, seed, folder / "judge", notify)
+        trainer = _trainer(model, setting, judge, _settings(arguments, rate, seed, folder / "judge"), notify)
         judged = {"step": sweep.trainer.state.global_step, **trainer.evaluate()}
         history = [*({"step": step, "loss": loss} for step, loss in result.curve), judged]
-        found = _recorded(method, seed, setting, folder, trainer, judge, history, seconds, None)
+        stopped = result.stopped is not None
+        found = _recorded(method, seed, setting, folder, trainer, judge, history, seconds, None, stopped)
         records.append(found)
     shutil.rmtree(folders[0] / "trainer", ignore_errors=True)
     return records
@@ -150,15 +154,19 @@ def _recorded(
     history: list[dict[str, Any]],
     train_seconds: float,
     peak: int | None,
+    stopped: bool,
 ) -> dict[str, Any]:
     """The record of a trained run, whose model is saved and timed."""
     base, arguments = setting.base, setting.arguments
+    judged = [entry for entry in history if "eval_quality" in entry][-1]
+    # Trainer leaves losses that are no numbers out of its means; what a model of such weights is judged by shows it.
+    diverged = stopped or not all(math.isfinite(judged[key]) for key in ("eval_loss", "eval_quality"))
     sites = _sites(trainer.model)
     trained = sum(p.numel() for p in trainable(trainer.model))
     # Accelerate may have put autocast into the model's forward; the timed steps bring their own.
     model = fastpeft.unpatch(trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False))
     if trainer.is_world_process_zero():
-        save(method, model, folder / "weights")
+        save(method, model, folder / WEIGHTS_FOLDER)
         shutil.rmtree(trainer.args.output_dir, ignore_errors=True)
     batches = typical_batches(setting, trainer.args.device)
     autocast: Callable[[], AbstractContextManager[Any]] = trainer.accelerator.autocast
@@ -168,9 +176,10 @@ def _recorded(
         "method": method.name,
         "seed": seed,
         "trains": method.place.trains,
-        "load": loading(method, arguments.task, f"runs/{run_name(method, seed)}/weights"),
-        "quality": [entry for entry in history if "eval_quality" in entry][-1]["eval_quality"],
-        "scores": judge.scores,
+        "load": loading(method, arguments.task, f"runs/{run_name(method, seed)}/{WEIGHTS_FOLDER}"),
+        "diverged": diverged,
+        "quality": None if diverged else judged["eval_quality"],
+        "scores": None if diverged else judge.scores,
         "trainable_parameters": trained,
         "trainable_share": trained / sum(p.numel() for p in base.model.parameters()),
         "formula": f"{method.formula(base.model.config, arguments.task)} = {trained:,}",
@@ -191,7 +200,8 @@ def judged_untrained(setting: Setting, folder: Path) -> list[float]:
     judge = Judge(setting.encoded)
     model = copy.deepcopy(setting.base.model)
     with enough_memory():
-        _trainer(model, setting, judge, 1.0, 0, folder, lambda *_: None).evaluate()
+        settings = _settings(setting.arguments, 1.0, 0, folder)
+        _trainer(model, setting, judge, settings, lambda *_: None).evaluate()
     shutil.rmtree(folder, ignore_errors=True)
     return judge.scores
 
@@ -207,8 +217,8 @@ def enough_memory() -> Iterator[None]:
         ):
             raise
         raise BadInput(
-            "memory doesn't suffice: halve --batch-size (--accumulate 2 keeps what a step learns from), or lower "
-            "--max-length; the same --out needs a new name then"
+            "memory doesn't suffice: halve --batch-size (--accumulate 2 keeps what a step learns from), lower "
+            "--max-length, or train less (r, bottleneck, tokens); the same --out needs a new name then"
         ) from None
 
 
@@ -282,13 +292,10 @@ def _trainer(
     model: nn.Module,
     setting: Setting,
     judge: Judge,
-    learning_rate: float,
-    seed: int,
-    folder: Path,
+    settings: TrainingArguments,
     notify: Callable[[int, int], None],
 ) -> Trainer:
     base, encoded, arguments = setting
-    settings = _settings(arguments, learning_rate, seed, folder)
     trainer = _InOrder(
         model=model,
         args=settings,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastpeft.compare.paired import Difference, corrected, difference, would_tell
-from fastpeft.compare.summary import Summary, listed, summarise
+from fastpeft.compare.paired import Difference, difference, shares, would_tell
+from fastpeft.compare.summary import Spread, Summary, diverged, listed, summarise
 from fastpeft.compare.tasks import TASKS, Task
 
-_LEVEL = 0.05
-#: A first is one by this factor at least: times and memory vary that much by themselves.
+#: A first is one by this factor at least, in all of its runs: times and memory vary that much by themselves.
 _CLEARLY = 0.97
 
 
@@ -23,7 +23,7 @@ class Standing(NamedTuple):
     behind: (
         Difference | None
     )  # how much worse than the best; None for the best, and where one seed has no spread
-    worse: bool  # by a test that all comparisons with the best share
+    worse: bool  # by a test among those of all pairs: which method is best was seen in the same scores
 
 
 def standings(results: dict[str, Any]) -> list[Standing]:
@@ -32,17 +32,28 @@ def standings(results: dict[str, Any]) -> list[Standing]:
     summaries = summarise(results)
     weights = np.array(results["data"]["weights"], float)
     best = max(summaries, key=lambda s: task.direction * s.quality.mean)
-    testable = best.seeds > 1 and len(weights) > 1
-    others = [s for s in summaries if s is not best] if testable else []
-    behind = {
-        s.method: difference(task.direction * best.scores, task.direction * s.scores, weights) for s in others
-    }
-    ps = dict(zip(behind, corrected([found.p for found in behind.values()]), strict=True))
-    return [Standing(s, behind.get(s.method), s.method in ps and ps[s.method] < _LEVEL) for s in summaries]
+    if best.seeds < 2 or len(weights) < 2:
+        return [Standing(s, None, False) for s in summaries]
+    pairs = list(combinations(summaries, 2))
+    ps = [difference(a.scores, b.scores, weights).p for a, b in pairs]
+    behind = {}
+    for (a, b), tests in zip(pairs, shares(ps), strict=True):
+        if best in (a, b):
+            other = b if a is best else a
+            found = difference(task.direction * best.scores, task.direction * other.scores, weights, tests)
+            low, high = max(found.low, -task.widest), min(found.high, task.widest)
+            behind[other.method] = found._replace(low=low, high=high)
+    return [
+        Standing(s, behind.get(s.method), s.method in behind and behind[s.method].shown) for s in summaries
+    ]
 
 
 def verdict(results: dict[str, Any]) -> list[str]:
-    """The conclusion in one sentence, then what it rests on."""
+    """The conclusion in one sentence, then what it rests on, and what has no part in it."""
+    return [*_verdict(results), *diverged(results)]
+
+
+def _verdict(results: dict[str, Any]) -> list[str]:
     task = TASKS[results["task"]]
     found = standings(results)
     texts, seeds = len(results["data"]["weights"]), found[0].summary.seeds
@@ -55,7 +66,7 @@ def verdict(results: dict[str, Any]) -> list[str]:
     worse = [s for s in found if s.worse]
     judged = f"{texts:,} held-out {task.scored} and {seeds} seeds"
     if not worse:
-        return [f"No difference follows from {judged}: {_told(found, best, task, texts, seeds)}"]
+        return [f"No difference follows from {judged}: {_told(found, best, task)}"]
     smallest = min(level, key=lambda s: s.summary.trainable_parameters)
     sentence = (
         f"{smallest.summary.method} is the smallest method as good as the best: {_costs(smallest, task)}"
@@ -75,41 +86,41 @@ def verdict(results: dict[str, Any]) -> list[str]:
         + "."
     )
     if len(level) > 1:
-        said.append(f"No test tells from it: {_told(level, best, task, texts, seeds)}")
+        said.append(f"No test tells from it: {_told(level, best, task)}")
     return said
 
 
 def good_for(results: dict[str, Any]) -> dict[str, str]:
     """What each method is good for by these measurements, by its name: what it is first in, or what outdoes it."""
     found = standings(results)
-    firsts: dict[str, Callable[[Summary], float]] = {
-        "fewest parameters": lambda s: s.trainable_parameters,
-        "quickest step": lambda s: s.step_seconds["auto"].mean,
-        "least memory": lambda s: s.peak_memory_bytes.high if s.peak_memory_bytes else 0,
+    firsts: dict[str, Callable[[Summary], Spread]] = {
+        "fewest parameters": lambda s: Spread(*3 * [s.trainable_parameters]),
+        "quickest step": lambda s: s.step_seconds["auto"],
+        "least memory": lambda s: s.peak_memory_bytes or Spread(0, 0, 0),
     }
     level = [s.summary for s in found if not s.worse]
     praise: dict[str, list[str]] = {s.summary.method: [] for s in found}
     if len(level) < len(found):
-        praise[min(level, key=firsts["fewest parameters"]).method].append("smallest as good as the best")
+        praise[min(level, key=lambda s: s.trainable_parameters).method].append("smallest as good as the best")
     for reason, key in firsts.items():
-        first, *rest = sorted((s.summary for s in found), key=key)
-        if rest and key(first) < _CLEARLY * key(rest[0]):
+        first, *rest = sorted((s.summary for s in found), key=lambda s: key(s).mean)
+        if rest and key(first).high < _CLEARLY * min(key(s).low for s in rest):
             praise[first.method].append(reason)
     return {s.summary.method: ", ".join(praise[s.summary.method]) or _outdone(s, found) for s in found}
 
 
 def _outdone(one: Standing, found: list[Standing]) -> str:
-    """Which method is smaller, no slower and not shown to be worse; or that none is."""
+    """That it is worse than the best, or which method is smaller, no slower and not shown worse; or that none is."""
+    if one.worse:
+        return "worse than the best"
     for other in sorted(found, key=lambda s: s.summary.trainable_parameters):
         if (
-            other is not one
-            and other.worse <= one.worse
+            not other.worse
             and other.summary.trainable_parameters < one.summary.trainable_parameters
             and other.summary.step_seconds["auto"].mean <= one.summary.step_seconds["auto"].mean
-            and not (one.worse and other.worse)
         ):
             return f"{other.summary.method} is smaller, no slower and not shown worse"
-    return "worse than the best" if one.worse else "as good as the best, as far as shown"
+    return "as good as the best, as far as shown"
 
 
 def _costs(one: Standing, task: Task) -> str:
@@ -126,7 +137,7 @@ def _apart(behind: Difference, task: Task) -> str:
     return f"{task.gap(behind.mean)} ({number} to {task.gap(behind.high).removesuffix(unit).rstrip()})"
 
 
-def _told(level: list[Standing], best: Standing, task: Task, texts: int, seeds: int) -> str:
+def _told(level: list[Standing], best: Standing, task: Task) -> str:
     """The methods that no test tells from the best, and what would."""
     others = [s for s in level if s.behind]
     widest = max(others, key=lambda s: s.behind.mean if s.behind else 0.0)
@@ -135,7 +146,7 @@ def _told(level: list[Standing], best: Standing, task: Task, texts: int, seeds: 
     if widest.behind.mean <= 0:
         return f"{names} behind {best.summary.method}."
     said = f"{names} behind {best.summary.method}."
-    needed = would_tell(widest.behind, texts, seeds)
+    needed = would_tell(widest.behind)
     if needed is None:
         return f"{said} No number of {task.scored} and seeds that could be had would show such a gap."
     more_texts, more_seeds = needed
