@@ -17,7 +17,10 @@ from fastpeft.packing import Reads
 
 
 class Orders(Sampler[int]):
-    """A batch of each run in turn, each in the order in which Trainer would have it from the run's seed."""
+    """A batch of each run in turn, each in the order in which Trainer would have it from the run's seed.
+
+    Grouped by length, Trainer draws the order from the generator that all else draws from; here it is of the seed alone.
+    """
 
     def __init__(self, sampler: Any, seeds: list[int], batch_size: int) -> None:
         self._sampler, self._seeds, self._batch_size = sampler, seeds, batch_size

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import warnings
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +18,11 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainingArguments, get_scheduler
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastpeft.groups import BASE
 from fastpeft.modules import is_plain
@@ -56,23 +63,40 @@ class Run:
     seed: int | None = None  # of the adapter's first weights and of the order of the examples
 
 
-def check(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any) -> None:
-    """Raises where a sweep can't train this, before anything changes."""
+def checked(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any) -> list[Any]:
+    """The runs, all of whose fields are filled; raises where a sweep can't train this, before anything changes."""
     _check_model(model)
     _check_arguments(arguments)
-    if not hasattr(dataset, "__len__") or not len(dataset):
+    if not hasattr(dataset, "__len__"):
         raise ValueError("dataset has no length: each run draws an order of its own from all of its examples")
+    if not len(dataset):
+        raise ValueError("dataset is empty: give examples to train on")
     if not runs:
         raise ValueError("no runs: give a fastpeft.Run for each adapter to train")
+    runs = [_filled(run, arguments) for run in runs]
     names = [run.name for run in runs]
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several runs are named {', '.join(repeated)}: each needs a name of its own")
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     for run in runs:
-        _check_run(run, parts)
+        _check_run(run, parts, arguments)
     if len({run.config.task_type for run in runs}) > 1:
         raise ValueError("the runs' configs have different task_types: peft wraps a model for one of them")
     _rehearse(model, runs)
+    return runs
+
+
+def _filled(run: Run, arguments: TrainingArguments) -> Any:
+    """The run with what it leaves to the arguments, in numbers of Python's own."""
+    if not isinstance(run, Run):
+        raise TypeError(f"runs must be of fastpeft.Run, got a {type(run).__name__}")
+    rate = arguments.learning_rate if run.learning_rate is None else run.learning_rate
+    seed = arguments.seed if run.seed is None else run.seed
+    if not isinstance(rate, Real) or not 0 <= rate < math.inf:
+        raise ValueError(f"run {run.name}: learning_rate={rate!r}: give a finite number from 0")
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(f"run {run.name}: seed={seed!r}: give a whole number from 0 to 2**32 - 1")
+    return replace(run, learning_rate=float(rate), seed=int(seed))
 
 
 def _check_model(model: Any) -> None:
@@ -94,6 +118,12 @@ def _check_model(model: Any) -> None:
     head = model.score if isinstance(model, GPT2ForSequenceClassification) else model.lm_head
     if type(head) is not nn.Linear or not is_plain(head):
         raise ValueError("the model's head is more than a linear layer: a sweep computes its loss by itself")
+    if not is_plain(model):
+        raise ValueError(
+            "the model has hooks or a forward of its own, which a sweep would pass by: remove them first"
+        )
+    if isinstance(model, GPT2LMHeadModel) and model.loss_function is not ForCausalLMLoss:
+        raise ValueError("the model has a loss_function of its own: a sweep computes its loss by itself")
     if any(vars(module).get("gradient_checkpointing") for module in model.modules()):
         raise ValueError(
             "call model.gradient_checkpointing_disable() first: rows of runs don't go through it"
@@ -109,6 +139,8 @@ def _check_model(model: Any) -> None:
 
 
 def _check_arguments(arguments: Any) -> None:
+    if not isinstance(arguments, TrainingArguments):
+        raise TypeError(f"arguments must be TrainingArguments, got a {type(arguments).__name__}")
     if arguments.world_size > 1 or arguments.n_gpu > 1:
         raise ValueError("a sweep runs in one process on one device: hide other GPUs by CUDA_VISIBLE_DEVICES")
     default = TrainingArguments(arguments.output_dir, use_cpu=arguments.use_cpu)
@@ -121,12 +153,21 @@ def _check_arguments(arguments: Any) -> None:
             raise ValueError(f"{name}={getattr(arguments, name)!r}: a sweep takes one of {', '.join(known)}")
 
 
-def _check_run(run: Run, parts: set[str]) -> None:
-    if not re.fullmatch(r"[\w-]+", run.name, re.ASCII) or run.name in parts | _PEFTS or run.name in "lora_":
-        raise ValueError(
-            f"run name {run.name!r}: take letters, digits, - and _, and nothing that peft could take for a part of the "
-            "model's names or its own"
-        )
+def _check_run(run: Run, parts: set[str], arguments: TrainingArguments) -> None:
+    name, why = run.name, None
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-]+", name, re.ASCII):
+        why = "take letters, digits, - and _"
+    elif name in parts | _PEFTS:
+        why = "take another, for this is a part of the model's names or one of peft's own"
+    elif name in "lora_":
+        why = "take a longer one, for it is contained in 'lora_', by which peft knows its weights"
+    elif re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
+        why = "take another, for Trainer's checkpoints have this one in output_dir"
+    if why:
+        raise ValueError(f"run name {name!r}: {why}")
+    folder = Path(str(arguments.output_dir)) / name
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run {name}: its folder is to be {folder}, where a file is: move it away")
     if type(run.config) is not LoraConfig:
         raise TypeError(
             f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes LoraConfig"
@@ -134,6 +175,27 @@ def _check_run(run: Run, parts: set[str]) -> None:
     for name, known in (("init_lora_weights", _INITS), ("layer_replication", (None,))):
         if (found := getattr(run.config, name)) not in known:
             raise ValueError(f"run {run.name}: {name}={found!r} would change the base, which the runs share")
+    try:
+        factors_of(run, arguments, 100)
+    except (ArithmeticError, TypeError, ValueError) as error:
+        kind: Any = arguments.lr_scheduler_type
+        raise ValueError(f"run {run.name}: lr_scheduler_type {kind.value}: {error}") from error
+
+
+def factors_of(run: Any, arguments: TrainingArguments, steps: int) -> Callable[[int], float]:
+    """What Trainer, of this run alone, multiplies its learning rate by at each of so many steps."""
+    alone = torch.optim.SGD([nn.Parameter(torch.empty(0))], lr=run.learning_rate)
+    schedule = get_scheduler(
+        arguments.lr_scheduler_type,
+        alone,
+        num_warmup_steps=arguments.get_warmup_steps(steps),
+        num_training_steps=steps,
+        scheduler_specific_kwargs=arguments.lr_scheduler_kwargs,  # type: ignore[arg-type]
+    )
+    if not isinstance(schedule, LambdaLR):
+        raise ValueError("it follows the loss, and a sweep takes schedules that follow the step alone")
+    found: Callable[[int], float] = schedule.lr_lambdas[0]
+    return found
 
 
 def _rehearse(model: Any, runs: list[Run]) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
     Trainer,
@@ -32,11 +33,10 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastpeft.batches import Orders, join, losses_of, targets_of
-from fastpeft.heads import IGNORED
+from fastpeft.batches import Orders, join, losses_of
 from fastpeft.mixing import adapter_rows
 from fastpeft.patching import patch
-from fastpeft.runs import Run, check, owner_of, with_adapter
+from fastpeft.runs import Run, checked, factors_of, owner_of, with_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,13 @@ class Sweep:
     """Several runs on one base, trained side by side; each comes out as `Trainer` would train it alone.
 
     A step takes a batch of every run through the base at once, each row with its run's adapter (`adapter_rows`). A run
-    has a loss (the mean over its own labels), a norm to which its gradient is clipped, a learning rate and an order of
-    examples of its own. A run whose loss or gradient isn't finite stops before that step and leaves the others as they
-    were. What is drawn while training, dropout's masks, is drawn from the arguments' seed for all.
+    has a loss, a norm to which its gradient is clipped, a learning rate, a schedule of it and an order of examples of
+    its own. A run whose loss or gradient isn't finite stops before that step and leaves the others as they were. What is
+    drawn while training, dropout's masks, is drawn from the arguments' seed for all.
+
+    The loss is the sum over the labels by their number in the whole step, as Trainer counts them: of GPT-2, first tokens
+    too, which nobody predicts. A classifier's is the mean of the whole step, where Trainer adds up the means of
+    accumulated batches.
 
     Args:
         model: a GPT2LMHeadModel or GPT2ForSequenceClassification, neither wrapped nor patched. Its weights freeze, and
@@ -84,9 +88,7 @@ class Sweep:
         dataset: Any,
         collate_fn: Callable[[list[Any]], dict[str, Tensor]] | None = None,
     ) -> None:
-        runs = list(runs)
-        check(model, runs, arguments, dataset)
-        filled = [_filled(run, arguments) for run in runs]
+        filled = checked(model, list(runs), arguments, dataset)
         wrapped: Any = None
         for run in filled:
             set_seed(run.seed)
@@ -107,7 +109,7 @@ class Sweep:
             A result a run, in the runs' order.
 
         Raises:
-            ValueError: no checkpoint, or one of other runs.
+            ValueError: no checkpoint, or one of other runs, or of these in another order.
         """
         trainer = self.trainer
         with trainer.rows:
@@ -134,7 +136,8 @@ class _SideBySide(Trainer):
         self, model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any, collate_fn: Any
     ) -> None:
         arguments = copy.copy(arguments)
-        arguments.max_grad_norm = arguments.max_grad_norm or math.inf  # the norms are looked at anyway
+        if not arguments.max_grad_norm > 0:
+            arguments.max_grad_norm = math.inf  # the norms are looked at anyway
         arguments.logging_nan_inf_filter = False
         super().__init__(model, arguments, collate_fn, dataset, callbacks=[_Watch(self)])
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of all accumulated batches
@@ -183,11 +186,23 @@ class _SideBySide(Trainer):
                     ]
                     decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": own, "lr": run.learning_rate, "weight_decay": decay})
-            self.optimizer = kind([group for group in groups if group["params"]], **options)
+            groups = [group for group in groups if group["params"]]
+            self.optimizer = kind(groups, **options)
         return self.optimizer
 
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        """Each run's own: some schedules end at a rate, which is another share of each run's."""
+        if self.lr_scheduler is None:
+            optimizer = optimizer or self.optimizer
+            factors = {run.name: factors_of(run, self.args, num_training_steps) for run in self.runs}
+            owners = {id(p): name for name, own in self._parameters.items() for p in own}
+            self.lr_scheduler = LambdaLR(
+                optimizer, [factors[owners[id(group["params"][0])]] for group in optimizer.param_groups]
+            )
+        return self.lr_scheduler
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of a step, without the rows of runs that have stopped; and the labels of each run in them."""
+        """The batches of a step, without the rows of runs that have stopped; and the labels of each run, as counted alone."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(self.live) < len(self.runs):
             kept = torch.tensor([run.name in self.live for run in self.runs], device=device)
@@ -196,14 +211,16 @@ class _SideBySide(Trainer):
                 for each in batches
             ]
         self._losses: Any = 0.0
-        return batches, sum(
-            (targets_of(each["labels"]) != IGNORED).view(len(self.live), -1).sum(1) for each in batches
-        )
+        counts = []
+        for run in range(len(self.live)):
+            own = ({"labels": each["labels"].unflatten(0, (len(self.live), -1))[run]} for each in batches)
+            counts.append(super().get_batch_samples(own, num_batches, device)[1])
+        return batches, torch.stack(counts)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The sum of the runs' losses, each the mean over its labels in all batches of the step."""
+        """The sum of the runs' losses, each summed over its labels and divided by their number in the whole step."""
         size = len(inputs["input_ids"]) // len(self.live)
         self._give(tuple(name for name in self.live for _ in range(size)))
         with self.accelerator.autocast():
@@ -259,7 +276,7 @@ class _SideBySide(Trainer):
         """Take up what the state says: a fresh one is told the runs, one of a checkpoint has them and who stopped."""
         history: list[Any] = self.state.log_history
         if not history:
-            history.append({"step": 0, "runs": self._told()})
+            history.append({"step": 0, "runs": self._told(), "order": [run.name for run in self.runs]})
         stopped = _stopped(history)
         self.live = [run.name for run in self.runs if run.name not in stopped]
         self._recent = {name: [] for name in self.live}
@@ -278,16 +295,19 @@ class _SideBySide(Trainer):
         """Trainer's own would load the first adapter to train and the others not to."""
         folder = Path(resume_from_checkpoint)
         history: list[Any] = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
-        was: dict[str, Any] = next((entry["runs"] for entry in history if "runs" in entry), {})
-        if was != self._told():
-            raise ValueError(f"{folder} is of other runs: {_differing(was, self._told())}")
+        first: dict[str, Any] = next((entry for entry in history if "runs" in entry), {"runs": {}})
+        if first["runs"] != self._told():
+            raise ValueError(f"{folder} is of other runs: {_differing(first['runs'], self._told())}")
+        if first.get("order") != [run.name for run in self.runs]:  # that of the optimiser's state
+            order = ", ".join(first.get("order", ["unknown"]))
+            raise ValueError(f"{folder} is of these runs in another order, give them in that one: {order}")
         for run in self.runs:
             weights = load_peft_weights(str(folder / run.name), device=str(self.args.device))
             set_peft_model_state_dict(self.model, weights, adapter_name=run.name)
 
 
 class _Watch(TrainerCallback):
-    """Tells a trainer when its state is there, and has it log where it saves: a checkpoint has no unlogged losses."""
+    """Tells a trainer when its state is there, and has it log where it saves or ends: no loss is left unlogged."""
 
     def __init__(self, trainer: _SideBySide) -> None:
         self._trainer = trainer
@@ -300,7 +320,7 @@ class _Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        control.should_log = control.should_log or control.should_save
+        control.should_log = control.should_log or control.should_save or control.should_training_stop
 
     on_epoch_end = on_step_end
 
@@ -313,11 +333,3 @@ def _stopped(history: list[Any]) -> dict[str, str]:
 def _differing(was: dict[str, Any], now: dict[str, Any]) -> str:
     names = [name for name in {**was, **now} if was.get(name) != now.get(name)]
     return f"it holds {', '.join(was) or 'none'}; {', '.join(names)} differ"
-
-
-def _filled(run: Run, arguments: TrainingArguments) -> Any:
-    """The run with what it leaves to the arguments."""
-    left = {
-        name: getattr(arguments, name) for name in ("learning_rate", "seed") if getattr(run, name) is None
-    }
-    return replace(run, **left)

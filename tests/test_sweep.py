@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from transformers import (
     GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
+    SchedulerType,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -87,12 +89,13 @@ def collator(side: str = "right") -> Callable[[list[Any]], dict[str, Tensor]]:
 
 
 def loss_of(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
-    """The summed loss of a batch by the formula, and how many labels it is of."""
+    """The summed loss of a batch by the formula, and how many labels Trainer counts: first tokens, of GPT-2, too."""
     labels = batch["labels"]
+    count = int((labels != -100).sum())
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
     if labels.dim() > 1:
         logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
-    return F.cross_entropy(logits, labels, reduction="sum"), int((labels != -100).sum())
+    return F.cross_entropy(logits, labels, reduction="sum"), count
 
 
 def alone(
@@ -122,7 +125,7 @@ def alone(
             loss = sum(total for total, _ in parts) / sum(count for _, count in parts)
             optimizer.zero_grad()
             loss.backward()
-            if given.max_grad_norm:
+            if given.max_grad_norm > 0:
                 nn.utils.clip_grad_norm_(parameters, given.max_grad_norm)
             optimizer.step()
             schedule.step()
@@ -160,6 +163,7 @@ def assert_holds(result: Any, base: nn.Module, model: nn.Module) -> None:
         ("right", {"lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1}),
         ("left", {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}),
         ("right", {"max_grad_norm": 0.0, "lr_scheduler_type": "constant"}),
+        ("right", {"max_grad_norm": -1.0, "max_steps": -1}),
     ],
 )
 def test_each_run_is_what_it_is_alone(head, side, more, tmp_path):
@@ -179,20 +183,24 @@ def assert_packed(sweep: Sweep) -> None:
     assert all(row.path == "torch" and row.calls > 0 for row in rows), str(fastpeft.report(sweep.model))
 
 
-@HEADS
-def test_each_run_is_what_trainer_makes_of_it(head, tmp_path):
-    """With the same arguments, in float32: the order of its examples is Trainer's."""
+@pytest.mark.parametrize(
+    ("head", "more"),
+    [
+        (GPT2LMHeadModel, {}),
+        (GPT2LMHeadModel, {"gradient_accumulation_steps": 3, "max_grad_norm": 0.05}),
+        (GPT2ForSequenceClassification, {}),
+    ],
+)
+def test_each_run_is_what_trainer_makes_of_it(head, more, tmp_path):
+    """With the same arguments, in float32: the order of its examples is Trainer's, and how its labels are counted."""
     base, data, collate = gpt2(head), examples(head), collator()
-    results = Sweep(copy.deepcopy(base), runs_of(head), arguments(tmp_path), data, collate).train()
+    results = Sweep(copy.deepcopy(base), runs_of(head), arguments(tmp_path, **more), data, collate).train()
     for run, result in zip(runs_of(head), results, strict=True):
         seed = 3 if run.seed is None else run.seed
         set_seed(seed)
         model = get_peft_model(copy.deepcopy(base), run.config)
-        given = arguments(tmp_path / "alone", learning_rate=run.learning_rate or 5e-3, seed=seed)
+        given = arguments(tmp_path / "alone", learning_rate=run.learning_rate or 5e-3, seed=seed, **more)
         trainer = Trainer(model, given, collate, data)
-        trainer.model_accepts_loss_kwargs = (
-            False  # else, of GPT-2, it counts first tokens, which nobody predicts
-        )
         trainer.train()
         curve = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
         assert [step for step, _ in result.curve] == [step for step, _ in curve]
@@ -244,7 +252,11 @@ def test_an_interrupted_sweep_goes_on_to_the_same_numbers(head, tmp_path):
 
     def sweep(name: str) -> Sweep:
         runs = [*runs_of(head, lora_dropout=0.3), Run("wild", lora(head, 2, "c_fc"), learning_rate=1e38)]
-        given = arguments(tmp_path / name, save_strategy="steps", save_steps=3, logging_steps=2)
+        floor: dict[str, Any] = {
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr": 1e-4},
+        }
+        given = arguments(tmp_path / name, save_strategy="steps", save_steps=3, logging_steps=2, **floor)
         return Sweep(gpt2(head, resid_pdrop=0.1), runs, given, examples(head), collator())
 
     through = sweep("through").train()
@@ -273,6 +285,86 @@ def test_a_checkpoint_of_other_runs_is_refused(tmp_path):
     others = [*runs_of(head)[:2], Run("inner", lora(head, 4, "c_fc"), learning_rate=7.0)]
     with pytest.raises(ValueError, match="is of other runs: it holds inner, thin, wide; inner differ"):
         Sweep(gpt2(), others, given, examples(head), collator()).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_the_runs_in_another_order_is_refused(tmp_path):
+    """The optimiser's state would go to other runs."""
+    head = GPT2LMHeadModel
+    given = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
+    Sweep(gpt2(), runs_of(head), given, examples(head), collator()).train()
+    turned = Sweep(gpt2(), runs_of(head)[::-1], given, examples(head), collator())
+    before = copy.deepcopy(turned.model.state_dict())
+    with pytest.raises(ValueError, match="in another order, give them in that one: wide, thin, inner"):
+        turned.train(resume_from_checkpoint=True)
+    torch.testing.assert_close(turned.model.state_dict(), before, rtol=0, atol=0)
+
+
+class Rates(TrainerCallback):
+    def __init__(self) -> None:
+        self.seen: list[list[float]] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+        self.seen.append([group["lr"] for group in optimizer.param_groups if group["params"]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-3}),
+        ("polynomial", {"lr_end": 2e-3}),
+        ("warmup_stable_decay", {"num_decay_steps": 2}),
+    ],
+)
+def test_a_schedule_is_of_each_runs_rate(kind, options, tmp_path):
+    """Some end at a rate that is given, which is another share of each run's."""
+    head = GPT2LMHeadModel
+    more = {"lr_scheduler_type": kind, "lr_scheduler_kwargs": options, "warmup_steps": 1, "max_steps": 5}
+    sweep = Sweep(gpt2(), runs_of(head), arguments(tmp_path, **more), examples(head), collator())
+    rates = Rates()
+    sweep.trainer.add_callback(rates)
+    sweep.train()
+    for run, seen in zip(sweep.trainer.runs, zip(*rates.seen, strict=True), strict=True):
+        given = arguments(tmp_path / "alone", learning_rate=run.learning_rate, **more)
+        expected = Rates()
+        model = get_peft_model(gpt2(), run.config)
+        Trainer(model, given, collator(), examples(head), callbacks=[expected]).train()
+        assert [[rate] for rate in seen] == expected.seen
+        assert len(set(seen)) > 2
+
+
+def test_numbers_of_numpy(tmp_path):
+    runs = [Run(f"run-{seed}", FINE.config, np.float32(1e-2), seed) for seed in np.arange(2)]
+    results = Sweep(gpt2(), runs, arguments(tmp_path), examples(LM), collator()).train()
+    (other,) = Sweep(
+        gpt2(),
+        [Run("x", FINE.config, float(np.float32(1e-2)), 1)],
+        arguments(tmp_path),
+        examples(LM),
+        collator(),
+    ).train()
+    assert results[1].curve == [(step, pytest.approx(loss, rel=1e-5)) for step, loss in other.curve]
+
+
+def test_a_run_that_nobody_logged_has_a_loss(tmp_path):
+    given = arguments(tmp_path, logging_steps=500)
+    (found,) = Sweep(gpt2(), [FINE], given, examples(LM), collator()).train()
+    losses, _ = alone(gpt2(), FINE, given, examples(LM), collator())
+    assert found.curve == [(8, pytest.approx(sum(losses) / 8, rel=1e-5))]
+
+
+def test_a_schedule_that_follows_the_loss_is_refused(tmp_path):
+    given = arguments(tmp_path)
+    given.lr_scheduler_type = SchedulerType.REDUCE_ON_PLATEAU  # which they want an evaluation for
+    with pytest.raises(
+        ValueError, match="run fine: lr_scheduler_type reduce_lr_on_plateau: it follows the loss"
+    ):
+        Sweep(gpt2(), [FINE], given, examples(LM), collator())
+
+
+def test_a_file_where_a_runs_folder_is_to_be_is_refused(tmp_path):
+    (tmp_path / "fine").write_text("")
+    with pytest.raises(ValueError, match="run fine: its folder is to be .*fine, where a file is"):
+        Sweep(gpt2(), [FINE], arguments(tmp_path), examples(LM), collator())
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -313,10 +405,12 @@ def test_a_run_that_diverges_leaves_the_others_as_they_are(head, what, tmp_path)
 def test_losses_before_a_run_stopped_are_told(tmp_path):
     head = GPT2LMHeadModel
     runs = [Run("tame", lora(head, 2, "c_attn")), Run("wild", lora(head, 2, "c_attn"), learning_rate=1e38)]
-    tame, wild = Sweep(gpt2(), runs, arguments(tmp_path, logging_steps=5), examples(head), collator()).train()
-    assert [step for step, _ in tame.curve] == [5]
+    given, data, collate = arguments(tmp_path, logging_steps=5), examples(head), collator()
+    tame, wild = Sweep(gpt2(), runs, given, data, collate).train()
+    assert [step for step, _ in tame.curve] == [5, 8]
     assert [step for step, _ in wild.curve] == [1]
-    assert wild.loss == pytest.approx(4.1, abs=0.3)
+    first, _ = alone(gpt2(), Run("wild", runs[1].config), given, data, collate, stop=2)
+    assert [wild.loss] == pytest.approx(first, rel=1e-5)
 
 
 def test_a_sweep_ends_when_all_runs_have_stopped(tmp_path):
@@ -356,6 +450,24 @@ def wrapped() -> Any:
     return get_peft_model(gpt2(), lora(LM, 2, "c_attn"))
 
 
+def hooked() -> Any:
+    model = gpt2()
+    model.register_forward_hook(lambda module, args, output: output)
+    return model
+
+
+def forwarded() -> Any:
+    model: Any = gpt2()
+    model.forward = model.forward
+    return model
+
+
+def judged() -> Any:
+    model: Any = gpt2()
+    model.loss_function = lambda logits, labels, **_: logits.square().mean()
+    return model
+
+
 def checkpointed() -> Any:
     model: Any = gpt2()
     model.transformer.gradient_checkpointing = True
@@ -388,6 +500,18 @@ def checkpointed() -> Any:
         (lambda: gpt2(GPT2ForSequenceClassification, pad_token_id=None), [FINE], {}, "pad_token_id is None"),
         (lambda: gpt2(GPT2ForSequenceClassification, num_labels=1), [FINE], {}, "one label a text"),
         (checkpointed, [FINE], {}, "gradient_checkpointing_disable"),
+        (hooked, [FINE], {}, "the model has hooks or a forward of its own"),
+        (forwarded, [FINE], {}, "the model has hooks or a forward of its own"),
+        (judged, [FINE], {}, "a loss_function of its own"),
+        (gpt2, ["fine"], {}, "runs must be of fastpeft.Run, got a str"),
+        (gpt2, [Run("a", FINE.config)], {}, "run name 'a': take a longer one, for it is contained in 'lora_'"),
+        (gpt2, [Run("checkpoint-4", FINE.config)], {}, "run name 'checkpoint-4': .* Trainer's checkpoints"),
+        (gpt2, [FINE, Run("x", FINE.config, learning_rate=-1.0)], {}, "run x: learning_rate=-1.0: give a finite"),
+        (gpt2, [FINE, Run("x", FINE.config, learning_rate=float("nan"))], {}, "run x: learning_rate=nan"),
+        (gpt2, [FINE, Run("x", FINE.config, learning_rate="1")], {}, "run x: learning_rate='1'"),
+        (gpt2, [FINE, Run("x", FINE.config, seed=2**32)], {}, "run x: seed=4294967296: give a whole number"),
+        (gpt2, [FINE, Run("x", FINE.config, seed=-1)], {}, "run x: seed=-1"),
+        (gpt2, [FINE, Run("x", FINE.config, learning_rate=1e-9)], {"lr_scheduler_type": "polynomial"}, "run x: .*lr_end"),
         (gpt2, [FINE], {"label_smoothing_factor": 0.1}, "doesn't know TrainingArguments' label_smoothing_factor"),
         (gpt2, [FINE], {"eval_strategy": "steps"}, "TrainingArguments' eval_strategy"),
         (gpt2, [FINE], {"optim": "adafactor"}, "optim=.*adafactor.*: a sweep takes one of adamw_torch"),
@@ -416,3 +540,5 @@ def test_what_collate_fn_gives(tmp_path):
             Sweep(gpt2(), [FINE], arguments(tmp_path), data, collate).train()
     with pytest.raises(ValueError, match="dataset has no length"):
         Sweep(gpt2(), [FINE], arguments(tmp_path), iter(data))
+    with pytest.raises(ValueError, match="dataset is empty"):
+        Sweep(gpt2(), [FINE], arguments(tmp_path), [])
