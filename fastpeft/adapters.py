@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat, starmap
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -42,7 +43,8 @@ class AdapterConfig:
 
     Raises:
         ValueError: an unknown or repeated slot, no slot, both slots of the MLP, an unknown activation, a bottleneck
-            below 1, layers that aren't indices in rising order, or layers of a slot that is in none.
+            below 1, a scale that isn't a number, layers that aren't indices in rising order, or layers of a slot that
+            is in none.
     """
 
     slots: tuple[str, ...] = ("post_attn",)
@@ -67,6 +69,9 @@ class AdapterConfig:
             )
         if not isinstance(self.bottleneck, int) or self.bottleneck < 1:
             raise ValueError(f"bottleneck must be a whole number of at least 1, got {self.bottleneck!r}")
+        if not isinstance(self.scale, Real):
+            raise ValueError(f"scale must be a number, got {self.scale!r}")
+        object.__setattr__(self, "scale", float(self.scale))
         if self.layers is not None:
             layers = tuple(self.layers)
             object.__setattr__(self, "layers", layers)
@@ -140,8 +145,8 @@ def activation_name(act: Any) -> str | None:
 def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -> nn.Module:
     """Put trainable adapters into a GPT-2's slots, in place, and freeze its base.
 
-    The head stays as trainable as it was (a head tied to the token embedding is frozen with it), LoRA factors
-    and modules that peft trains stay trainable. The first output is bit-equal to the output before.
+    The head stays as trainable as it was (a head tied to the token embedding is frozen with it), LoRA factors,
+    modules and biases that peft trains stay trainable. The first output is bit-equal to the output before.
 
     A model can hold several sets of adapters, each by a name and of its own slots and shapes. As with peft, the set
     added first is in use until `set_adapters` chooses another; `adapter_rows` gives rows of one batch different ones.
@@ -161,16 +166,14 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
             that is empty, has a dot in it or is `"__base__"`; nothing is changed then.
     """
     transformer = transformer_of(model)
-    hosts = [
-        (_kind(slot), *host) for slot in config.slots for host in hosts_of(transformer, slot, config.layers)
-    ]
+    hosts = free_hosts(transformer, [config], name)
     attribute = attribute_of(name)
-    for _, place, host in hosts:
-        if hasattr(host, attribute):
-            raise ValueError(
-                f"{place} already has an adapter: a slot takes one of each set, and {name!r} has it"
-            )
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}
+    configs = [each for module in model.modules() for each in vars(module).get("peft_config", {}).values()]
+    if any(getattr(each, "bias", "none") != "none" for each in configs):  # peft froze all others
+        trained_by_peft |= {
+            id(p) for key, p in transformer.named_parameters() if key.endswith("bias") and p.requires_grad
+        }
     present = [adapter for *_, adapter in adapters_in(transformer)]
     adapters = {id(p) for adapter in present for p in adapter.parameters()}
     for parameter in transformer.parameters():
@@ -321,6 +324,26 @@ def hosts_of(
         (f"h.{i}{below}", blocks[i].get_submodule(below.lstrip(".")))
         for i in (range(len(blocks)) if layers is None else layers)
     ]
+
+
+def free_hosts(
+    transformer: GPT2Model, configs: list[AdapterConfig], name: str
+) -> list[tuple[type[Adapter], str, nn.Module]]:
+    """Kind of adapter, name and module of each host that these configs give one; ValueError where it has one."""
+    attribute, taken = attribute_of(name), set()
+    hosts = [
+        (_kind(slot), *host)
+        for config in configs
+        for slot in config.slots
+        for host in hosts_of(transformer, slot, config.layers)
+    ]
+    for _, place, host in hosts:
+        if hasattr(host, attribute) or place in taken:
+            raise ValueError(
+                f"{place} already has an adapter: a slot takes one of each set, and {name!r} has it"
+            )
+        taken.add(place)
+    return hosts
 
 
 def adapters_in(transformer: GPT2Model) -> list[tuple[str, int, str, Adapter]]:

@@ -19,7 +19,7 @@ from fastpeft.packing import Reads
 class Orders(Sampler[int]):
     """A batch of each run in turn, each in the order in which Trainer would have it from the run's seed.
 
-    Grouped by length, Trainer draws the order from the generator that all else draws from; here it is of the seed alone.
+    Grouped by length, Trainer draws it from the generator that all else draws from; here it is of the seed alone.
     """
 
     def __init__(self, sampler: Any, seeds: list[int], batch_size: int) -> None:

@@ -92,6 +92,10 @@ class FusedLoraLinear(LoraLinear):
             plan = "traced"
         elif groups is None and len(names) != len(x):
             plan = "an error"  # for stock to raise
+        elif site.options.exact and any(
+            dropout_p(self.lora_dropout[name]) for name in set(names) & self.lora_dropout.keys()
+        ):
+            plan = "exact=True keeps peft's masks, which it draws for one adapter after another, of a set"
         else:
             plan = planned(self, x, names=frozenset(names if groups is None else groups.names))
             if plan is None and x.shape[-1:] != (self.in_features,):

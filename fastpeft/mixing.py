@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import Lock
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,6 +15,32 @@ from torch import nn
 
 from fastpeft import groups
 from fastpeft.adapters import adapters_of
+
+
+class _Eagerly:
+    """What was compiled runs eagerly from the first that enters to the last that leaves, of any thread, in any order.
+
+    torch has one stance for the whole process, and each that restores it restores what it found.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside = Lock(), 0
+        self._stance: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(None, None, None)
+
+
+_eagerly = _Eagerly()
 
 
 @contextmanager
@@ -28,7 +56,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     Heads that peft saves with its adapters (`modules_to_save`) go with their rows; rows of other names have the head
     that was there before. Any other head is one for all rows.
 
-    A compiled model runs eagerly within it.
+    A compiled model runs eagerly within it. Add, delete or copy nothing within it: what comes doesn't know the rows,
+    and a copy keeps them. A call from another thread uses the same rows.
 
     Args:
         model: a model with peft's LoRA, with sets of bottleneck adapters or with both, patched or not.
@@ -39,7 +68,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         ValueError: a name that no adapter has, gradient checkpointing (whose second forward comes later), or
             another such context, or `adapter_names`, around it. A batch of another number of rows raises at its call.
     """
-    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+    listed = isinstance(names, Sequence) and not isinstance(names, str)
+    if not listed or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of adapters' names, one for each row; got {names!r}")
     modules = list(model.modules())
     layers = [module for module in modules if isinstance(module, LoraLayer)]
@@ -60,7 +90,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
         )
     with ExitStack() as stack:
         # What was compiled without these hooks doesn't look for them.
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_eagerly)
         for module in modules:
             if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper)):
                 own = names

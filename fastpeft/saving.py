@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, replace
+from numbers import Real
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from fastpeft.adapters import (
     add_adapters,
     attribute_of,
     check_present,
+    free_hosts,
     hosts_of,
     transformer_of,
     tuner_parameters,
@@ -34,6 +36,8 @@ from fastpeft.adapters import (
 CONFIG_FILE = "fastpeft_adapters.json"
 WEIGHTS_FILE = "fastpeft_adapters.safetensors"
 FORMAT = 1
+#: Of the weights' metadata, what CONFIG_FILE says.
+DESCRIPTION = "fastpeft"
 
 
 def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = DEFAULT) -> None:
@@ -43,7 +47,8 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     left to peft's own `save_pretrained`.
 
     Raises:
-        ValueError: the model has no adapters, none of this name, or no GPT-2 inside.
+        ValueError: the model has no adapters, none of this name, no GPT-2 inside, or adapters that aren't as
+            `add_adapters` makes them; nothing is written then.
         OSError: the folder can't be written.
     """
     transformer = transformer_of(model)
@@ -53,46 +58,60 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     configs = _configs(transformer, name)
     adapter_keys = set(_adapter_shapes(model, configs))
     parameters = _plain_parameters(model, name)
+    if missing := sorted(adapter_keys - parameters.keys()):
+        raise ValueError(f"{', '.join(missing)} isn't there: the adapters aren't as add_adapters makes them")
     trained = sorted(k for k, p in parameters.items() if p.requires_grad and k not in adapter_keys)
+    names: dict[int, str] = {}  # of what is tied the first, which is written for all
+    tied = {k: names[id(parameters[k])] for k in trained if names.setdefault(id(parameters[k]), k) != k}
     description = {
         "format": FORMAT,
         "width": transformer.config.n_embd,
         "layers": transformer.config.n_layer,
         "adapters": [asdict(config) for config in configs],
         "trained": trained,
+        "tied": tied,
     }
-    tensors = {k: parameters[k].detach().contiguous() for k in sorted(adapter_keys | set(trained))}
+    text = json.dumps(description, indent=2) + "\n"
+    tensors = {
+        k: parameters[k].detach().contiguous() for k in sorted(adapter_keys.union(trained) - tied.keys())
+    }
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    # Each file appears whole or not at all; the weights first, since the JSON is what vouches for them.
-    save_file(tensors, path / f"{WEIGHTS_FILE}.tmp")
-    os.replace(path / f"{WEIGHTS_FILE}.tmp", path / WEIGHTS_FILE)
-    (path / f"{CONFIG_FILE}.tmp").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(path / f"{CONFIG_FILE}.tmp", path / CONFIG_FILE)
+    # Each file appears whole or not at all; the weights have the JSON in them, to tell files of two saves.
+    save_file(tensors, path / f"{WEIGHTS_FILE}.tmp", {DESCRIPTION: text})
+    (path / f"{CONFIG_FILE}.tmp").write_text(text, encoding="utf-8")
+    for file in WEIGHTS_FILE, CONFIG_FILE:
+        os.replace(path / f"{file}.tmp", path / file)
 
 
 def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = DEFAULT) -> nn.Module:
     """Load what `save_adapters` wrote as the set of this name, adding it where the model has none so named, in place.
 
-    Whatever else trained is loaded too, the head above all, which all sets share.
+    Adapters that are added have the dtype in which they were saved. Whatever else trained is loaded too, the head above
+    all, which all sets share.
 
     Returns:
         The model, its adapters and head trainable as `add_adapters` leaves them.
 
     Raises:
         FileNotFoundError: a file is missing in `folder`.
-        ValueError: the files are damaged, of another version, don't fit the model (width, layers, other
-            adapters, a missing or extra key, a shape), or hold another head than the one that other sets of the model
-            use; or a name as `add_adapters` refuses it. Nothing is changed then.
+        ValueError: the files are damaged, of another version, not of one save, don't fit the model (width, layers,
+            other adapters, a missing or extra key, a shape, parameters tied that the file has apart), or hold another
+            head than the one that other sets of the model use; or a name as `add_adapters` refuses it. Nothing is
+            changed then.
     """
     path = Path(folder)
     transformer = transformer_of(model)
-    configs, trained = _read_description(path / CONFIG_FILE, transformer)
-    tensors = _read_tensors(path / WEIGHTS_FILE)
+    configs, trained, tied = _read_description(path / CONFIG_FILE, transformer)
+    tensors = _read_tensors(path)
+    tensors |= {key: tensors[first] for key, first in tied.items() if first in tensors}
     present = _configs(transformer, name)
     if present and _by_slot(present) != _by_slot(configs):
         raise ValueError(f"{path}: the model has other adapters: {present}, the file {configs}")
+    if not present:
+        free_hosts(transformer, configs, name)
     shapes = _adapter_shapes(model, configs)
+    added = {} if present else dict(shapes)
     parameters = _plain_parameters(model, name)
     for key in trained:
         if key not in parameters:
@@ -109,6 +128,13 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
             raise ValueError(
                 f"{path / WEIGHTS_FILE}: {key} has shape {found}, the model needs {tuple(shape)}"
             )
+    for key in trained:
+        for other in (each for each, p in parameters.items() if p is parameters[key] and each != key):
+            if other not in trained or not torch.equal(tensors[key], tensors[other]):
+                raise ValueError(
+                    f"{path}: {key} and {other} are tied in the model, and not in the file: load into a model with "
+                    "tie_word_embeddings=False"
+                )
     others = sorted({each for _, _, each, _ in adapters_in(transformer)} - {name})
     changed = [
         key
@@ -124,12 +150,19 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     parameters = _plain_parameters(model, name)
     with torch.no_grad():
         for key, tensor in tensors.items():
+            if key in added:
+                parameters[key].data = parameters[key].to(tensor.dtype)
             parameters[key].copy_(tensor)
     return model
 
 
-def _read_description(path: Path, transformer: GPT2Model) -> tuple[list[AdapterConfig], list[str]]:
-    """The configs and the names of other trained parameters; ValueError where they don't fit the model."""
+def _read_description(
+    path: Path, transformer: GPT2Model
+) -> tuple[list[AdapterConfig], list[str], dict[str, str]]:
+    """The configs, the names of other trained parameters, and of which others some of these are tied.
+
+    ValueError where they don't fit the model.
+    """
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         version = description["format"]
@@ -138,6 +171,7 @@ def _read_description(path: Path, transformer: GPT2Model) -> tuple[list[AdapterC
         configs = [AdapterConfig(**config) for config in description["adapters"]]
         size = description["width"], description["layers"]
         trained = [str(name) for name in description["trained"]]
+        tied = {str(key): str(first) for key, first in dict(description.get("tied", {})).items()}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a description of adapters: {error}") from error
     if size != (transformer.config.n_embd, transformer.config.n_layer):
@@ -145,26 +179,34 @@ def _read_description(path: Path, transformer: GPT2Model) -> tuple[list[AdapterC
             f"{path}: adapters for width {size[0]} and {size[1]} layers, "
             f"the model has {transformer.config.n_embd} and {transformer.config.n_layer}"
         )
-    return configs, trained
+    return configs, trained, tied
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
+            of_save = (file.metadata() or {}).get(DESCRIPTION)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a mapping
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if of_save is not None and json.loads(of_save) != json.loads((folder / CONFIG_FILE).read_text("utf-8")):
+        raise ValueError(f"{path} and {CONFIG_FILE} beside it are of two saves: save the adapters again")
+    return tensors
 
 
 def _configs(transformer: GPT2Model, name: str) -> list[AdapterConfig]:
     """The adapters that a set has in each slot, as they are: one config for all blocks that have them alike."""
     layers: dict[tuple[str, int, str, float], list[int]] = {}
     for slot, index, each, a in adapters_in(transformer):
-        alike = slot, a.down.out_features, activation_name(a.act) or "", a.scale
-        if each == name:
-            layers.setdefault(alike, []).append(index)
+        if each != name:
+            continue
+        if not isinstance(a.scale, Real):
+            raise ValueError(f"the scale of an adapter in {slot} is a {type(a.scale).__name__}, not a number")
+        alike = slot, a.down.out_features, activation_name(a.act) or "", float(a.scale)
+        layers.setdefault(alike, []).append(index)
     everywhere = {slot: list(range(len(hosts_of(transformer, slot)))) for slot in SLOTS}
     return [
         AdapterConfig(
@@ -204,13 +246,14 @@ def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     Those that peft saves by itself are left out.
     """
     root = _unwrap(model)
+    own: dict[str, nn.Parameter] = {}
     left_out = {id(p) for m in root.modules() if isinstance(m, BaseTunerLayer) for p in tuner_parameters(m)}
     plain: dict[str, nn.Parameter] = {}
     for prefix, module in root.named_modules():
         for each, adapter in adapters_of(module).items():
             left_out |= {id(p) for p in adapter.parameters()}
             if each == name:
-                plain |= dict(adapter.named_parameters(prefix=f"{prefix}.{attribute_of(DEFAULT)}"))
+                own |= dict(adapter.named_parameters(prefix=f"{prefix}.{attribute_of(DEFAULT)}"))
         wrapped = isinstance(module, ModulesToSaveWrapper)
         for key, parameter in module.named_parameters(prefix=prefix, recurse=False):
             if id(parameter) not in left_out and not wrapped:
@@ -219,7 +262,7 @@ def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
         if isinstance(module, ModulesToSaveWrapper):  # one head, though the wrapper holds it twice
             plain = {k: p for k, p in plain.items() if not k.startswith(f"{prefix}.")}
             plain |= dict(module.modules_to_save[module.active_adapter].named_parameters(prefix=prefix))
-    return plain
+    return plain | own
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

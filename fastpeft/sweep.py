@@ -60,11 +60,11 @@ class Sweep:
 
     A step takes a batch of every run through the base at once, each row with its run's adapter (`adapter_rows`). A run
     has a loss, a norm to which its gradient is clipped, a learning rate, a schedule of it and an order of examples of
-    its own. A run whose loss or gradient isn't finite stops before that step and leaves the others as they were. What is
-    drawn while training, dropout's masks, is drawn from the arguments' seed for all.
+    its own. A run whose loss or gradient isn't finite stops before that step and leaves the others as they were. What
+    is drawn while training, dropout's masks, is drawn from the arguments' seed for all.
 
-    The loss is the sum over the labels by their number in the whole step, as Trainer counts them: of GPT-2, first tokens
-    too, which nobody predicts. A classifier's is the mean of the whole step, where Trainer adds up the means of
+    The loss is the sum over the labels by their number in the whole step, as Trainer counts them: of GPT-2, first
+    tokens too, which nobody predicts. A classifier's is the mean of the whole step, where Trainer adds up the means of
     accumulated batches.
 
     Args:
@@ -202,7 +202,7 @@ class _SideBySide(Trainer):
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of a step, without the rows of runs that have stopped; and the labels of each run, as counted alone."""
+        """The batches of a step without the rows of runs that have stopped, and each run's labels, as counted alone."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(self.live) < len(self.runs):
             kept = torch.tensor([run.name in self.live for run in self.runs], device=device)
@@ -211,7 +211,7 @@ class _SideBySide(Trainer):
                 for each in batches
             ]
         self._losses: Any = 0.0
-        counts = []
+        counts: list[Any] = []
         for run in range(len(self.live)):
             own = ({"labels": each["labels"].unflatten(0, (len(self.live), -1))[run]} for each in batches)
             counts.append(super().get_batch_samples(own, num_batches, device)[1])

@@ -305,6 +305,61 @@ def test_errors_before_anything_runs():
     assert_refused(gpt2(), ["b"], "the model has none")
 
 
+@pytest.mark.parametrize("names", [{"b", "c"}, {"b": 1, "c": 2}, (name for name in "bc"), None])
+def test_names_without_an_order_are_refused(names):
+    assert_refused(model(), names, "names must be a sequence of adapters' names")
+
+
+def test_contexts_that_overlap_leave_compilation_as_it_was():
+    """It is one for the process: the first may end while a second, of another model or thread, goes on."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def doubled(x: Tensor) -> Tensor:
+        return x + x
+
+    first, second = (fastpeft.adapter_rows(gpt2_with_one(), ["default"]) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    doubled(torch.ones(2))
+    assert not graphs
+    second.__exit__(None, None, None)
+    doubled(torch.ones(2))
+    assert len(graphs) == 1
+
+
+def gpt2_with_one() -> nn.Module:
+    return with_lora(gpt2(n_layer=1))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_exact_draws_the_masks_of_peft(dropout):
+    """Which goes through the names in no order of theirs; so such a call is peft's own."""
+    stock = model(dropout=dropout)
+    patched = fastpeft.patch(copy.deepcopy(stock), exact=True)
+    inputs, found = labelled(batch("right"), GPT2LMHeadModel), []
+    for m in (patched, stock):
+        torch.manual_seed(4)
+        with fastpeft.adapter_rows(m.train(), APART):
+            loss = m(**inputs).loss
+        loss.backward()
+        found.append([loss, *(p.grad for p in m.parameters() if p.grad is not None)])
+    torch.testing.assert_close(*found)
+    reasons = {row.reason for row in fastpeft.report(patched) if row.kind == "lora" and row.path == "stock"}
+    if dropout:
+        assert reasons == {
+            "exact=True keeps peft's masks, which it draws for one adapter after another, of a set"
+        }
+        with torch.no_grad(), fastpeft.adapter_rows(patched.eval(), APART):
+            patched(**inputs)
+    assert_fused(patched, ("lora",))
+
+
 def assert_refused(model: nn.Module, names: Any, words: str) -> None:
     context = fastpeft.adapter_rows(model, names)
     with pytest.raises((TypeError, ValueError), match=words), context:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 
+import numpy as np
 import pytest
 import torch
 from models import gpt2, randomise, step, with_adapters, with_lora
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
@@ -134,6 +137,15 @@ def test_lora_weights_and_the_head_peft_trains_stay_trainable():
     assert all(".adapter." in name for name in trainable(model) - before)
 
 
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_peft_trains_stay_trainable(bias):
+    model = with_lora(gpt2(), bias=bias)
+    before = trainable(model)
+    assert any(name.endswith("bias") for name in before)
+    with_adapters(model)
+    assert before == {name for name in trainable(model) if ".adapter." not in name}
+
+
 def test_adapters_are_part_of_hidden_states_asked_for_before():
     model = gpt2()
     model(IDS, output_hidden_states=True)
@@ -152,6 +164,7 @@ def test_adapters_are_part_of_hidden_states_asked_for_before():
         ({"slots": ("post_mlp", "post_mlp")}, "each once"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),
         ({"bottleneck": 0}, "bottleneck must be a whole number of at least 1, got 0"),
+        ({"scale": "2"}, "scale must be a number, got '2'"),
     ],
 )
 def test_a_config_names_what_is_wrong(fields, words):
@@ -231,6 +244,123 @@ def test_a_base_parameter_that_trains_is_saved_too(tmp_path):
     randomise(model, "ln_f.weight")
     fastpeft.save_adapters(model, tmp_path)
     assert torch.equal(logits(fastpeft.load_adapters(gpt2(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "apart"])
+def test_an_embedding_that_trains_is_saved_once_and_loads(tmp_path, tied):
+    model = with_adapters(gpt2())
+    model.lm_head.weight.requires_grad_(True)  # tied: the token embedding too
+    randomise(model, "wte")
+    fastpeft.save_adapters(model, tmp_path)
+    kept = load_file(tmp_path / WEIGHTS_FILE)
+    assert {"lm_head.weight", "transformer.wte.weight"} - kept.keys() == {"transformer.wte.weight"}
+    loaded = fastpeft.load_adapters(gpt2(tie_word_embeddings=tied, seed=0), tmp_path)
+    rest = {k: v for k, v in model.state_dict().items() if "wte" not in k and "lm_head" not in k}
+    loaded.load_state_dict(rest, strict=False)
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("parts", [("lm_head",), ("wte",), ("lm_head", "wte")], ids=str)
+def test_a_head_apart_from_the_embedding_is_refused_where_they_are_tied(tmp_path, parts):
+    apart = with_adapters(gpt2(tie_word_embeddings=False))
+    for name, parameter in apart.named_parameters():
+        parameter.requires_grad_(any(part in name for part in ("adapter", *parts)))
+    randomise(apart, "lm_head")
+    fastpeft.save_adapters(apart, tmp_path)
+    model = gpt2()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="are tied in the model, and not in the file"):
+        fastpeft.load_adapters(model, tmp_path)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_adapters_that_are_added_have_the_dtype_in_which_they_were_saved(tmp_path):
+    model = with_adapters(gpt2().bfloat16())
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.float()
+    randomise(model, "adapter")
+    fastpeft.save_adapters(model, tmp_path)
+    loaded = fastpeft.load_adapters(gpt2().bfloat16(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    expected = {n: p for n, p in model.named_parameters() if ".adapter." in n}
+    assert all(p.dtype == torch.float32 for p in expected.values())
+    found = {n: p for n, p in loaded.named_parameters() if ".adapter." in n}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_adapters_behind_a_module_that_peft_saves(tmp_path):
+    model = with_adapters(with_lora(gpt2(), modules_to_save=["ln_f"]), "pre_head")
+    randomise(randomise(model, "modules_to_save"), "adapter")
+    fastpeft.save_adapters(model, tmp_path)
+    loaded = with_lora(gpt2(), modules_to_save=["ln_f"])
+    assert torch.equal(logits(fastpeft.load_adapters(loaded, tmp_path)), logits(model))
+    plain = fastpeft.load_adapters(gpt2(), tmp_path)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.enable_adapters(False)
+    assert torch.equal(logits(plain), logits(model))
+
+
+def test_a_scale_of_numpy_is_a_number(tmp_path):
+    model = with_adapters(gpt2(), scale=np.float32(0.5))
+    next(m for m in model.modules() if isinstance(m, Adapter)).scale = np.float32(0.25)
+    fastpeft.save_adapters(model, tmp_path)
+    assert torch.equal(logits(fastpeft.load_adapters(gpt2(), tmp_path)), logits(model))
+
+
+def scale_learned(adapter):
+    adapter.scale = nn.Parameter(torch.tensor(0.5))
+
+
+def bias_gone(adapter):
+    adapter.up.bias = None
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (scale_learned, "the scale of an adapter in post_attn is a Parameter, not a number"),
+        (bias_gone, r"transformer.h.0.attn.adapter.up.bias isn't there: the adapters aren't as add_adapters"),
+    ],
+)
+def test_adapters_that_a_file_cannot_hold_leave_the_files_as_they_are(tmp_path, change, words):
+    fastpeft.save_adapters(with_adapters(gpt2()), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model = with_adapters(gpt2())
+    change(next(m for m in model.modules() if isinstance(m, Adapter)))
+    with pytest.raises(ValueError, match=words):
+        fastpeft.save_adapters(model, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_files_of_two_saves_are_refused(tmp_path, monkeypatch):
+    fastpeft.save_adapters(with_adapters(gpt2()), tmp_path)
+    replace = os.replace
+
+    def failing(source, target):
+        if target.name == CONFIG_FILE:
+            raise OSError("no space left")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(OSError, match="no space left"):
+        fastpeft.save_adapters(with_adapters(gpt2(), scale=3.0), tmp_path)
+    monkeypatch.undo()
+    model = gpt2()
+    with pytest.raises(ValueError, match="are of two saves"):
+        fastpeft.load_adapters(model, tmp_path)
+    assert model.state_dict().keys() == gpt2().state_dict().keys()
+
+
+def test_a_description_of_two_adapters_for_one_place_changes_nothing(tmp_path):
+    fastpeft.save_adapters(with_adapters(gpt2(), "post_mlp"), tmp_path)
+    rewrite(tmp_path, lambda t, d: d["adapters"].append({**d["adapters"][0], "slots": ["parallel_mlp"]}))
+    model = gpt2()
+    with pytest.raises(ValueError, match=r"h\.0\.mlp already has an adapter"):
+        fastpeft.load_adapters(model, tmp_path)
+    assert model.state_dict().keys() == gpt2().state_dict().keys()
+    assert all(p.requires_grad for p in model.parameters())
 
 
 def rewrite(folder, change):

@@ -363,7 +363,7 @@ def test_a_schedule_that_follows_the_loss_is_refused(tmp_path):
 
 def test_a_file_where_a_runs_folder_is_to_be_is_refused(tmp_path):
     (tmp_path / "fine").write_text("")
-    with pytest.raises(ValueError, match="run fine: its folder is to be .*fine, where a file is"):
+    with pytest.raises(ValueError, match=r"run fine: its folder is to be .*fine, where a file is"):
         Sweep(gpt2(), [FINE], arguments(tmp_path), examples(LM), collator())
 
 
@@ -511,7 +511,7 @@ def checkpointed() -> Any:
         (gpt2, [FINE, Run("x", FINE.config, learning_rate="1")], {}, "run x: learning_rate='1'"),
         (gpt2, [FINE, Run("x", FINE.config, seed=2**32)], {}, "run x: seed=4294967296: give a whole number"),
         (gpt2, [FINE, Run("x", FINE.config, seed=-1)], {}, "run x: seed=-1"),
-        (gpt2, [FINE, Run("x", FINE.config, learning_rate=1e-9)], {"lr_scheduler_type": "polynomial"}, "run x: .*lr_end"),
+        (gpt2, [FINE, Run("x", FINE.config, 1e-9)], {"lr_scheduler_type": "polynomial"}, "run x: .*lr_end"),
         (gpt2, [FINE], {"label_smoothing_factor": 0.1}, "doesn't know TrainingArguments' label_smoothing_factor"),
         (gpt2, [FINE], {"eval_strategy": "steps"}, "TrainingArguments' eval_strategy"),
         (gpt2, [FINE], {"optim": "adafactor"}, "optim=.*adafactor.*: a sweep takes one of adamw_torch"),
