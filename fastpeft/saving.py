@@ -59,7 +59,7 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     adapter_keys = set(_adapter_shapes(model, configs))
     parameters = _plain_parameters(model, name)
     if missing := sorted(adapter_keys - parameters.keys()):
-        raise ValueError(f"{', '.join(missing)} isn't there: the adapters aren't as add_adapters makes them")
+        raise ValueError(f"{missing[0]} isn't there: the adapters aren't as add_adapters makes them")
     trained = sorted(k for k, p in parameters.items() if p.requires_grad and k not in adapter_keys)
     names: dict[int, str] = {}  # of what is tied the first, which is written for all
     tied = {k: names[id(parameters[k])] for k in trained if names.setdefault(id(parameters[k]), k) != k}
@@ -205,7 +205,7 @@ def _configs(transformer: GPT2Model, name: str) -> list[AdapterConfig]:
             continue
         if not isinstance(a.scale, Real):
             raise ValueError(f"the scale of an adapter in {slot} is a {type(a.scale).__name__}, not a number")
-        alike = slot, a.down.out_features, activation_name(a.act) or "", float(a.scale)
+        alike = slot, a.down.out_features, activation_name(a.act) or "", a.scale
         layers.setdefault(alike, []).append(index)
     everywhere = {slot: list(range(len(hosts_of(transformer, slot)))) for slot in SLOTS}
     return [
