@@ -148,6 +148,8 @@ def _check_arguments(arguments: Any) -> None:
         name = field.name
         if name not in _KNOWN and getattr(arguments, name) != getattr(default, name):
             raise ValueError(f"a sweep doesn't know TrainingArguments' {name}: leave it as it comes")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"seed={arguments.seed}: give a whole number from 0 to 2**32 - 1")
     for name, known in (("optim", _OPTIMISERS), ("train_sampling_strategy", _ORDERS)):
         if getattr(arguments, name) not in known:
             raise ValueError(f"{name}={getattr(arguments, name)!r}: a sweep takes one of {', '.join(known)}")

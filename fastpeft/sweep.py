@@ -33,7 +33,8 @@ from transformers import (
 )
 from transformers.trainer import TRAINER_STATE_NAME
 
-from fastpeft.batches import Orders, join, losses_of
+from fastpeft.batches import Orders, join, losses_of, targets_of
+from fastpeft.heads import IGNORED
 from fastpeft.mixing import adapter_rows
 from fastpeft.patching import patch
 from fastpeft.runs import Run, checked, factors_of, owner_of, with_adapter
@@ -141,6 +142,9 @@ class _SideBySide(Trainer):
         arguments.logging_nan_inf_filter = False
         super().__init__(model, arguments, collate_fn, dataset, callbacks=[_Watch(self)])
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the counts of all accumulated batches
+        # Whether Trainer counts first labels too, which nobody predicts.
+        _, count = super().get_batch_samples(iter([{"labels": torch.zeros(1, 2)}]), 1, arguments.device)
+        self._counts_first = int(count) == 2  # type: ignore[arg-type]
         self.runs: list[Any] = runs  # all of whose fields are filled
         self.live = [run.name for run in runs]
         self.rows = ExitStack()  # holds the context in which the rows of a batch are the runs'
@@ -199,10 +203,11 @@ class _SideBySide(Trainer):
             self.lr_scheduler = LambdaLR(
                 optimizer, [factors[owners[id(group["params"][0])]] for group in optimizer.param_groups]
             )
+            self._created_lr_scheduler = True  # for Trainer to make another where it trains again
         return self.lr_scheduler
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """The batches of a step without the rows of runs that have stopped, and each run's labels, as counted alone."""
+        """The batches of a step without the rows of runs that have stopped, and the number of each run's labels."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if len(self.live) < len(self.runs):
             kept = torch.tensor([run.name in self.live for run in self.runs], device=device)
@@ -211,11 +216,9 @@ class _SideBySide(Trainer):
                 for each in batches
             ]
         self._losses: Any = 0.0
-        counts: list[Any] = []
-        for run in range(len(self.live)):
-            own = ({"labels": each["labels"].unflatten(0, (len(self.live), -1))[run]} for each in batches)
-            counts.append(super().get_batch_samples(own, num_batches, device)[1])
-        return batches, torch.stack(counts)
+        found = [each["labels"] for each in batches]
+        counted = found if self._counts_first else map(targets_of, found)
+        return batches, sum((labels != IGNORED).view(len(self.live), -1).sum(1) for labels in counted)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None

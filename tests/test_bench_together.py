@@ -22,8 +22,6 @@ def test_a_step_side_by_side_is_the_steps_one_after_another():
     trained = {}
     for variant in together.BASELINES["training"]:
         each = together.trainers(base, runs, variant)
-        for trainer in each:  # which counts labels that no position of GPT-2 predicts
-            trainer.model_accepts_loss_kwargs = variant == "together"
         step = together.training(each, batch)
         step()
         step()

@@ -323,6 +323,10 @@ def test_a_schedule_is_of_each_runs_rate(kind, options, tmp_path):
     rates = Rates()
     sweep.trainer.add_callback(rates)
     sweep.train()
+    seen = list(rates.seen)
+    sweep.train()
+    assert rates.seen == seen + seen
+    rates.seen = seen
     for run, seen in zip(sweep.trainer.runs, zip(*rates.seen, strict=True), strict=True):
         given = arguments(tmp_path / "alone", learning_rate=run.learning_rate, **more)
         expected = Rates()
@@ -511,6 +515,7 @@ def checkpointed() -> Any:
         (gpt2, [FINE, Run("x", FINE.config, learning_rate="1")], {}, "run x: learning_rate='1'"),
         (gpt2, [FINE, Run("x", FINE.config, seed=2**32)], {}, "run x: seed=4294967296: give a whole number"),
         (gpt2, [FINE, Run("x", FINE.config, seed=-1)], {}, "run x: seed=-1"),
+        (gpt2, [Run("x", FINE.config, seed=1)], {"seed": -1}, "^seed=-1: give a whole number"),
         (gpt2, [FINE, Run("x", FINE.config, 1e-9)], {"lr_scheduler_type": "polynomial"}, "run x: .*lr_end"),
         (gpt2, [FINE], {"label_smoothing_factor": 0.1}, "doesn't know TrainingArguments' label_smoothing_factor"),
         (gpt2, [FINE], {"eval_strategy": "steps"}, "TrainingArguments' eval_strategy"),
