@@ -93,7 +93,7 @@ def lora_chain(
         return None
     y, carried = by_kernels(chain, how)
     if rows is not x:
-        y, carried = unrowed(y, x), None if carried is None else unrowed(carried, x)
+        y, carried = unrowed(y, x), None if carried is None else carried.view(x.shape)
     return Chained(added(y, outside), carried, how.routes)
 
 

@@ -153,9 +153,7 @@ def routed_lora_linear(
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`x W + b`, x (..., K) and weight (K, N) as `Conv1D` has it, by `gemm.mm`; differentiable by x alone."""
-    y: Tensor = autograd.Linear.apply(as_rows(x), weight, bias)
-    # No view to autograd: logits made under `no_grad` may be changed in place where gradients are on.
-    return y if y.dim() == x.dim() else torch.ops.aten._unsafe_view(y, (*x.shape[:-1], y.shape[-1]))
+    return unrowed(autograd.Linear.apply(as_rows(x), weight, bias), x)
 
 
 def routed_adapter(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,8 +17,8 @@ def as_taken(t: Tensor) -> Tensor:
 
 
 def unrowed(y: Tensor, x: Tensor) -> Tensor:
-    """Rows y (M, N) in the grid of x (..., K)."""
-    return y if x.dim() == y.dim() else y.view(*x.shape[:-1], y.shape[-1])
+    """Rows y (M, N), which nobody else holds, in the grid of x (..., K): to autograd no view, as stock's isn't one."""
+    return y if x.dim() == y.dim() else torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
 
 def rows_in(t: Tensor) -> int:

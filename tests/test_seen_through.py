@@ -1134,6 +1134,26 @@ def test_logits_of_a_frozen_head_can_be_changed_in_place(grad, monkeypatch):
     assert {row.reason for row in fastpeft.report(model) if row.kind == "frozen"} == {"oneDNN"}
 
 
+def test_a_layers_result_is_no_view_which_may_be_changed_and_detached():
+    """In place, as stock's may be."""
+
+    def use(model, inputs):
+        inner = transformer(model)
+        x = torch.linspace(-1, 1, 2 * 5 * 48).view(2, 5, 48).requires_grad_()
+        adapter = next(module for module in inner.modules() if isinstance(module, Adapter))
+        for module in inner.h[0].mlp.c_fc, adapter:
+            y = module(x)
+            assert not y._is_view()
+            y[:, 1:, : y.shape[-1] // 2] *= 2
+            y.sum().backward()
+            y.detach_()
+        return x.grad
+
+    model = with_adapters(with_lora(gpt2(GPT2LMHeadModel)).eval())
+    model = assert_the_same(use, model, {})
+    assert {row.path for row in fastpeft.report(model) if row.calls} == {"torch"}
+
+
 @pytest.mark.fidelity("a new module made by a patched one's class", "stock")
 def test_another_module_of_a_patched_ones_class(tmp_path):
     model = fastpeft.patch(with_lora(gpt2(GPT2LMHeadModel)))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastpeft.compare.errors import BadInput
-from fastpeft.compare.preflight import RESULTS_FILE
+from fastpeft.compare.preflight import RECORD_FORMAT, RESULTS_FILE
 
 _PARTS = ("arguments", "model", "versions", "machine", "data")
 #: Of the data the rest is the same, or the folders can't be joined.
@@ -31,7 +31,6 @@ def join(folders: list[Path]) -> dict[str, Any]:
     first = found[0]
     for folder, results in zip(folders[1:], found[1:], strict=True):
         for what, of in (
-            ("record format", lambda r: r["record"]["format"]),
             ("task", lambda r: r["task"]),
             ("data", lambda r: f"{r['data']['name']}, {r['data']['sha256'][:12]}"),
             ("number of tokens", lambda r: sum(r["data"]["weights"])),
@@ -77,7 +76,9 @@ def _read(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         raise BadInput(f"{path}: can't be read as the results of a comparison") from None
     if not isinstance(found, dict) or not {"task", "runs", "record", *_PARTS} <= found.keys():
-        raise BadInput(f"{path}: not the results of a comparison by this version of fastpeft")
+        raise BadInput(f"{path}: not the results of a comparison")
+    if found["record"] != {"format": RECORD_FORMAT}:
+        raise BadInput(f"{path}: by another version of fastpeft, which records other things: compare again")
     return found
 
 

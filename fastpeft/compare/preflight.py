@@ -13,6 +13,8 @@ from fastpeft.compare.errors import BadInput
 
 PLAN_FILE = "plan.json"
 RESULTS_FILE = "results.json"
+#: Of a run's record: it goes up when a key comes, goes or changes its meaning.
+RECORD_FORMAT = 4
 #: Held while a comparison writes to its folder.
 LOCK_FILE = ".lock"
 FEWEST_TOKENS = 2  # of a text

@@ -35,7 +35,14 @@ from fastpeft.compare.encoding import encode
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import Method, run_name
 from fastpeft.compare.placement import why_not
-from fastpeft.compare.preflight import LOCK_FILE, PLAN_FILE, RESULTS_FILE, check_fit, part
+from fastpeft.compare.preflight import (
+    LOCK_FILE,
+    PLAN_FILE,
+    RECORD_FORMAT,
+    RESULTS_FILE,
+    check_fit,
+    part,
+)
 from fastpeft.compare.progress import Reporter
 from fastpeft.compare.summary import diverged, summarise
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
@@ -48,8 +55,6 @@ from fastpeft.compare.train import (
 )
 
 RUNS_FOLDER = "runs"
-#: Of a run's record: it goes up when a key comes, goes or changes its meaning.
-RECORD_FORMAT = 4
 RECORD_FILE = "record.json"
 CARD_FILE = "README.md"
 BEFORE_FILE = "before.json"
