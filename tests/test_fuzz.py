@@ -435,8 +435,11 @@ class Twins(RuleBasedStateMachine):
         return logits[mask.bool()] if self.scope == "model" and logits.shape[:2] == mask.shape else logits
 
     def assert_close(self, result, expected, largest, what):
-        """Within a hundred roundings of the largest element, which a wrong formula never is."""
-        allowed = 100 * torch.finfo(self.dtype).eps * max(largest, 1e-3)
+        """Within four hundred roundings of the largest element, which a wrong formula never is.
+
+        Through a LayerNorm over eight numbers stock itself was seen 170 from float64, where the patched was 50.
+        """
+        allowed = 400 * torch.finfo(self.dtype).eps * max(largest, 1e-3)
         difference = (result.double() - expected.double()).abs().max().item() if expected.numel() else 0.0
         assert difference <= allowed, f"{what}: {difference:.2e} apart, {allowed:.2e} allowed"
 
