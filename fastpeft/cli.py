@@ -198,9 +198,8 @@ def _show(results: dict[str, Any], out: Path) -> None:
     from fastpeft.compare.table import table
 
     console = Console(highlight=False)
-    console.width = max(
-        console.width, 80
-    )  # a narrower terminal folds the lines, where rich would drop columns
+    # A narrower terminal folds the lines, where rich would drop columns.
+    console.width = max(console.width, 80)
     console.print(table(results))
     console.print(f"Report: {out / REPORT_FILE}", soft_wrap=True)
 
@@ -220,10 +219,10 @@ def report(
         raise BadInput(f"--out {out}: holds a comparison of its own: name another folder")
     results = joining.join([folder.expanduser() for folder in folders])
     from fastpeft.compare.runner import write
-    from fastpeft.compare.summary import diverged, summarise
+    from fastpeft.compare.summary import nothing_left
 
-    if not summarise(results):
-        raise BadInput(f"nothing is left to compare. {' '.join(diverged(results))}")
+    if why := nothing_left(results):
+        raise BadInput(why)
     write(results, out)
     _show(results, out)
 

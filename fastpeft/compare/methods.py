@@ -202,7 +202,7 @@ def layers(text: str) -> tuple[int, int]:
 
 def _whole(text: str) -> int:
     """`int` takes `1_0` and digits of any script too."""
-    if not (text.isascii() and text.isdigit()) or len(text) > len(str(MOST)):
+    if not (text.isascii() and text.isdigit()):
         raise ValueError(text)
     return int(text)
 

@@ -36,13 +36,12 @@ def check(arguments: Arguments) -> data.Data:
     """
     check_folder(arguments.out, PLAN_FILE)
     data.check(arguments.data, arguments.task)
-    folder = check_model(arguments.model)
-    if folder:
-        check_fit(arguments, shape(folder, arguments.model))
+    if found := check_model(arguments.model):
+        check_fit(arguments, found)
     return data.load(arguments.data, arguments.task)
 
 
-def check_fit(arguments: Arguments, shape: Shape) -> None:
+def check_fit(arguments: Arguments, model: Shape) -> None:
     """Refuse methods that a model hasn't the layers or the positions for, or that come to the same in it.
 
     Raises:
@@ -50,29 +49,27 @@ def check_fit(arguments: Arguments, shape: Shape) -> None:
     """
     arguments.refuse_twins(
         [
-            (method.place, {**method.options, "layers": method.layers(shape)})
+            (method.place, {**method.options, "layers": method.layers(model)})
             if "layers" in method.options
             else (method.place, method.options)
             for method in arguments.chosen
         ]
     )
-    if shape.n_positions - arguments.reserved < FEWEST_TOKENS:
+    if model.n_positions - arguments.reserved < FEWEST_TOKENS:
         raise BadInput(
             f"--methods: {arguments.reserved} tokens before each text leave it fewer than {FEWEST_TOKENS}: the model "
-            f"has {shape.n_positions} positions"
+            f"has {model.n_positions} positions"
         )
 
 
-def check_model(name: str) -> Path | None:
-    """A model's folder; None for what the Hub has or fastpeft makes, which is known later.
+def check_model(name: str) -> Shape | None:
+    """The shape of a model in a folder; None for what the Hub has or fastpeft makes, which is known later.
 
     Raises:
         BadInput: it isn't there or holds no GPT-2.
     """
     folder = None if name == IMDB_SMALL else local_folder(name)
-    if folder:
-        shape(folder, name)
-    return folder
+    return shape(folder, name) if folder else None
 
 
 def local_folder(name: str) -> Path | None:

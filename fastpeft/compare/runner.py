@@ -44,7 +44,7 @@ from fastpeft.compare.preflight import (
     part,
 )
 from fastpeft.compare.progress import Reporter
-from fastpeft.compare.summary import diverged, summarise
+from fastpeft.compare.summary import nothing_left
 from fastpeft.compare.tasks import CLASSIFY, TASKS, Task
 from fastpeft.compare.train import (
     WEIGHTS_FOLDER,
@@ -114,8 +114,8 @@ def compare(
         if state.is_main_process:
             write(results, out)
         state.wait_for_everyone()
-    if not summarise(results):
-        raise BadInput(f"--out {out}: nothing is left to compare. {' '.join(diverged(results))}")
+    if why := nothing_left(results):
+        raise BadInput(f"--out {out}: {why}")
     return results
 
 
@@ -151,7 +151,7 @@ def write(results: dict[str, Any], out: Path) -> None:
     """Results as JSON; page and plots where there are methods to show."""
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RESULTS_FILE, results)
-    if summarise(results):
+    if not nothing_left(results):
         plots.write(results, out)
         _replace(out / REPORT_FILE, page.render(results))
 

@@ -45,11 +45,13 @@ class Summary(NamedTuple):
 def summarise(results: dict[str, Any]) -> list[Summary]:
     """A summary for each method none of whose runs diverged, in the order of the runs."""
     weights = np.array(results["data"]["weights"], float)
-    return [
-        _summary(method, group, weights)
-        for method, group in _by_method(results).items()
-        if not any(run["diverged"] for run in group)
-    ]
+    return [_summary(method, group, weights) for method, group in _by_method(results).items() if _held(group)]
+
+
+def nothing_left(results: dict[str, Any]) -> str | None:
+    """That no method is left to compare, and why; None where `summarise` has one."""
+    left = any(map(_held, _by_method(results).values()))
+    return None if left else f"nothing is left to compare. {' '.join(diverged(results))}"
 
 
 def diverged(results: dict[str, Any]) -> list[str]:
@@ -64,6 +66,10 @@ def diverged(results: dict[str, Any]) -> list[str]:
                 "lower --lr may hold it."
             )
     return said
+
+
+def _held(runs: list[dict[str, Any]]) -> bool:
+    return not any(run["diverged"] for run in runs)
 
 
 def _by_method(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

@@ -90,7 +90,7 @@ def train_run(
         raise RuntimeError(f"nothing fused was called while {method.name} trained:\n{fastpeft.report(model)}")
     seconds = outcome.metrics["train_runtime"] - sum(entry["eval_runtime"] for entry in judged)
     history = trainer.state.log_history
-    return _recorded(method, seed, setting, folder, trainer, judge, history, seconds, peak, False)
+    return _recorded(method, seed, setting, folder, trainer, judge, history, seconds, peak)
 
 
 def train_together(
@@ -154,7 +154,7 @@ def _recorded(
     history: list[dict[str, Any]],
     train_seconds: float,
     peak: int | None,
-    stopped: bool,
+    stopped: bool = False,
 ) -> dict[str, Any]:
     """The record of a trained run, whose model is saved and timed."""
     base, arguments = setting.base, setting.arguments
