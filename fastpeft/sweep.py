@@ -190,8 +190,7 @@ class _SideBySide(Trainer):
                     ]
                     decay = self.args.weight_decay if decays else 0.0
                     groups.append({"params": own, "lr": run.learning_rate, "weight_decay": decay})
-            groups = [group for group in groups if group["params"]]
-            self.optimizer = kind(groups, **options)
+            self.optimizer = kind([group for group in groups if group["params"]], **options)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
