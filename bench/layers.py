@@ -165,7 +165,7 @@ def _torch_chunked(hidden: Tensor, weight: Tensor, labels: Tensor, rows: int | N
 
 
 def _torch_two_chunks(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """As many as fastpeft takes for `cases.head_cases`, on the CPU and on CUDA, where all labels count."""
+    """As many as fastpeft takes for `cases.head_cases` on CUDA, where all labels count; on the CPU it takes none."""
     return _torch_chunked(hidden, weight, labels, -(-len(hidden) // 2))
 
 

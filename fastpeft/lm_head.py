@@ -1,17 +1,17 @@
-"""The language model's loss without its logits: head, softmax and gradient, a chunk of rows at a time.
+"""The language model's loss without its logits: head, softmax and gradient, a tile of logits at a time.
 
-Rows whose label is ignored are never projected. Where the head is frozen, each chunk gives the gradient of its losses
-to the hidden states while its logits are there, as Liger's kernel does; where it trains, backward makes each chunk
-again.
+Rows whose label is ignored are never projected. Where the head is frozen, each tile adds what it has of the gradient of
+the losses to the hidden states while its logits are there, whatever is still to come, as FlashAttention adds up its
+values (Dao et al., 2022); where it trains, backward makes logits again, a chunk of rows at a time.
 
 torch's own chunks (`F.linear_cross_entropy` with options, from 2.13 on) were measured beside these on the CPU, by
-`pytest bench/bench_lm_head.py`: slower at the size that torch chooses, as fast at this one, and ignored labels cost
-them what others do.
+`pytest bench/bench_lm_head.py`: half as long again at best, many times as long at the size that torch chooses, and
+ignored labels cost them what others do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,8 +26,11 @@ from fastpeft.gemm import mm
 from fastpeft.routes import Options, Route
 
 REDUCTIONS = ("mean", "sum", "none")
-#: Logits in a chunk, the only large buffer: rows enough for a product with the weight not to wait for the weight.
+#: Logits in a chunk: rows enough for a product with the weight not to wait for the weight.
 _CHUNK = 2**24
+#: Logits in a tile on the CPU, whose caches hold them from one pass to the next; elsewhere they are a chunk's.
+_TILE = 2**21
+_COLUMNS = 512  # of a tile at least, which is what the product with the weight sums up
 
 
 def lm_head_loss(
@@ -177,16 +180,7 @@ class LmHeadLoss(torch.autograd.Function):
                 hidden, weight, labels, bias, smoothing=smoothing, gradient=ahead
             )
         else:
-            wide = torch.promote_types(hidden.dtype, torch.float32)
-            losses = hidden.new_empty(len(hidden), dtype=wide)
-            d_hidden = hidden.new_empty(hidden.shape) if ahead else None
-
-            def take(rows: slice, of_rows: Tensor, d_logits: Tensor) -> None:
-                losses[rows] = of_rows
-                if d_hidden is not None:
-                    torch.mm(d_logits.to(hidden.dtype), weight, out=d_hidden[rows])
-
-            _each_chunk(hidden, weight, bias, labels, smoothing, take)
+            losses, d_hidden = _by_tiles(hidden, weight, bias, labels, smoothing, ahead)
         ctx.save_for_backward(hidden, weight, bias, labels, d_hidden)
         ctx.smoothing = smoothing
         ctx.set_materialize_grads(False)
@@ -206,7 +200,7 @@ class LmHeadLoss(torch.autograd.Function):
         d_weight = torch.zeros_like(weight, dtype=dy.dtype) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=dy.dtype) if need_bias else None
 
-        def take(rows: slice, of_rows: Tensor, d_logits: Tensor) -> None:
+        def take(rows: slice, d_logits: Tensor) -> None:
             d_logits *= dy[rows, None]
             d_narrow = d_logits.to(hidden.dtype)
             if d_hidden is not None:
@@ -233,39 +227,106 @@ class LmHeadLoss(torch.autograd.Function):
         return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 4
 
 
+def _by_tiles(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, smoothing: float, gradient: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The losses, and where `gradient`, that of their sum to hidden, in hidden's dtype."""
+    losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if gradient else None
+    most = _TILE if routes.on_cpu(hidden) else _CHUNK
+    for rows in _chunks(len(hidden), max(most // _COLUMNS, 1)):
+        columns = max(most // (rows.stop - rows.start), 1)
+        given = hidden[rows], weight, bias, labels[rows, None], smoothing, columns
+        losses[rows], found = _of_rows(*given, gradient)
+        if d_hidden is not None and found is not None:
+            d_hidden[rows] = found
+    return losses, d_hidden
+
+
+def _of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    label: Tensor,
+    smoothing: float,
+    columns: int,
+    gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`_by_tiles` of rows with these labels (M, 1), so many columns at a time.
+
+    With m the largest logit so far, tiles sum up `rest = Σ exp(l - m)` and `d = Σ exp(l - m) W` over all but the label,
+    whose share is known last: what is left of it and its target may be far smaller than either.
+    """
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    top = hidden.new_full(label.shape, torch.finfo(wide).min, dtype=wide)
+    rest, of_label, summed = (torch.zeros_like(top) for _ in range(3))
+    d_hidden = hidden.new_zeros(hidden.shape, dtype=wide) if gradient else None
+    for start in range(0, len(weight), columns):
+        some = weight[start : start + columns]
+        logits = mm(hidden, some.T, None if bias is None else bias[start : start + columns]).to(wide)
+        column = (label - start).clamp(0, len(some) - 1)
+        here = column == label - start
+        of_label = torch.where(here, logits.gather(1, column), of_label)
+        if smoothing > 0.0:
+            summed += logits.sum(1, keepdim=True)
+        before, top = top, torch.maximum(top, logits.amax(1, keepdim=True))
+        powers = logits.sub_(top).exp_()
+        powers.scatter_(1, column, powers.gather(1, column).masked_fill_(here, 0.0))
+        shrunk, sums = before.sub_(top).exp_(), powers.sum(1, keepdim=True)
+        rest.mul_(shrunk).add_(sums)
+        if d_hidden is not None:
+            d_hidden.mul_(shrunk).add_(_weighed(powers, sums, some))
+        del logits, powers  # before the next are made
+    total = rest + (of_label - top).exp()
+    aim = of_label if smoothing == 0.0 else torch.lerp(of_label, summed / len(weight), smoothing)
+    losses = (top - aim + total.log())[:, 0]
+    if d_hidden is not None:
+        d_hidden.div_(total).addcmul_(smoothing - rest / total, weight.index_select(0, label[:, 0]))
+        if smoothing > 0.0:
+            d_hidden.sub_(smoothing * weight.mean(0, dtype=wide))
+    return losses, d_hidden
+
+
+def _weighed(powers: Tensor, sums: Tensor, weight: Tensor) -> Tensor:
+    """`powers weight`, powers (M, N) with these sums (M, 1), which it may overwrite."""
+    if weight.dtype != torch.float16:
+        return mm(powers.to(weight.dtype), weight)
+    # It holds the shares of any sum, and what they weigh.
+    shares = powers.div_(sums.clamp_min(torch.finfo(sums.dtype).tiny))
+    return sums * mm(shares.to(weight.dtype), weight)
+
+
+def _chunks(count: int, most: int) -> Iterator[slice]:
+    """So many rows in parts of nearly one size, none larger than `most`."""
+    parts = -(-count // most)
+    for i in range(parts):
+        yield slice(count * i // parts, count * (i + 1) // parts)
+
+
 def _each_chunk(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     smoothing: float,
-    take: Callable[[slice, Tensor, Tensor], None],
+    take: Callable[[slice, Tensor], None],
 ) -> None:
-    """Hands `take` each chunk's rows, their losses, and the gradient of the losses' sum to their logits.
+    """Hands `take` each chunk's rows, and the gradient of their losses' sum to their logits.
 
     A chunk is gone before the next is made, unless `take` keeps it.
     """
-    most = max(_CHUNK // len(weight), 1)
-    count = -(-len(hidden) // most)
-    for i in range(count):
-        rows = slice(len(hidden) * i // count, len(hidden) * (i + 1) // count)
-        take(rows, *_chunk(hidden[rows], weight, bias, labels[rows, None], smoothing))
+    for rows in _chunks(len(hidden), max(_CHUNK // len(weight), 1)):
+        take(rows, _d_logits(hidden[rows], weight, bias, labels[rows, None], smoothing))
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor, smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """The losses of some rows, and the gradient of their sum to these rows' logits."""
+def _d_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, label: Tensor, smoothing: float) -> Tensor:
+    """The gradient of the sum of some rows' losses to their logits."""
     logits = mm(hidden, weight.T, bias).to(torch.promote_types(hidden.dtype, torch.float32))
-    largest, of_label = logits.amax(1), logits.gather(1, label)[:, 0]
-    aim = of_label if smoothing == 0.0 else torch.lerp(of_label, logits.mean(1), smoothing)
     # A pass in place on the CPU, whose kernel reads a row's elements before it writes them.
     shares = torch.softmax(logits, 1, out=logits if routes.on_cpu(logits) else None)
-    # The largest share is 1 / Σ exp(l - largest), and never tiny.
-    losses = largest - shares.amax(1).log() - aim
     if smoothing > 0.0:
         shares -= smoothing / len(weight)
-    return losses, shares.scatter_(1, label, shares.gather(1, label) - (1.0 - smoothing))
+    return shares.scatter_(1, label, shares.gather(1, label) - (1.0 - smoothing))
 
 
 def _check(

@@ -12,12 +12,15 @@ import fastpeft
 from fastpeft import lm_head
 
 V, K = 101, 24  # V divides nothing
+COLUMNS = 32
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     monkeypatch.setattr(lm_head, "_CHUNK", 5 * V)  # rows
+    monkeypatch.setattr(lm_head, "_TILE", 5 * COLUMNS)
+    monkeypatch.setattr(lm_head, "_COLUMNS", COLUMNS)
 
 
 def operands(dtype, *, bias=False, trains=False, rows=(3, 7)):
@@ -75,19 +78,21 @@ def test_chunks_of_any_size(rows):
 
 
 @pytest.mark.parametrize("trains", [False, True])
-def test_a_chunk_is_gone_before_the_next_is_made(trains, monkeypatch):
+def test_logits_are_gone_before_the_next_are_made(trains, monkeypatch):
     made, real = [], lm_head.mm
 
-    def mm(*operands):
-        assert all(each() is None for each in made)
-        logits = real(*operands)
-        made.append(weakref.ref(logits))
-        return logits
+    def mm(x, w, bias=None):
+        product = real(x, w, bias)
+        if bias is not None:  # these are logits
+            assert all(each() is None for each in made)
+            made.append(weakref.ref(product))
+        return product
 
     monkeypatch.setattr(lm_head, "mm", mm)
     hidden, weight, bias, labels = operands(torch.float32, bias=True, trains=trains)
     fastpeft.lm_head_loss(hidden, weight, labels, bias=bias).backward()
-    assert len(made) == 4 * (1 + trains)  # of 18 rows, five in each
+    # Of 18 rows 4, 5, 4 and 5 at a time, by 40 or 32 columns; where the head trains, all columns again in backward.
+    assert len(made) == 2 * (3 + 4) + 4 * trains
 
 
 def test_no_label_that_counts():
@@ -189,16 +194,63 @@ def test_backward_twice_and_the_same_at_each_run():
     assert torch.equal(torch.autograd.grad(again, [hidden])[0], first[0])
 
 
-def test_logits_of_a_chunk_are_all_that_is_held(monkeypatch):
+def test_logits_of_a_tile_are_all_that_is_held(monkeypatch):
     hidden, weight, _, labels = operands(torch.float32, rows=(200,))
     held = []
     product = lm_head.mm
-    monkeypatch.setattr(
-        lm_head, "mm", lambda x, w, bias: held.append(x.shape[0] * w.shape[1]) or product(x, w, bias)
-    )
+
+    def mm(x, w, *bias):
+        if bias:  # these are logits
+            held.append(x.shape[0] * w.shape[1])
+        return product(x, w, *bias)
+
+    monkeypatch.setattr(lm_head, "mm", mm)
     fastpeft.lm_head_loss(hidden, weight, labels).backward()
-    assert max(held) <= 5 * V
+    assert max(held) <= 5 * COLUMNS
     assert sum(held) == 197 * V, "a row whose label is ignored is never projected"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, COLUMNS, V])
+def test_logits_that_are_no_numbers(columns, dtype, monkeypatch):
+    """Tokens that a bias rules out: whole tiles of them, a label among them, all but the label."""
+    monkeypatch.setattr(lm_head, "_TILE", 5 * columns)
+    monkeypatch.setattr(lm_head, "_COLUMNS", columns)
+    hidden, weight, _, _ = operands(dtype, rows=(4,))
+    labels = torch.tensor([0, 50, 99, 100])
+    for allowed in (range(40, V), range(V - 1), [100]):
+        bias = torch.full((V,), float("-inf"), dtype=dtype)
+        bias[list(allowed)] = 0.5
+        losses = fastpeft.lm_head_loss(hidden, weight, labels, bias=bias, reduction="none")
+        expected = plain(hidden, weight, bias, labels, reduction="none")
+        torch.testing.assert_close(losses, expected)
+        truth = plain(hidden, weight, bias, labels, torch.float64, reduction="none")
+        gradients = [torch.autograd.grad(each.sum(), [hidden])[0] for each in (losses, expected, truth)]
+        assert_as_good_as(gradients[0], gradients[1], gradients[2].double(), "dh")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [COLUMNS, V])
+def test_a_label_that_is_all_but_certain(dtype, columns, monkeypatch):
+    """What is left of its share and its target is far smaller than either."""
+    monkeypatch.setattr(lm_head, "_TILE", 5 * columns)
+    monkeypatch.setattr(lm_head, "_COLUMNS", columns)
+    _, weight, _, labels = operands(dtype)
+    hidden = (weight[labels.clamp(0)] * 12).requires_grad_()
+    losses = [fastpeft.lm_head_loss(hidden, weight, labels), plain(hidden, weight, None, labels)]
+    exact = hidden.detach().double().requires_grad_()
+    truth = plain(exact, weight.double(), None, labels)
+    assert 0 < truth < 0.01
+    gradients = [torch.autograd.grad(loss, [hidden])[0] for loss in losses]
+    assert_as_good_as(*gradients, torch.autograd.grad(truth, [exact])[0], "dh")
+
+
+def test_sums_that_float16_cannot_hold():
+    weight = torch.full((V, K), 3000.0, dtype=torch.float16)  # 22 of them are too large
+    hidden = torch.zeros(3, K, dtype=torch.float16, requires_grad=True)
+    loss = fastpeft.lm_head_loss(hidden, weight, torch.tensor([0, 50, 100]))
+    (gradient,) = torch.autograd.grad(loss, [hidden])
+    torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=3.0, rtol=0.0)  # of 3,000
 
 
 @pytest.mark.parametrize(("changes", "error", "match"), [
