@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastpeft import masks, reference
-from fastpeft.gemm import mm
+from fastpeft.gemm import add_product, mm, product
 
 
 def watched() -> bool:
@@ -36,7 +36,7 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _turned(t: Tensor) -> Tensor:
     """tᵀ, contiguous, as stock's gradients are: hooks see their strides, and `autograd.grad` hands them on."""
-    return t.T.contiguous()
+    return t.mT.contiguous()
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
@@ -45,15 +45,17 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
 
 
 class Part(NamedTuple):
-    """A low-rank update of some rows."""
+    """A low-rank update of some rows, or several of as many rows each, whose factors are stacked."""
 
     rows: slice | None  # which; None for all
     scaling: float
     dropout_p: float
+    stacked: int | None = None  # how many; None for one that isn't stacked
 
     def of(self, t: Tensor) -> Tensor:
-        """Its rows of t."""
-        return t if self.rows is None else t[self.rows]
+        """Its rows of t (M, N), or those of each update, (stacked, rows, N); a view."""
+        t = t if self.rows is None else t[self.rows]
+        return t if self.stacked is None else t.unflatten(0, (self.stacked, -1))
 
     @property
     def scale(self) -> float:
@@ -79,11 +81,10 @@ def lora_linear(
         if part.dropout_p > 0.0:
             mask = masks.draw(as_dtype(dropped, wide), part.dropout_p, exact=exact)
             dropped = masks.apply(mask, dropped)
-        xa_t = mm(a, as_dtype(dropped, wide).T)
-        if wide == y.dtype:
-            updated.addmm_(xa_t.T, b.T, alpha=part.scale)
-        else:
-            updated.copy_(torch.addmm(as_dtype(updated, wide), xa_t.T, b.T, alpha=part.scale))
+        xa_t = product(a, as_dtype(dropped, wide).mT)
+        total = add_product(as_dtype(updated, wide), xa_t.mT, b.mT, part.scale)
+        if total is not updated:
+            updated.copy_(total)
         if saved is not None:
             saved += (None if mask is None else dropped, mask, lora_a, lora_b, xa_t)
     return y
@@ -99,7 +100,7 @@ class LoraLinear(torch.autograd.Function):
 
     `xa` and `dxa` are held transposed, (R, M): with the long side last, their float32 GEMMs take a quarter to a half
     of the time. Parts rise and have no row in common; a row in none of them gets no update. Factors are lora_a and
-    lora_b of each part, one after the other.
+    lora_b of each part, one after the other, with a dimension before their own where the part is of stacked updates.
     """
 
     @staticmethod
@@ -139,21 +140,21 @@ class LoraLinear(torch.autograd.Function):
             wide, d_lora_a, d_lora_b = xa_t.dtype, None, None
             dy_wide = as_dtype(part.of(dy), wide)
             if need_x or need_a:
-                dxa_t = mm(as_dtype(lora_b, wide).T, dy_wide.T).mul_(part.scale)
+                dxa_t = product(as_dtype(lora_b, wide).mT, dy_wide.mT).mul_(part.scale)
             if need_a:
                 if dropped is None:
                     dropped = part.of(x) if mask is None else masks.apply(mask, part.of(x))
-                d_lora_a = as_dtype(mm(dxa_t, as_dtype(dropped, wide)), lora_a.dtype)
+                d_lora_a = as_dtype(product(dxa_t, as_dtype(dropped, wide)), lora_a.dtype)
             if need_b:
-                d_lora_b = as_dtype(_turned(mm(xa_t, dy_wide).mul_(part.scale)), lora_b.dtype)
+                d_lora_b = as_dtype(_turned(product(xa_t, dy_wide).mul_(part.scale)), lora_b.dtype)
             if dx is not None:
                 updated, a = part.of(dx), as_dtype(lora_a, wide)
                 if mask is not None:
-                    updated += masks.drop_(mask, mm(dxa_t.T, a))
+                    updated += masks.drop_(mask, product(dxa_t.mT, a))
                 elif wide == dx.dtype:
-                    updated.addmm_(dxa_t.T, a)
+                    add_product(updated, dxa_t.mT, a)
                 else:
-                    updated += dxa_t.T @ a
+                    updated += dxa_t.mT @ a
             found += (d_lora_a, d_lora_b)
         d_weight = _weight_gradient(x, dy, weight) if need_weight else None
         d_bias = dy.sum(0) if need_bias else None
@@ -179,13 +180,13 @@ class LoraLinear(torch.autograd.Function):
             part_dy, d = part.of(dy).to(xa_t.dtype), dropped.to(xa_t.dtype)
             dxa = part.scale * (part_dy @ b)
             update = dxa @ a
-            update = (update if keep is None else update * keep).to(dy.dtype)
+            update = (update if keep is None else update * keep).to(dy.dtype).flatten(0, -2)
             start, stop, _ = (part.rows or slice(None)).indices(len(dy))
             pieces += dx[end:start], dx[start:stop] + update
             end = stop
             found += (
-                (dxa.T @ d).to(lora_a.dtype),
-                (part.scale * (part_dy.T @ (d @ a.T))).to(lora_b.dtype),
+                (dxa.mT @ d).to(lora_a.dtype),
+                (part.scale * (part_dy.mT @ (d @ a.mT))).to(lora_b.dtype),
             )
         factors = (g if need else None for g, need in zip(found, needed, strict=True))
         return (

@@ -33,6 +33,16 @@ def mm(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     return x @ w if bias is None else torch.addmm(bias, x, w)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """`a b`, of matrices by `mm`, or of as many of each, (G, M, K) and (G, K, N)."""
+    return mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
+
+
+def add_product(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """y, to which `alpha a b` was added, of matrices or of as many of each."""
+    return y.addmm_(a, b, alpha=alpha) if y.dim() == 2 else y.baddbmm_(a, b, alpha=alpha)
+
+
 def by_onednn(w: Tensor, bias: Tensor | None, rows: int = 1) -> bool:
     """Whether products of so many rows with w (K, N), if they aren't small, go to oneDNN itself.
 

@@ -308,7 +308,7 @@ def grouped_of(module: Any, groups: Groups) -> Grouped:
         Update(
             module.lora_A[name].weight,
             module.lora_B[name].weight,
-            module.scaling[name],
+            float(module.scaling[name]),
             dropout_p(module.lora_dropout[name]),
         )
         if name in module.lora_A

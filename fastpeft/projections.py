@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastpeft import autograd, reference
+
+_FEW = 256  # rows of an update, up to which several are computed at once
 
 
 class Projection(NamedTuple):
@@ -65,14 +68,21 @@ class Grouped(NamedTuple):
         return [Projection(self.weight, self.bias, *update) for update in self.updates if update is not None]
 
     def parts(self) -> tuple[list[autograd.Part], list[Tensor]]:
-        """The updates as the PyTorch path takes them, and their factors; those without rows left out."""
+        """The updates as the PyTorch path takes them, and their factors; those without rows left out.
+
+        Alike neighbours are stacked: products of all at once take half the time of one after another.
+        """
+        pieces = zip(self.updates, self.bounds, self.bounds[1:], strict=False)
         parts: list[autograd.Part] = []
         factors: list[Tensor] = []
-        for update, start, stop in zip(self.updates, self.bounds, self.bounds[1:], strict=False):
-            if update is not None and start < stop:
-                lora_a, lora_b, scaling, dropout_p = update
-                parts.append(autograd.Part(slice(start, stop), float(scaling), float(dropout_p)))
-                factors += (lora_a, lora_b)
+        for kind, alike in groupby((piece for piece in pieces if piece[1] < piece[2]), _kind):
+            if kind is not None:
+                updates, starts, stops = zip(*alike, strict=True)
+                several = len(updates) if len(updates) > 1 else None
+                rows = slice(starts[0], stops[-1])
+                parts.append(autograd.Part(rows, updates[0].scaling, updates[0].dropout_p, several))
+                for each in ([u.lora_a for u in updates], [u.lora_b for u in updates]):
+                    factors.append(torch.stack(each) if several else each[0])
         return parts, factors
 
     def stacked(self, device: torch.device) -> Projection | None:
@@ -101,6 +111,17 @@ class Grouped(NamedTuple):
             return torch.stack(factors)
         stacked: Tensor = autograd.Stacked.apply([update is not None for update in self.updates], *factors)
         return stacked
+
+
+def _kind(piece: tuple[Update | None, int, int]) -> tuple[Any, ...] | None:
+    """What updates share that are stacked, given with where their rows begin and end; None for no update."""
+    update, start, stop = piece
+    if update is None:
+        return None
+    lora_a, lora_b, scaling, dropout_p = update
+    # Above so many rows the products of each alone are as quick.
+    shared = (stop - start, None if stop - start <= _FEW else start, scaling, dropout_p)
+    return shared + tuple((f.shape, f.dtype, f.requires_grad) for f in (lora_a, lora_b))
 
 
 def by_torch(rows: Tensor, layer: Projection | Grouped, exact: bool) -> Tensor:
