@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Container, Iterable, Sequence
 from itertools import chain, repeat
-from operator import attrgetter, is_, itemgetter
+from operator import is_, itemgetter
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -126,7 +126,7 @@ class _Seen(NamedTuple):
 
     transformer: Any  # a weak reference
     own: dict[str, Any]  # what it held
-    holders: list[Any]  # every module that has some below it
+    holders: list[dict[str, Any]]  # the `__dict__`s of all modules that have some below them
     children: list[dict[str, Any]]  # what they held
     called: list[Any]  # every module that is called
     kinds: list[type]  # their classes
@@ -224,7 +224,7 @@ class Trunk:
         self.seen = _Seen(
             weakref.ref(transformer),
             dict(transformer._modules),
-            [m for m in modules[1:] if m._modules],
+            [vars(m) for m in modules[1:] if m._modules],
             [dict(m._modules) for m in modules[1:] if m._modules],
             below,
             list(map(type, below)),
@@ -270,8 +270,7 @@ _HOSTS = (nn.Dropout, nn.LayerNorm)
 _SHAPE = itemgetter(
     "is_causal", "layer_idx", "num_heads", "head_dim", "embed_dim", "split_size", "reorder_and_upcast_attn"
 )
-_CONFIG, _PARAMETERS = itemgetter("config"), itemgetter("_parameters")
-_MODULES = attrgetter("_modules")
+_CONFIG, _PARAMETERS, _MODULES = map(itemgetter, ("config", "_parameters", "_modules"))
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 
 
