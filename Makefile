@@ -64,6 +64,8 @@ bench: $(INSTALLED)
 	$(BIN)/python bench/throughput.py --generate --batch 1 8 --seq 16 --dropout 0 \
 	  --variants frozen peft fastpeft fastpeft_model --rounds 9 --json bench/results/generate.json
 	$(BIN)/python bench/together.py --rounds 9 --json bench/results/together.json
+	$(BIN)/python bench/together.py --model half --head classifier --rows 16 --adapters 8 --rounds 9 \
+	  --json bench/results/together.json --resume
 	$(BIN)/python bench/plot.py --table README.md
 
 # On a GPU: the tests, then all that is counted and measured, into one page. A call takes at most eight minutes, and the

@@ -17,6 +17,7 @@ VOCABULARY = 50257
 #: What `GPT2Config` takes for the published sizes, and for one that only tries things out.
 MODELS = {
     "tiny": {"n_layer": 2, "n_embd": 48, "n_head": 4, "vocab_size": 61, "n_positions": 64},
+    "half": {"n_layer": 6, "n_embd": 768, "n_head": 12},
     "small": {"n_layer": 12, "n_embd": 768, "n_head": 12},
     "medium": {"n_layer": 24, "n_embd": 1024, "n_head": 16},
 }

@@ -336,15 +336,16 @@ def speedups(record: dict[str, Any]) -> Table:
 def together(record: dict[str, Any]) -> Iterator[Table]:
     """Runs side by side against one after another, and rows with adapters of their own against one for all."""
     first = record["points"][0]
-    about = f"GPT-2 {first['model']}, r={first['rank']}, {first['seq']} tokens a row, random."
+    about = f"r={first['rank']}, {first['seq']} tokens a row, random; half is six layers of small's."
     rows: dict[str, list[list[str]]] = {"training": [], "inference": []}
     for point in record["points"]:
         if point["mode"] == "training":
-            dropout = f"dropout {point['dropout']:g}, GPT-2's own 0"
+            dropout = f"dropout {point['dropout']:g}"
             name = f"{point['adapters']} runs of {point['batch']} rows each, {dropout}, {point['dtype']}"
         else:
             adapters = "1 adapter" if point["adapters"] == 1 else f"{point['adapters']} adapters"
             name = f"{point['batch']} rows, {adapters}, {point['dtype']}"
+        name = f"GPT-2 {point['model']} ({point.get('head', 'classifier')}), {name}"
         for variant, row in point["variants"].items():
             if "failed" in row:
                 cells = [failed(row), "", "", ""]
@@ -360,7 +361,10 @@ def together(record: dict[str, Any]) -> Iterator[Table]:
             rows[point["mode"]].append([name, LABELS[variant], *cells])
             name = ""
     titles = {
-        "training": ("Runs trained side by side", "A language model's step, its optimiser's share included."),
+        "training": (
+            "Runs trained side by side",
+            "A training step, its optimiser's share included; GPT-2's own dropout is 0.",
+        ),
         "inference": ("Rows of a batch with adapters of their own", "A classifier's forward pass."),
     }
     header = ["", "", "ms", "tokens/s", "speed-up (20-80 %)", "time over one adapter's"]

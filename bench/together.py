@@ -1,7 +1,7 @@
 """Many adapters on one frozen GPT-2 at once: runs trained side by side, and rows of a batch with adapters of their own.
 
-    python bench/together.py [--model small] [--runs 8] [--batch 4] [--seq 32] [--rows 1 8 64] [--adapters 1 8 64]
-        [--dropout 0.05] [--rounds N] [--json FILE [--resume]] [--minutes N]
+    python bench/together.py [--model small] [--head lm] [--runs 8] [--batch 4] [--seq 32] [--rows 1 8 64]
+        [--adapters 1 8 64] [--dropout 0.05] [--rounds N] [--json FILE [--resume]] [--minutes N]
 
 A training step is all of one: batch, loss, backward, each run's gradient clipped, AdamW; of so many runs, by
 `fastpeft.Sweep` at once, or one after another by transformers' Trainer, patched and not. Inference is a classifier's
@@ -112,8 +112,8 @@ def setting_of(args: argparse.Namespace, dtype: str, head: str, device: str) -> 
 
 def of_training(args: argparse.Namespace, dtype: str, device: str) -> dict[str, Callable[[Batch], None]]:
     """A step a variant, whose runs have made one each, with the same losses."""
-    base, runs = base_of(args, dtype, "lm", device), runs_of(args.runs, args.rank, args.dropout)
-    batch = variants.batch_of(setting_of(args, dtype, "lm", device), [args.seq] * args.batch * args.runs)
+    base, runs = base_of(args, dtype, args.head, device), runs_of(args.runs, args.rank, args.dropout)
+    batch = variants.batch_of(setting_of(args, dtype, args.head, device), [args.seq] * args.batch * args.runs)
     steps = {}
     for name in BASELINES["training"]:
         each = trainers(base, runs, name)
@@ -196,6 +196,7 @@ def abouts(args: argparse.Namespace, device: str) -> list[dict[str, Any]]:
                 {
                     "mode": "training",
                     **sizes,
+                    "head": args.head,
                     "dropout": args.dropout,
                     "adapters": args.runs,
                     "batch": args.batch,
@@ -242,6 +243,7 @@ def parsed(arguments: list[str] | None = None) -> argparse.Namespace:
     as_it_is = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_it_is)
     parser.add_argument("--model", choices=MODELS, default="small")
+    parser.add_argument("--head", choices=("lm", "classifier"), default="lm", help="in training")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["fp32"])
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--dropout", type=float, default=0.05, help="of LoRA, in training")

@@ -78,11 +78,11 @@ TIMED = {
 }
 RUNS = {
     "mode": "training", "model": "small", "dtype": "fp32", "rank": 8, "seq": 32, "device": "cpu", "rounds": 3,
-    "dropout": 0.05, "adapters": 8, "batch": 4,
+    "head": "lm", "dropout": 0.05, "adapters": 8, "batch": 4,
     "variants": {"peft_apart": TIMED, "together": TIMED, "fastpeft_apart": {"failed": "Wrong: it is"}},
 }  # fmt: skip
 SERVED = {
-    **RUNS, "mode": "inference", "batch": 64,
+    **{key: value for key, value in RUNS.items() if key != "head"}, "mode": "inference", "batch": 64,
     "variants": {"fastpeft_rows": {**TIMED, "over_one": {**SPREAD, "median": 1.31}}},
 }  # fmt: skip
 TOGETHER = {"kind": "together", "points": [RUNS, SERVED], **HEADER}
@@ -164,7 +164,10 @@ def test_one_command_draws_rewrites_the_readme_and_reports(results):
     assert (
         "|  | fastpeft, side by side | 500.0 | 2048 | 0.50 (0.40-0.80) over peft, one after another |" in text
     )
-    assert "| 64 rows, 8 adapters, fp32 | fastpeft, adapter_names | 500.0 | 2048 |" in text
+    assert (
+        "| GPT-2 small (classifier), 64 rows, 8 adapters, fp32 | fastpeft, adapter_names | 500.0 | 2048 |"
+        in text
+    )
     assert "over peft, one after another | 1.31 |" in text
     assert "| fastpeft, exact | failed: RuntimeError: no / memory |  |  |  |  |" in text
     page = (results / "report.html").read_text()
