@@ -343,8 +343,11 @@ def together(record: dict[str, Any]) -> Iterator[Table]:
             dropout = f"dropout {point['dropout']:g}"
             name = f"{point['adapters']} runs of {point['batch']} rows each, {dropout}, {point['dtype']}"
         else:
-            adapters = "1 adapter" if point["adapters"] == 1 else f"{point['adapters']} adapters"
-            name = f"{point['batch']} rows, {adapters}, {point['dtype']}"
+            counts = [
+                f"{count} {noun}{'' if count == 1 else 's'}"
+                for count, noun in ((point["batch"], "row"), (point["adapters"], "adapter"))
+            ]
+            name = ", ".join([*counts, point["dtype"]])
         name = f"GPT-2 {point['model']} ({point.get('head', 'classifier')}), {name}"
         for variant, row in point["variants"].items():
             if "failed" in row:
