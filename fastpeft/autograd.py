@@ -6,7 +6,8 @@ formula from the saved inputs; where dropout's mask is all that was saved of an 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _turned(t: Tensor) -> Tensor:
     """tᵀ, contiguous, as stock's gradients are: hooks see their strides, and `autograd.grad` hands them on."""
-    return t.mT.contiguous()
+    return t.T.contiguous()
 
 
 def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
@@ -45,17 +46,29 @@ def _weight_gradient(x: Tensor, dy: Tensor, weight: Tensor) -> Tensor:
 
 
 class Part(NamedTuple):
-    """A low-rank update of some rows, or several of as many rows each, whose factors are stacked."""
+    """A low-rank update of some rows, or several updates of as many rows each, whose factors are stacked."""
 
     rows: slice | None  # which; None for all
     scaling: float
     dropout_p: float
-    stacked: int | None = None  # how many; None for one that isn't stacked
+    updates: int = 1
 
     def of(self, t: Tensor) -> Tensor:
-        """Its rows of t (M, N), or those of each update, (stacked, rows, N); a view."""
+        """Its rows of t (M, N), or those of each update, (updates, rows, N); a view."""
         t = t if self.rows is None else t[self.rows]
-        return t if self.stacked is None else t.unflatten(0, (self.stacked, -1))
+        return t if self.updates == 1 else t.view(self.updates, -1, t.shape[-1])
+
+    def joined(self, factors: Sequence[Tensor]) -> Tensor:
+        """A factor of each update as the products take it."""
+        return factors[0] if self.updates == 1 else torch.stack(list(factors))
+
+    def apart(self, gradient: Tensor, factors: Sequence[Tensor]) -> Iterator[Tensor]:
+        """The gradient of what was `joined` as that of each factor, contiguous, in a storage of its own."""
+        if self.updates == 1:
+            return iter([as_dtype(gradient.contiguous(), factors[0].dtype)])
+        like = torch.contiguous_format
+        pairs = zip(gradient.unbind(), factors, strict=True)
+        return (each.to(factor.dtype, copy=True, memory_format=like) for each, factor in pairs)
 
     @property
     def scale(self) -> float:
@@ -73,8 +86,9 @@ def lora_linear(
     saved: list[Tensor | None] | None = None,
 ) -> Tensor:
     """What `LoraLinear` computes, without a derivative; what its backward reads of each part is added to `saved`."""
-    y = mm(x, weight, bias)
-    for part, lora_a, lora_b in zip(parts, factors[::2], factors[1::2], strict=True):
+    y, of_part = mm(x, weight, bias), _of_parts(parts, factors)
+    for part, (lora_as, lora_bs) in zip(parts, of_part, strict=True):
+        lora_a, lora_b = part.joined(lora_as), part.joined(lora_bs)
         wide = torch.promote_types(lora_a.dtype, x.dtype) if exact else x.dtype
         a, b = as_dtype(lora_a, wide), as_dtype(lora_b, wide)
         dropped, mask, updated = part.of(x), None, part.of(y)
@@ -86,8 +100,16 @@ def lora_linear(
         if total is not updated:
             updated.copy_(total)
         if saved is not None:
-            saved += (None if mask is None else dropped, mask, lora_a, lora_b, xa_t)
+            saved += (None if mask is None else dropped, mask, xa_t)
     return y
+
+
+def _of_parts(parts: Sequence[Part], factors: Sequence[Any]) -> Iterator[tuple[Sequence[Any], Sequence[Any]]]:
+    """What stands with the factors of each part, its lora_a's and its lora_b's."""
+    end = 0
+    for part in parts:
+        start, end = end, end + 2 * part.updates
+        yield factors[start:end:2], factors[start + 1 : end : 2]
 
 
 class LoraLinear(torch.autograd.Function):
@@ -100,7 +122,8 @@ class LoraLinear(torch.autograd.Function):
 
     `xa` and `dxa` are held transposed, (R, M): with the long side last, their float32 GEMMs take a quarter to a half
     of the time. Parts rise and have no row in common; a row in none of them gets no update. Factors are lora_a and
-    lora_b of each part, one after the other, with a dimension before their own where the part is of stacked updates.
+    lora_b of each update, one after the other. They are saved as they came, and stacked anew: torch then sees that
+    they changed since.
     """
 
     @staticmethod
@@ -117,9 +140,9 @@ class LoraLinear(torch.autograd.Function):
         y = lora_linear(x, weight, bias, parts, exact, factors, saved)
         trains = ctx.needs_input_grad[1]
         if trains:  # which takes x itself, so that backward may as well drop it again
-            saved[::5] = [None] * len(parts)
+            saved[::3] = [None] * len(parts)
         whole = trains or not all(part.dropout_p > 0.0 for part in parts)
-        ctx.save_for_backward(x if whole else None, weight, *saved)
+        ctx.save_for_backward(x if whole else None, weight, *factors, *saved)
         ctx.parts = parts
         ctx.set_materialize_grads(False)
         return y
@@ -131,72 +154,86 @@ class LoraLinear(torch.autograd.Function):
             return (None,) * (5 + len(needed))
         if watched():
             return LoraLinear._plain_backward(ctx, dy)
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, factors, saved = LoraLinear._saved(ctx)
         dx = mm(dy, weight.T) if need_x else None
         found: list[Tensor | None] = []
-        for i, part in enumerate(ctx.parts):
-            dropped, mask, lora_a, lora_b, xa_t = saved[5 * i : 5 * i + 5]
-            need_a, need_b = needed[2 * i : 2 * i + 2]
-            wide, d_lora_a, d_lora_b = xa_t.dtype, None, None
+        of_part, wanted = _of_parts(ctx.parts, factors), _of_parts(ctx.parts, needed)
+        for part, each, (lora_as, lora_bs), wants in zip(ctx.parts, saved, of_part, wanted, strict=True):
+            dropped, mask, xa_t = each
+            wide, need_a, need_b = xa_t.dtype, any(wants[0]), any(wants[1])
+            d_as: Iterable[Tensor | None] = (None,) * part.updates
+            d_bs: Iterable[Tensor | None] = d_as
             dy_wide = as_dtype(part.of(dy), wide)
             if need_x or need_a:
-                dxa_t = product(as_dtype(lora_b, wide).mT, dy_wide.mT).mul_(part.scale)
+                lora_b = as_dtype(part.joined(lora_bs), wide)
+                dxa_t = product(lora_b.mT, dy_wide.mT).mul_(part.scale)
             if need_a:
                 if dropped is None:
                     dropped = part.of(x) if mask is None else masks.apply(mask, part.of(x))
-                d_lora_a = as_dtype(product(dxa_t, as_dtype(dropped, wide)), lora_a.dtype)
+                d_as = part.apart(product(dxa_t, as_dtype(dropped, wide)), lora_as)
             if need_b:
-                d_lora_b = as_dtype(_turned(product(xa_t, dy_wide).mul_(part.scale)), lora_b.dtype)
+                d_bs = part.apart(product(xa_t, dy_wide).mul_(part.scale).mT, lora_bs)
             if dx is not None:
-                updated, a = part.of(dx), as_dtype(lora_a, wide)
+                updated, a = part.of(dx), as_dtype(part.joined(lora_as), wide)
                 if mask is not None:
                     updated += masks.drop_(mask, product(dxa_t.mT, a))
                 elif wide == dx.dtype:
                     add_product(updated, dxa_t.mT, a)
                 else:
                     updated += dxa_t.mT @ a
-            found += (d_lora_a, d_lora_b)
+            found += chain.from_iterable(zip(d_as, d_bs, strict=True))
         d_weight = _weight_gradient(x, dy, weight) if need_weight else None
         d_bias = dy.sum(0) if need_bias else None
-        return dx, d_weight, d_bias, None, None, *found
+        return dx, d_weight, d_bias, None, None, *_asked(found, needed)
+
+    @staticmethod
+    def _saved(ctx: Any) -> tuple[Any, Any, Any, Any]:
+        """x, the weight, the factors, and of each part what its dropout left, its mask and its xa."""
+        x, weight, *rest = ctx.saved_tensors
+        count = 2 * sum(part.updates for part in ctx.parts)
+        factors, saved = rest[:count], iter(rest[count:])
+        return x, weight, factors, zip(saved, saved, saved, strict=True)
 
     @staticmethod
     def _plain_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """The same gradients by operations that torch differentiates, of saved tensors that are inputs all."""
-        x, weight, *saved = ctx.saved_tensors
+        x, weight, factors, saved = LoraLinear._saved(ctx)
         need_x, need_weight, need_bias, _, _, *needed = ctx.needs_input_grad
         pieces: list[Tensor] = []
-        found: list[Tensor] = []
+        found: list[Tensor | None] = []
         dx, end = dy @ weight.T, 0
-        for i, part in enumerate(ctx.parts):
-            dropped, mask, lora_a, lora_b, xa_t = saved[5 * i : 5 * i + 5]
+        of_part = _of_parts(ctx.parts, factors)
+        for part, (dropped, mask, xa_t), (lora_as, lora_bs) in zip(ctx.parts, saved, of_part, strict=True):
             dropped, keep = part.of(x) if dropped is None else dropped, None
             if mask is not None:
                 if torch.is_grad_enabled():  # how x became what dropout left isn't saved
                     refuse_second_derivative()
                 keep = masks.apply(mask, torch.ones_like(dropped))
                 dropped = dropped * keep
-            a, b = lora_a.to(xa_t.dtype), lora_b.to(xa_t.dtype)
+            a, b = (part.joined(each).to(xa_t.dtype) for each in (lora_as, lora_bs))
             part_dy, d = part.of(dy).to(xa_t.dtype), dropped.to(xa_t.dtype)
             dxa = part.scale * (part_dy @ b)
             update = dxa @ a
-            update = (update if keep is None else update * keep).to(dy.dtype).flatten(0, -2)
+            update = (update if keep is None else update * keep).to(dy.dtype)
             start, stop, _ = (part.rows or slice(None)).indices(len(dy))
-            pieces += dx[end:start], dx[start:stop] + update
+            pieces += dx[end:start], dx[start:stop] + update.reshape(-1, update.shape[-1])
             end = stop
-            found += (
-                (dxa.mT @ d).to(lora_a.dtype),
-                (part.scale * (part_dy.mT @ (d @ a.mT))).to(lora_b.dtype),
-            )
-        factors = (g if need else None for g, need in zip(found, needed, strict=True))
+            d_as = part.apart(dxa.mT @ d, lora_as)
+            d_bs = part.apart(part.scale * (part_dy.mT @ (d @ a.mT)), lora_bs)
+            found += chain.from_iterable(zip(d_as, d_bs, strict=True))
         return (
             torch.cat([*pieces, dx[end:]]) if need_x else None,
             x.T @ dy if need_weight else None,
             dy.sum(0) if need_bias else None,
             None,
             None,
-            *factors,
+            *_asked(found, needed),
         )
+
+
+def _asked(gradients: Iterable[Tensor | None], needed: Iterable[bool]) -> Iterator[Tensor | None]:
+    """Those gradients that autograd asked for."""
+    return (g if need else None for g, need in zip(gradients, needed, strict=True))
 
 
 class Stacked(torch.autograd.Function):

@@ -180,6 +180,8 @@ class LmHeadLoss(torch.autograd.Function):
                 hidden, weight, labels, bias, smoothing=smoothing, gradient=ahead
             )
         else:
+            # A target spread over all tokens has to be taken from their shares before 16 bits round these.
+            ahead = ahead and (smoothing == 0.0 or hidden.dtype.itemsize > 2)
             losses, d_hidden = _by_tiles(hidden, weight, bias, labels, smoothing, ahead)
         ctx.save_for_backward(hidden, weight, bias, labels, d_hidden)
         ctx.smoothing = smoothing
@@ -261,6 +263,7 @@ def _of_rows(
     top = hidden.new_full(label.shape, torch.finfo(wide).min, dtype=wide)
     rest, of_label, summed = (torch.zeros_like(top) for _ in range(3))
     d_hidden = hidden.new_zeros(hidden.shape, dtype=wide) if gradient else None
+    target = weight.index_select(0, label[:, 0])
     for start in range(0, len(weight), columns):
         some = weight[start : start + columns]
         logits = mm(hidden, some.T, None if bias is None else bias[start : start + columns]).to(wide)
@@ -275,25 +278,29 @@ def _of_rows(
         shrunk, sums = before.sub_(top).exp_(), powers.sum(1, keepdim=True)
         rest.mul_(shrunk).add_(sums)
         if d_hidden is not None:
-            d_hidden.mul_(shrunk).add_(_weighed(powers, sums, some))
+            d_hidden.mul_(shrunk).add_(_weighed(powers, sums, some, target))
         del logits, powers  # before the next are made
     total = rest + (of_label - top).exp()
-    aim = of_label if smoothing == 0.0 else torch.lerp(of_label, summed / len(weight), smoothing)
+    aim = of_label
+    if smoothing > 0.0:
+        aim = (1.0 - smoothing) * of_label + smoothing * (summed / len(weight))
     losses = (top - aim + total.log())[:, 0]
     if d_hidden is not None:
-        d_hidden.div_(total).addcmul_(smoothing - rest / total, weight.index_select(0, label[:, 0]))
+        d_hidden.div_(total).addcmul_(smoothing - rest / total, target)
         if smoothing > 0.0:
             d_hidden.sub_(smoothing * weight.mean(0, dtype=wide))
     return losses, d_hidden
 
 
-def _weighed(powers: Tensor, sums: Tensor, weight: Tensor) -> Tensor:
-    """`powers weight`, powers (M, N) with these sums (M, 1), which it may overwrite."""
-    if weight.dtype != torch.float16:
-        return mm(powers.to(weight.dtype), weight)
-    # It holds the shares of any sum, and what they weigh.
-    shares = powers.div_(sums.clamp_min(torch.finfo(sums.dtype).tiny))
-    return sums * mm(shares.to(weight.dtype), weight)
+def _weighed(powers: Tensor, sums: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """`powers weight`, powers (M, N) with these sums (M, 1), which it overwrites; target (M, K) is the label's weight.
+
+    16 bits hold the shares of any sum, and the product rounds, as stock's does, what is left of the target.
+    """
+    if powers.dtype == weight.dtype:
+        return mm(powers, weight)
+    shares = powers.div_(sums.clamp_min(torch.finfo(sums.dtype).tiny)).to(weight.dtype)
+    return sums * (torch.addmm(-target, shares, weight).to(sums.dtype) + target)
 
 
 def _chunks(count: int, most: int) -> Iterator[slice]:

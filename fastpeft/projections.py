@@ -78,11 +78,9 @@ class Grouped(NamedTuple):
         for kind, alike in groupby((piece for piece in pieces if piece[1] < piece[2]), _kind):
             if kind is not None:
                 updates, starts, stops = zip(*alike, strict=True)
-                several = len(updates) if len(updates) > 1 else None
-                rows = slice(starts[0], stops[-1])
-                parts.append(autograd.Part(rows, updates[0].scaling, updates[0].dropout_p, several))
-                for each in ([u.lora_a for u in updates], [u.lora_b for u in updates]):
-                    factors.append(torch.stack(each) if several else each[0])
+                laws = updates[0].scaling, updates[0].dropout_p
+                parts.append(autograd.Part(slice(starts[0], stops[-1]), *laws, len(updates)))
+                factors += (factor for update in updates for factor in update[:2])
         return parts, factors
 
     def stacked(self, device: torch.device) -> Projection | None:

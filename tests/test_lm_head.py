@@ -245,6 +245,39 @@ def test_a_label_that_is_all_but_certain(dtype, columns, monkeypatch):
     assert_as_good_as(*gradients, torch.autograd.grad(truth, [exact])[0], "dh")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_weights_that_have_much_in_common(dtype, smoothing, monkeypatch):
+    """It cancels in the gradient, of which rounding would leave a multiple; so do small logits' weights."""
+    monkeypatch.setattr(lm_head, "_TILE", 64 * 5003)
+    generator = torch.Generator().manual_seed(0)
+    weight, common = 0.14 * torch.randn(5003, K, generator=generator), torch.randn(K, generator=generator)
+    hidden, labels = torch.randn(64, K, generator=generator), torch.randint(5003, (64,), generator=generator)
+    for offset, scale in ((3.0, 1.0), (0.0, 0.01)):
+        alike, leaf = (weight + offset * common).to(dtype), (hidden * scale).to(dtype).requires_grad_()
+        exact = leaf.detach().double().requires_grad_()
+        losses = [
+            fastpeft.lm_head_loss(leaf, alike, labels, label_smoothing=smoothing),
+            plain(leaf, alike, None, labels, label_smoothing=smoothing),
+            plain(exact, alike.double(), None, labels, label_smoothing=smoothing),
+        ]
+        leaves = leaf, leaf, exact
+        gradients = [torch.autograd.grad(*each)[0] for each in zip(losses, leaves, strict=True)]
+        assert_as_good_as(*gradients, f"dh of weights that share {offset}")
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothing_over_tokens_that_are_ruled_out(smoothing):
+    hidden, weight, bias, labels = operands(torch.float32, bias=True)
+    bias[labels[0, 0]] = float("-inf")
+    losses = fastpeft.lm_head_loss(
+        hidden, weight, labels, bias=bias, label_smoothing=smoothing, reduction="none"
+    )
+    expected = plain(hidden, weight, bias, labels, label_smoothing=smoothing, reduction="none")
+    torch.testing.assert_close(losses.flatten(), expected, equal_nan=True)
+    assert losses.isinf().any()
+
+
 def test_sums_that_float16_cannot_hold():
     weight = torch.full((V, K), 3000.0, dtype=torch.float16)  # 22 of them are too large
     hidden = torch.zeros(3, K, dtype=torch.float16, requires_grad=True)

@@ -33,26 +33,24 @@ def layer(updates: list[Update | None], sizes: list[int], dtype: torch.dtype = t
 
 @pytest.mark.parametrize(("updates", "sizes", "expected"), [
     ([update(0), update(1), update(2)], [5, 5, 5], [(0, 15, 3)]),
-    ([update(0), update(1), update(2)], [5, 5, 4], [(0, 10, 2), (10, 14, None)]),
-    ([update(0), update(1, rank=2), update(2)], [5, 5, 5], [(0, 5, None), (5, 10, None), (10, 15, None)]),
-    ([update(0), update(1, scaling=1.0)], [5, 5], [(0, 5, None), (5, 10, None)]),
-    ([update(0), update(1, dropout_p=0.1)], [5, 5], [(0, 5, None), (5, 10, None)]),
-    ([update(0), update(1, trains=False)], [5, 5], [(0, 5, None), (5, 10, None)]),
-    ([update(0), None, update(1)], [5, 5, 5], [(0, 5, None), (10, 15, None)]),
+    ([update(0), update(1), update(2)], [5, 5, 4], [(0, 10, 2), (10, 14, 1)]),
+    ([update(0), update(1, rank=2), update(2)], [5, 5, 5], [(0, 5, 1), (5, 10, 1), (10, 15, 1)]),
+    ([update(0), update(1, scaling=1.0)], [5, 5], [(0, 5, 1), (5, 10, 1)]),
+    ([update(0), update(1, dropout_p=0.1)], [5, 5], [(0, 5, 1), (5, 10, 1)]),
+    ([update(0), update(1, trains=False)], [5, 5], [(0, 5, 1), (5, 10, 1)]),
+    ([update(0), None, update(1)], [5, 5, 5], [(0, 5, 1), (10, 15, 1)]),
     ([update(0), None, update(1)], [5, 0, 5], [(0, 10, 2)]),
     ([update(0), update(1), update(2)], [5, 0, 5], [(0, 10, 2)]),
     ([None, update(0), update(1), None], [3, 6, 6, 2], [(3, 15, 2)]),
-    ([update(0), update(1)], [7, 7], [(0, 7, None), (7, 14, None)]),
+    ([update(0), update(1)], [7, 7], [(0, 7, 1), (7, 14, 1)]),
     ([None], [5], []),
 ])  # fmt: skip
 def test_alike_neighbours_are_one_part(updates, sizes, expected, monkeypatch):
     monkeypatch.setattr(projections, "_FEW", 6)
     parts, factors = layer(updates, sizes).parts()
-    assert [(part.rows.start, part.rows.stop, part.stacked) for part in parts] == expected
-    assert [tuple(a.shape) for a in factors[::2]] == [
-        (*([] if stacked is None else [stacked]), a.shape[-2], K)
-        for (*_, stacked), a in zip(expected, factors[::2], strict=True)
-    ]
+    assert [(part.rows.start, part.rows.stop, part.updates) for part in parts] == expected
+    there = [each for each, size in zip(updates, sizes, strict=True) if each is not None and size]
+    assert [id(f) for f in factors] == [id(f) for each in there for f in each[:2]]
 
 
 def apart(x: Tensor, given: Grouped, _: bool) -> Tensor:
@@ -92,7 +90,7 @@ def test_each_is_as_by_itself(dtype, exact):
     """Two, one of no update, three of another rank of which one has no rows, and one of rows of its own number."""
     updates = [update(0), update(1), None, *(update(i, rank=3) for i in (2, 3, 4)), update(5)]
     given = layer(updates, [6, 6, 3, 5, 0, 5, 4], dtype)
-    assert [part.stacked for part in given.parts()[0]] == [2, 2, None]
+    assert [part.updates for part in given.parts()[0]] == [2, 2, 1]
     dy = torch.randn(given.bounds[-1], N, generator=torch.Generator().manual_seed(8))
     found = [
         [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype), allow_unused=True)]
@@ -119,12 +117,37 @@ def test_second_derivatives_of_stacked_updates():
         assert_as_good_as(*each, f"tensor {i}")
 
 
+def test_each_gradient_has_a_storage_of_its_own():
+    y, (_, *factors) = each_side(layer([update(i, rank=1) for i in range(3)], [5, 5, 5]), torch.float32)[0]
+    gradients = torch.autograd.grad(y.sum(), factors)
+    assert len({each.untyped_storage().data_ptr() for each in gradients}) == 6
+    assert [each.untyped_storage().nbytes() for each in gradients] == [4 * K, 4 * N] * 3
+    assert not any(each._is_view() for each in gradients)
+
+
+def test_a_factor_that_changed_since_is_an_error():
+    y, (x, *factors) = each_side(layer([update(i) for i in range(3)], [5, 5, 5]), torch.float32)[0]
+    with torch.no_grad():
+        factors[2].mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), [x])
+
+
+def test_gradients_in_batches():
+    y, leaves = each_side(layer([update(i) for i in range(3)], [5, 5, 5]), torch.float32)[0]
+    several = torch.randn(4, *y.shape, generator=torch.Generator().manual_seed(8))
+    found = torch.autograd.grad(y, leaves, several, is_grads_batched=True, retain_graph=True)
+    for i, dy in enumerate(several):
+        for at_once, alone in zip(found, torch.autograd.grad(y, leaves, dy, retain_graph=True), strict=True):
+            torch.testing.assert_close(at_once[i], alone)
+
+
 def test_stacked_updates_drop_apart():
     """Of y = keep / (1 - p) and dx, with every factor the identity."""
     rows, p = 200, 0.3
     eye = torch.eye(64)
     given = Grouped(torch.zeros(64, 64), None, [Update(eye, eye, 1.0, p)] * 3, (0, rows, 2 * rows, 3 * rows))
-    assert [part.stacked for part in given.parts()[0]] == [3]
+    assert [part.updates for part in given.parts()[0]] == [3]
     x = torch.ones(3 * rows, 64, requires_grad=True)
     y = by_torch(x, given, False)
     (dx,) = torch.autograd.grad(y.sum(), [x])
