@@ -2,7 +2,8 @@
 
 Rows whose label is ignored are never projected. Where the head is frozen, each tile adds what it has of the gradient of
 the losses to the hidden states while its logits are there, whatever is still to come, as FlashAttention adds up its
-values (Dao et al., 2022); where it trains, backward makes logits again, a chunk of rows at a time.
+values (Dao et al., 2022); where it trains, or 16 bits are smoothed, backward makes logits again, a chunk of rows at
+a time.
 
 torch's own chunks (`F.linear_cross_entropy` with options, from 2.13 on) were measured beside these on the CPU, by
 `pytest bench/bench_lm_head.py`: half as long again at best, many times as long at the size that torch chooses, and
