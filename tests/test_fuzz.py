@@ -189,6 +189,9 @@ class Twins(RuleBasedStateMachine):
     @rule(lora=lora_configs)
     def add_adapter(self, lora):
         name = f"adapter{len(self.adapters)}"
+        places = [f".{place}" for place, _ in self.stock.named_modules()]
+        # A module around another gives what is below it another name, and peft refuses what it doesn't find.
+        assume(any(place.endswith(f".{each}") for place in places for each in lora["target_modules"]))
         lora["use_dora"] = False  # peft refuses to mix DoRA with others in one layer's batch
         for model in self.twins():
             model.add_adapter(name, self.config(lora))
