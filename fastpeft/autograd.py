@@ -30,6 +30,11 @@ def refuse_second_derivative() -> None:
     )
 
 
+def asked(gradients: Iterable[Tensor | None], needed: Iterable[bool]) -> Iterator[Tensor | None]:
+    """Those gradients that autograd asked for."""
+    return (g if need else None for g, need in zip(gradients, needed, strict=True))
+
+
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     """t in this dtype; where it is already, torch's `to` takes ten times as long to find out."""
     return t if t.dtype == dtype else t.to(dtype)
@@ -184,7 +189,7 @@ class LoraLinear(torch.autograd.Function):
             found += chain.from_iterable(zip(d_as, d_bs, strict=True))
         d_weight = _weight_gradient(x, dy, weight) if need_weight else None
         d_bias = dy.sum(0) if need_bias else None
-        return dx, d_weight, d_bias, None, None, *_asked(found, needed)
+        return dx, d_weight, d_bias, None, None, *found
 
     @staticmethod
     def _saved(ctx: Any) -> tuple[Any, Any, Any, Any]:
@@ -227,13 +232,8 @@ class LoraLinear(torch.autograd.Function):
             dy.sum(0) if need_bias else None,
             None,
             None,
-            *_asked(found, needed),
+            *asked(found, needed),
         )
-
-
-def _asked(gradients: Iterable[Tensor | None], needed: Iterable[bool]) -> Iterator[Tensor | None]:
-    """Those gradients that autograd asked for."""
-    return (g if need else None for g, need in zip(gradients, needed, strict=True))
 
 
 class Stacked(torch.autograd.Function):
@@ -363,7 +363,7 @@ class Adapter(torch.autograd.Function):
         gradients = dy + dz @ down, dz.T @ x, dz.sum(0), ctx.scale * (dy.T @ h), ctx.scale * dy.sum(0)
         cast = (g if p is None else g.to(p.dtype) for g, p in zip(gradients, (dy, *parameters), strict=True))
         needed = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(cast, needed, strict=False)), None, None
+        return *asked(cast, needed[:5]), None, None
 
 
 class Dropout(torch.autograd.Function):

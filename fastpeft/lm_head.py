@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastpeft import reference, routes
 from fastpeft.autocast import as_autocast
-from fastpeft.autograd import watched
+from fastpeft.autograd import asked, watched
 from fastpeft.checks import check_dtypes, check_shapes, check_tensors
 from fastpeft.gemm import mm
 from fastpeft.routes import Options, Route
@@ -227,7 +227,7 @@ class LmHeadLoss(torch.autograd.Function):
         d_narrow = d_logits.to(hidden.dtype)
         gradients = d_narrow @ weight, d_narrow.T @ hidden, d_logits.sum(0).to(hidden.dtype)
         needed = ctx.needs_input_grad
-        return *(g if need else None for g, need in zip(gradients, needed, strict=False)), *(None,) * 4
+        return *asked(gradients, needed[:3]), *(None,) * 4
 
 
 def _by_tiles(
@@ -237,8 +237,8 @@ def _by_tiles(
     losses = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
     d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if gradient else None
     most = _TILE if routes.on_cpu(hidden) else _CHUNK
-    for rows in _chunks(len(hidden), max(most // _COLUMNS, 1)):
-        columns = max(most // (rows.stop - rows.start), 1)
+    for rows in _chunks(len(hidden), most // _COLUMNS):
+        columns = most // (rows.stop - rows.start)
         given = hidden[rows], weight, bias, labels[rows, None], smoothing, columns
         losses[rows], found = _of_rows(*given, gradient)
         if d_hidden is not None and found is not None:
@@ -264,7 +264,7 @@ def _of_rows(
     top = hidden.new_full(label.shape, torch.finfo(wide).min, dtype=wide)
     rest, of_label, summed = (torch.zeros_like(top) for _ in range(3))
     d_hidden = hidden.new_zeros(hidden.shape, dtype=wide) if gradient else None
-    target = weight.index_select(0, label[:, 0])
+    target = weight.index_select(0, label[:, 0]) if gradient else weight[:0]
     for start in range(0, len(weight), columns):
         some = weight[start : start + columns]
         logits = mm(hidden, some.T, None if bias is None else bias[start : start + columns]).to(wide)
