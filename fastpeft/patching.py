@@ -51,7 +51,8 @@ def patch(
 ) -> nn.Module:
     """Swap the LoRA layers, bottleneck adapters and `gelu_new` of `model` for fused ones, in place.
 
-    So are its other frozen linear layers, where oneDNN by itself is faster than what torch does (`gemm.by_onednn`).
+    So are its other frozen linear layers, where oneDNN by itself is faster than what torch does (`gemm.by_onednn`);
+    not in a model that has nothing else to fuse and is no GPT-2.
     Parameters, state-dict keys, hooks and gradients stay what they were; `unpatch` undoes it. What can't be
     fused stays stock, with the reason in `report`. A second call takes up what was added since, and its
     arguments replace the first call's.
@@ -172,7 +173,9 @@ def candidates(model: nn.Module, *, probing: bool = False) -> list[Candidate]:
             parts.update(id(part) for part in module.modules())
         if decision is not None:
             found.append(Candidate(name or type(model).__name__, module, *decision))
-    return found
+    if any(c.kind != "frozen" or is_fused(c.module) for c in found) or _runtime(model):
+        return found
+    return []  # frozen layers alone, of what is no GPT-2, are nobody's business here
 
 
 def _decide(module: Any, probing: bool) -> tuple[str, bool, str | None] | None:

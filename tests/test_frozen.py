@@ -11,6 +11,7 @@ from peft import IA3Config, PrefixTuningConfig, get_peft_model
 from test_gemm import Products, needs_bfloat16, needs_onednn
 from torch import nn
 from transformers import GPT2LMHeadModel
+from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 import fastpeft
@@ -31,6 +32,12 @@ def any_machine_and_size(monkeypatch):
 
 def frozen(model):
     return model.requires_grad_(False)
+
+
+def patched(*layers):
+    """Frozen layers, beside what alone would have them left as they are: something else to fuse."""
+    fastpeft.patch(nn.ModuleList([*map(frozen, layers), NewGELUActivation()]))
+    return nn.Sequential(*layers)
 
 
 def rows(model):
@@ -176,7 +183,7 @@ def by_tracing(layer, x):
 @pytest.mark.parametrize("layer", [Conv1D(6, 4), nn.Linear(4, 6)], ids=str)
 def test_what_stock_layers_can_do(use, layer):
     layer = frozen(copy.deepcopy(layer))
-    model = fastpeft.patch(nn.Sequential(copy.deepcopy(layer)))
+    model = patched(copy.deepcopy(layer))
     x = torch.randn(3, 4)
     torch.testing.assert_close(use(model, x), use(layer, x))
     assert isinstance(model[0], FusedConv1D | FusedLinear)
@@ -188,12 +195,12 @@ def test_the_verdict_on_a_model_is_the_same_on_every_machine():
             fastpeft.patch(frozen(model), strict=True, scope="layers")
         with pytest.warns(UserWarning, match="nothing to fuse"):
             fastpeft.patch(model)
-        assert rows(model)
+        assert bool(rows(model)) == isinstance(model, GPT2LMHeadModel)  # whose packed calls run them too
 
 
 @pytest.mark.parametrize("layer", [Conv1D(6, 4), nn.Linear(4, 6), nn.Linear(4, 6, bias=False)], ids=str)
 def test_a_layer_takes_any_leading_dimensions_and_keeps_stocks_errors(layer):
-    model = fastpeft.patch(nn.Sequential(frozen(copy.deepcopy(layer))))
+    model = patched(copy.deepcopy(layer))
     assert type(model[0]) is (FusedConv1D if type(layer) is Conv1D else FusedLinear)
     for shape in ((4,), (3, 4), (2, 0, 4), (2, 3, 5, 4)):
         x = torch.randn(shape)
@@ -208,7 +215,7 @@ def test_a_layer_takes_any_leading_dimensions_and_keeps_stocks_errors(layer):
 
 
 def test_a_layer_that_was_moved_is_stocks():
-    model = fastpeft.patch(nn.Sequential(frozen(Conv1D(6, 4))))
+    model = patched(Conv1D(6, 4))
     x = torch.randn(3, 4)
     model(x)
     model.to("meta")
@@ -220,7 +227,7 @@ def test_a_layer_that_was_moved_is_stocks():
 def test_with_avx2_alone_a_call_of_many_rows_is_stocks_and_one_of_few_isnt(monkeypatch):
     monkeypatch.setattr(gemm, "_served", lambda dtype: gemm.SOME)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    model = fastpeft.patch(nn.Sequential(frozen(nn.Linear(4, 6)), frozen(nn.Linear(6, 2**14))))
+    model = patched(nn.Linear(4, 6), nn.Linear(6, 2**14))
     stock = fastpeft.unpatch(copy.deepcopy(model))
     for shape, paths in (((2, 16, 4), ["torch", "torch"]), ((3, 11, 4), ["stock", "torch"])):
         x = torch.randn(shape)
@@ -236,7 +243,7 @@ def test_small_layers_are_left_alone(monkeypatch):
 
 
 def test_the_compiler_sees_stocks_products():
-    model = fastpeft.patch(nn.Sequential(frozen(Conv1D(6, 4))))
+    model = patched(Conv1D(6, 4))
     graphs = []
     compiled = torch.compile(model, backend=lambda g, _: graphs.append(str(g.graph)) or g, fullgraph=True)
     x = torch.randn(3, 4)
