@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat, starmap
 from numbers import Real
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation, NewGELUActivation
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
-from fastpeft import reference
-from fastpeft.groups import BASE, Groups, names_given, order_of, packed
+from fastpeft import copies, reference
+from fastpeft.groups import BASE, Groups, names_given, order_for, packed
 
 PARALLEL = "parallel_mlp"
 SLOTS = ("post_embed", "post_attn", "post_mlp", PARALLEL, "post_block", "pre_head")
@@ -142,7 +142,9 @@ def activation_name(act: Any) -> str | None:
     return _ACTIVATION_NAMES.get(key)
 
 
-def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -> nn.Module:
+def add_adapters(
+    model: nn.Module, config: AdapterConfig, name: str = DEFAULT, modules_to_save: Sequence[str] = ()
+) -> nn.Module:
     """Put trainable adapters into a GPT-2's slots, in place, and freeze its base.
 
     The head stays as trainable as it was (a head tied to the token embedding is frozen with it), LoRA factors,
@@ -150,23 +152,29 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
 
     A model can hold several sets of adapters, each by a name and of its own slots and shapes. As with peft, the set
     added first is in use until `set_adapters` chooses another; `adapter_rows` gives rows of one batch different ones.
-    All sets train, whichever is in use: a set that a step doesn't use gets no gradient. They share the head.
+    All sets train, whichever is in use: a set that a step doesn't use gets no gradient. They share the head, but for
+    those that have one of their own.
 
     Args:
         model: a GPT-2 with any head, plain or wrapped by peft (call `get_peft_model` first: it freezes
             whatever it finds).
         config: slots and shape.
         name: of the set that they belong to, a new one or one that hasn't these slots yet.
+        modules_to_save: names of linear layers outside the GPT-2, a classifier's `score`, of which the set gets copies
+            that train and are saved as its own. The layers themselves stay what the sets without copies use, and rows
+            of none; they freeze where this is the only set.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: no GPT-2 inside the model, a layer that it hasn't, a slot that is taken in this set, or a name
-            that is empty, has a dot in it or is `"__base__"`; nothing is changed then.
+        ValueError: no GPT-2 inside the model, a layer that it hasn't, a slot that is taken in this set, a name that is
+            empty, has a dot in it or is `"__base__"`, or a module that can't be copied; nothing is changed then.
     """
     transformer = transformer_of(model)
     hosts = free_hosts(transformer, [config], name)
+    modules = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
+    copies.check(model, modules, name)
     attribute = attribute_of(name)
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}
     configs = [each for module in model.modules() for each in vars(module).get("peft_config", {}).values()]
@@ -188,7 +196,15 @@ def add_adapters(model: nn.Module, config: AdapterConfig, name: str = DEFAULT) -
         if adapt_output not in host._forward_hooks.values():
             # First in line, so that hooks which record hidden states see the adapted output.
             host.register_forward_hook(adapt_output, prepend=True, with_kwargs=True)
+    give_copies(model, modules, name)
     return model
+
+
+def give_copies(model: nn.Module, modules: Sequence[str], name: str) -> None:
+    """Give the set of this name, which the model has, copies of modules that `copies.check` has nothing against."""
+    transformer = transformer_of(model)
+    copies.give(model, modules, name, {each for _, _, each, _ in adapters_in(transformer)} - {name})
+    copies.use(model, _active(transformer))
 
 
 def set_adapters(model: nn.Module, name: str) -> None:
@@ -201,6 +217,7 @@ def set_adapters(model: nn.Module, name: str) -> None:
     check_present(transformer, name)
     for _, _, each, adapter in adapters_in(transformer):
         adapter.active = each == name
+    copies.use(model, name)
 
 
 def adapt_output(host: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -237,9 +254,7 @@ def adapted(
         read = None
     order, groups = None, groups or packed.get()
     if groups is None:
-        if len(names) != len(x):
-            raise ValueError(f"the batch has {len(x)} rows, and {len(names)} were given adapters")
-        order = order_of(tuple(names), x.device)
+        order = order_for(names, x)
         groups, x = order.groups_of(x), order.put(x)
         read = None if read is None else order.put(read)
     # Split, not sliced group by group: the gradients of the parts are then joined once.

@@ -83,6 +83,13 @@ def order_of(names: tuple[str, ...], device: torch.device) -> Order:
         return Order(adapters, rows, starts, by_adapter, by_adapter.argsort())
 
 
+def order_for(names: Sequence[str], x: Tensor) -> Order:
+    """`order_of` the rows of a batch x; ValueError where it has another number of them."""
+    if len(names) != len(x):
+        raise ValueError(f"the batch has {len(x)} rows, and {len(names)} were given adapters")
+    return order_of(tuple(names), x.device)
+
+
 def names_given(module: nn.Module) -> Sequence[str] | None:
     """The `adapter_names` that a hook gives to a call of this module; None where none does."""
     found = None

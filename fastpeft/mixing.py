@@ -15,6 +15,7 @@ from torch import nn
 
 from fastpeft import groups
 from fastpeft.adapters import adapters_of
+from fastpeft.copies import Copied
 
 
 class _Eagerly:
@@ -53,8 +54,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     dropout, sets in bottleneck, activation, slots and layers. For a LoRA adapter to train its parameters must
     (`model.set_requires_grad(names)`): peft leaves only the active one's so. Sets always train.
 
-    Heads that peft saves with its adapters (`modules_to_save`) go with their rows; rows of other names have the head
-    that was there before. Any other head is one for all rows.
+    Heads of their own that adapters and sets have (`modules_to_save`) go with their rows; rows of other names have the
+    head that was there before. Any other head is one for all rows.
 
     A compiled model runs eagerly within it. Add, delete or copy nothing within it: what comes doesn't know the rows,
     and a copy keeps them. A call from another thread uses the same rows.
@@ -74,6 +75,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     modules = list(model.modules())
     layers = [module for module in modules if isinstance(module, LoraLayer)]
     hosts = [module for module in modules if adapters_of(module)]
+    copies = [module for module in modules if isinstance(module, Copied)]
     of_lora = {name for layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
     known = sorted(of_lora.union(*map(adapters_of, hosts)))
     unknown = sorted(set(names) - {*known, groups.BASE})
@@ -98,7 +100,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
                     own = [name if name in module.modules_to_save else groups.BASE for name in names]
                 given = partial(groups.hook, adapter_names=list(own))
                 stack.callback(module.register_forward_pre_hook(given, with_kwargs=True).remove)
-        for host in hosts:
+        for host in (*hosts, *copies):
             given = partial(groups.mark, adapter_names=list(names))
             stack.callback(host.register_forward_pre_hook(given).remove)
         yield

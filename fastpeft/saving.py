@@ -7,9 +7,9 @@ import os
 from dataclasses import asdict, replace
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 
+from fastpeft import copies
 from fastpeft.adapters import (
     DEFAULT,
     SLOTS,
@@ -28,10 +29,12 @@ from fastpeft.adapters import (
     attribute_of,
     check_present,
     free_hosts,
+    give_copies,
     hosts_of,
     transformer_of,
     tuner_parameters,
 )
+from fastpeft.copies import Copied, unwrapped
 
 CONFIG_FILE = "fastpeft_adapters.json"
 WEIGHTS_FILE = "fastpeft_adapters.safetensors"
@@ -60,7 +63,10 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     parameters = _plain_parameters(model, name)
     if missing := sorted(adapter_keys - parameters.keys()):
         raise ValueError(f"{missing[0]} isn't there: the adapters aren't as add_adapters makes them")
-    trained = sorted(k for k, p in parameters.items() if p.requires_grad and k not in adapter_keys)
+    own = _own_modules(model, name)
+    trained = sorted(
+        k for k, p in parameters.items() if (p.requires_grad or _in(k, own)) and k not in adapter_keys
+    )
     names: dict[int, str] = {}  # of what is tied the first, which is written for all
     tied = {k: names[id(parameters[k])] for k in trained if names.setdefault(id(parameters[k]), k) != k}
     description = {
@@ -70,6 +76,7 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
         "adapters": [asdict(config) for config in configs],
         "trained": trained,
         "tied": tied,
+        "modules_to_save": own,
     }
     text = json.dumps(description, indent=2) + "\n"
     tensors = {
@@ -88,7 +95,8 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     """Load what `save_adapters` wrote as the set of this name, adding it where the model has none so named, in place.
 
     Adapters that are added have the dtype in which they were saved. Whatever else trained is loaded too, the head above
-    all, which all sets share.
+    all: a set that was saved with one of its own has it so again, and one whose head isn't that which other sets use
+    gets its own.
 
     Returns:
         The model, its adapters and head trainable as `add_adapters` leaves them.
@@ -96,13 +104,13 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     Raises:
         FileNotFoundError: a file is missing in `folder`.
         ValueError: the files are damaged, of another version, not of one save, don't fit the model (width, layers,
-            other adapters, a missing or extra key, a shape, parameters tied that the file has apart), or hold another
-            head than the one that other sets of the model use; or a name as `add_adapters` refuses it. Nothing is
-            changed then.
+            other adapters, a missing or extra key, a shape, parameters tied that the file has apart), or hold something
+            else than a head that other sets use too, and differently; or a name as `add_adapters` refuses it. Nothing
+            is changed then.
     """
     path = Path(folder)
     transformer = transformer_of(model)
-    configs, trained, tied = _read_description(path / CONFIG_FILE, transformer)
+    configs, trained, tied, own = _read_description(path / CONFIG_FILE, transformer)
     tensors = _read_tensors(path)
     tensors |= {key: tensors[first] for key, first in tied.items() if first in tensors}
     present = _configs(transformer, name)
@@ -128,25 +136,24 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
             raise ValueError(
                 f"{path / WEIGHTS_FILE}: {key} has shape {found}, the model needs {tuple(shape)}"
             )
-    for key in trained:
+    own = sorted({*own, *_own_modules(model, name)})
+    for key in (each for each in trained if not _in(each, own)):
         for other in (each for each, p in parameters.items() if p is parameters[key] and each != key):
             if other not in trained or not torch.equal(tensors[key], tensors[other]):
                 raise ValueError(
                     f"{path}: {key} and {other} are tied in the model, and not in the file: load into a model with "
                     "tie_word_embeddings=False"
                 )
-    others = sorted({each for _, _, each, _ in adapters_in(transformer)} - {name})
-    changed = [
-        key
-        for key in trained
-        if others and not torch.equal(tensors[key].to(parameters[key]), parameters[key])
-    ]
-    if changed:
-        raise ValueError(
-            f"{path}: {', '.join(changed)} would change for {', '.join(others)} too: load into a model of its own"
-        )
+    changed = _changed_for_others(model, name, {key: tensors[key] for key in trained})
+    given = sorted({*own, *changed} - {*_own_modules(model, name)})
+    try:
+        copies.check(model, given, name)
+    except ValueError as error:
+        what = f"its {' and '.join(given)} can't be those of other sets"
+        raise ValueError(f"{path}: {what}: load into a model of its own; {error}") from None
     for config in [] if present else configs:
         add_adapters(model, config, name)
+    give_copies(model, given, name)
     parameters = _plain_parameters(model, name)
     with torch.no_grad():
         for key, tensor in tensors.items():
@@ -158,8 +165,8 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
 
 def _read_description(
     path: Path, transformer: GPT2Model
-) -> tuple[list[AdapterConfig], list[str], dict[str, str]]:
-    """The configs, the names of other trained parameters, and of which others some of these are tied.
+) -> tuple[list[AdapterConfig], list[str], dict[str, str], list[str]]:
+    """The configs, the names of other trained parameters, those that others are tied to, and the set's modules.
 
     ValueError where they don't fit the model.
     """
@@ -172,6 +179,7 @@ def _read_description(
         size = description["width"], description["layers"]
         trained = [str(name) for name in description["trained"]]
         tied = {str(key): str(first) for key, first in dict(description.get("tied", {})).items()}
+        own = [str(module) for module in description.get("modules_to_save", [])]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a description of adapters: {error}") from error
     if size != (transformer.config.n_embd, transformer.config.n_layer):
@@ -179,7 +187,7 @@ def _read_description(
             f"{path}: adapters for width {size[0]} and {size[1]} layers, "
             f"the model has {transformer.config.n_embd} and {transformer.config.n_layer}"
         )
-    return configs, trained, tied
+    return configs, trained, tied, own
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -223,7 +231,7 @@ def _by_slot(configs: list[AdapterConfig]) -> set[AdapterConfig]:
 def _adapter_shapes(model: nn.Module, configs: list[AdapterConfig]) -> dict[str, torch.Size]:
     """Plain name and shape of every parameter the adapters of `configs` have, or would have, in `model`, unnamed."""
     transformer = transformer_of(model)
-    root = next(name for name, module in _unwrap(model).named_modules() if module is transformer)
+    root = next(name for name, module in unwrapped(model).named_modules() if module is transformer)
     prefix = f"{root}." if root else ""
     width = transformer.config.n_embd
     return {
@@ -245,7 +253,7 @@ def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
     Those that peft saves by itself are left out.
     """
-    root = _unwrap(model)
+    root = unwrapped(model)
     own: dict[str, nn.Parameter] = {}
     left_out = {id(p) for m in root.modules() if isinstance(m, BaseTunerLayer) for p in tuner_parameters(m)}
     plain: dict[str, nn.Parameter] = {}
@@ -259,22 +267,32 @@ def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             if id(parameter) not in left_out and not wrapped:
                 plain[key.replace(".base_layer.", ".")] = parameter
     for prefix, module in root.named_modules():
-        if isinstance(module, ModulesToSaveWrapper):  # one head, though the wrapper holds it twice
+        if isinstance(module, (ModulesToSaveWrapper, Copied)):  # one head, though this holds several
             plain = {k: p for k, p in plain.items() if not k.startswith(f"{prefix}.")}
-            plain |= dict(module.modules_to_save[module.active_adapter].named_parameters(prefix=prefix))
+            held: Any = module  # of peft that in use, which takes no notice of sets
+            used = held.of(name) if isinstance(module, Copied) else held.modules_to_save[held.active_adapter]
+            plain |= dict(used.named_parameters(prefix=prefix))
     return plain | own
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
-    """The model below torch.compile's, DistributedDataParallel's and peft's wrappers."""
-    while True:
-        if isinstance(model, PeftModel):
-            return model.get_base_model()
-        inner = getattr(model, "_orig_mod", None) or (
-            model.module
-            if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel))
-            else None
-        )
-        if inner is None:
-            return model
-        model = inner
+def _changed_for_others(model: nn.Module, name: str, loaded: dict[str, Tensor]) -> set[str]:
+    """The names of modules whose parameters would change so for sets beside that of this name."""
+    parameters = _plain_parameters(model, name)
+    others = {each for _, _, each, _ in adapters_in(transformer_of(model))} - {name}
+    changed = {
+        key.rpartition(".")[0]
+        for key, tensor in loaded.items()
+        if not torch.equal(tensor.to(parameters[key]), parameters[key])
+    }
+    return {module for each in others for module in changed.difference(_own_modules(model, each))}
+
+
+def _own_modules(model: nn.Module, name: str) -> list[str]:
+    """The names of the modules of which the set of this name has copies."""
+    found = unwrapped(model).named_modules()
+    return [key for key, module in found if isinstance(module, Copied) and module.has(name)]
+
+
+def _in(key: str, modules: list[str]) -> bool:
+    """Whether a parameter is of one of these modules."""
+    return key.rpartition(".")[0] in modules

@@ -38,6 +38,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import output_capturing
 
 from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output, adapters_of
+from fastpeft.copies import Copied
 from fastpeft.groups import is_names, names_given
 from fastpeft.modules import hooked
 from fastpeft.stock import Defined
@@ -48,7 +49,7 @@ _ACTIVATIONS = ("gelu_new", "gelu", "gelu_fast", "quick_gelu", "relu", "silu", "
 _CALLED: set[Any] = {
     GPT2Model, GPT2Block, GPT2Attention, GPT2MLP, GPT2SequenceSummary,
     Conv1D, nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.Identity,
-    LoraLinear, LoraEmbedding, DoraLinearLayer, ModulesToSaveWrapper, Adapter, ParallelAdapter,
+    LoraLinear, LoraEmbedding, DoraLinearLayer, ModulesToSaveWrapper, Copied, Adapter, ParallelAdapter,
     nn.GELU, nn.ReLU, nn.SiLU, *(type(ACT2FN[name]) for name in _ACTIVATIONS),
 }  # fmt: skip
 _HELD = {nn.ModuleList, nn.ModuleDict, nn.ParameterDict}  # never called

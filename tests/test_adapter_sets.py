@@ -19,6 +19,7 @@ from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import fastpeft
 from fastpeft import AdapterConfig
+from fastpeft.copies import Copied
 from fastpeft.saving import CONFIG_FILE, WEIGHTS_FILE
 
 #: Slots that sets share and slots of their own, in all layers or in one; shapes, activations and scales that differ.
@@ -43,12 +44,13 @@ ACTIVATIONS: dict[str, Any] = {
 IDS = torch.arange(2, 12)[None]
 
 
-def with_sets(model: nn.Module, *names: str) -> nn.Module:
-    """`model` with these sets, or all that are fused, none of which is zero."""
+def with_sets(model: nn.Module, *names: str, own: tuple[str, ...] = ()) -> nn.Module:
+    """`model` with these sets, or all that are fused, none of which is zero, and heads of their own for some."""
     for name in names or NAMES:
-        for config in SETS[name]:
-            fastpeft.add_adapters(model, config, name)
-    return randomise(model, "adapter").eval()
+        for number, config in enumerate(SETS[name]):
+            modules = ["score"] if name in own and not number else []
+            fastpeft.add_adapters(model, config, name, modules_to_save=modules)
+    return randomise(randomise(model, "adapter"), "own_").eval()
 
 
 def transformer_of(model: nn.Module) -> Any:
@@ -65,7 +67,9 @@ def hosts(transformer: Any, slot: str, layers: Any) -> list[nn.Module]:
 
 def alone(model: nn.Module, name: str) -> nn.Module:
     """A copy of an unpatched model where nothing but this set adapts anything, by the formula written out."""
-    found = copy.deepcopy(model)
+    found: Any = copy.deepcopy(model)
+    if isinstance(getattr(found, "score", None), Copied):
+        found.score = found.score._modules.get(f"own_{name}", found.score.shared)
     transformer = transformer_of(found)
     for module in transformer.modules():
         module._forward_hooks.clear()
@@ -117,8 +121,15 @@ def rows_apart(stock: nn.Module, names: list[str], inputs: Any, lora: tuple[str,
             logits[row] = found
         for key, p in m.named_parameters():
             if p.grad is not None:
+                key = key.replace("score", head_of(stock, name))
                 gradients[key] = gradients.get(key, 0) + p.grad
     return {"logits": torch.stack(logits), **gradients}
+
+
+def head_of(model: Any, name: str) -> str:
+    """What a classifier has the head as that rows of this name go through."""
+    held = dict(model.named_modules())
+    return next((key for key in (f"score.own_{name}", "score.shared") if key in held), "score")
 
 
 def counts(inputs: Any) -> Any:
@@ -151,10 +162,13 @@ HOW: dict[str, Any] = {"auto": {}, "layers": {"scope": "layers"}, "exact": {"exa
 
 @pytest.mark.parametrize("side", [None, "right", "left"])
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("head", [GPT2LMHeadModel, GPT2ForSequenceClassification])
-def test_a_row_uses_the_set_of_its_name_alone(head, how, side):
-    """As in a batch of the rows of that set, in outputs and in gradients, a shared head's included."""
-    stock = with_sets(gpt2(head))
+@pytest.mark.parametrize(
+    ("head", "own"),
+    [(GPT2LMHeadModel, ()), (GPT2ForSequenceClassification, ()), (GPT2ForSequenceClassification, ("a", "b"))],
+)
+def test_a_row_uses_the_set_of_its_name_alone(head, own, how, side):
+    """As in a batch of the rows of that set, in outputs and in gradients, a head's included, shared or its own."""
+    stock = with_sets(gpt2(head), own=own)
     inputs, names = labelled(batch(side), head), TOGETHER if side == "left" else APART
     found = copy.deepcopy(stock)
     if HOW[how] is not None:
@@ -334,14 +348,105 @@ def test_files_written_before_sets_had_names_load_under_any(tmp_path):
     } - {"score.weight"}
 
 
-def test_another_head_than_that_of_the_other_sets_is_refused(tmp_path):
+def heads(model: Any) -> dict[str, Any]:
+    return {k: p for k, p in model.named_parameters() if k.startswith("score")}
+
+
+def test_a_head_of_its_own_trains_in_place_of_the_shared_one():
+    alone_in_it: Any = gpt2(GPT2ForSequenceClassification)
+    before = alone_in_it.score.weight.detach().clone()
+    fastpeft.add_adapters(alone_in_it, AdapterConfig(), "a", modules_to_save="score")
+    trains = {key: p.requires_grad for key, p in heads(alone_in_it).items()}
+    assert trains == {"score.shared.weight": False, "score.own_a.weight": True}
+    assert all(torch.equal(p, before) for p in heads(alone_in_it).values())
+    at_once = with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",))
+    torch.testing.assert_close(at_once(IDS).logits, alone(at_once, "a")(IDS).logits)
+    frozen = fastpeft.add_adapters(
+        gpt2(), AdapterConfig(), modules_to_save=["lm_head"]
+    )  # tied, and frozen so
+    assert {
+        k: p.requires_grad for k, p in frozen.named_parameters() if "adapter" not in k and p.requires_grad
+    } == {"lm_head.own_default.weight": True}
+    shared = with_sets(gpt2(GPT2ForSequenceClassification), "default", "a", "b", own=("b",))
+    assert all(p.requires_grad for p in heads(shared).values())  # two sets use the one that was there
+    stock = copy.deepcopy(shared)
+    for name in ("default", "b", "a"):
+        fastpeft.set_adapters(shared, name)
+        shared.zero_grad()
+        shared(IDS, labels=torch.tensor([1])).loss.backward()
+        torch.testing.assert_close(shared(IDS).logits, alone(stock, name)(IDS).logits)
+        assert [key for key, p in heads(shared).items() if p.grad is not None] == [
+            f"{head_of(shared, name)}.weight"
+        ]
+
+
+def test_heads_are_saved_and_loaded_with_their_sets(tmp_path):
+    model = randomise(with_sets(gpt2(GPT2ForSequenceClassification), own=("a", "b")), "score")
+    for name in NAMES:
+        fastpeft.save_adapters(fastpeft.patch(model), tmp_path / name, name)
+        assert load_file(tmp_path / name / WEIGHTS_FILE)["score.weight"].shape == (2, 48)
+    fastpeft.unpatch(model)
+    for order in NAMES, NAMES[::-1]:
+        loaded: Any = gpt2(GPT2ForSequenceClassification)
+        for name in order:
+            fastpeft.load_adapters(loaded, tmp_path / name, f"x{name}")
+        for name in NAMES:
+            fastpeft.set_adapters(loaded, f"x{name}")
+            torch.testing.assert_close(loaded(IDS).logits, alone(model, name)(IDS).logits)
+        own = {name for name in NAMES if loaded.score.has(f"x{name}")}
+        assert own == {"a", "b"}  # the third has the shared one, which nobody else uses
+    before = {key: p.detach().clone() for key, p in heads(loaded).items()}
+    fastpeft.load_adapters(loaded, tmp_path / "b", "xb")  # again, into its own
+    torch.testing.assert_close(dict(heads(loaded)), before)
+
+
+def test_a_copy_is_saved_frozen_and_untied_too(tmp_path):
+    model: Any = randomise(fastpeft.add_adapters(gpt2(), AdapterConfig(), "a", ["lm_head"]), "own_")
+    model.lm_head.requires_grad_(False)
+    fastpeft.save_adapters(model, tmp_path, "a")
+    loaded: Any = fastpeft.load_adapters(gpt2(), tmp_path, "b")
+    assert torch.equal(loaded.lm_head.own_b.weight, model.lm_head.own_a.weight)
+    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+
+
+def test_a_set_with_another_head_than_other_sets_use_gets_its_own(tmp_path):
     model = with_sets(gpt2(GPT2ForSequenceClassification), "a")
     fastpeft.save_adapters(model, tmp_path, "a")
     fastpeft.load_adapters(model, tmp_path, "b")  # the same head
+    saved = model.score.weight.detach().clone()
     randomise(model, "score").score.weight.data.add_(1)
+    changed = model.score.weight.detach().clone()
+    fastpeft.load_adapters(model, tmp_path, "c")
+    torch.testing.assert_close(
+        dict(heads(model)), {"score.shared.weight": changed, "score.own_c.weight": saved}
+    )
+    assert all(p.requires_grad for p in heads(model).values())
+
+
+def test_what_else_other_sets_use_differently_is_refused(tmp_path):
+    model = with_sets(gpt2(), "a")
+    model.transformer.wpe.weight.requires_grad_(True)
+    fastpeft.save_adapters(model, tmp_path, "a")
+    model.transformer.wpe.weight.data.add_(1)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"score.weight would change for a, b too"):
+    words = r"its transformer.wpe can't be those of other sets: load .*; no copy of 'transformer.wpe'"
+    with pytest.raises(ValueError, match=words):
         fastpeft.load_adapters(model, tmp_path, "c")
+    torch.testing.assert_close(model.state_dict(), state)
+
+
+def test_modules_that_cannot_be_copied_are_refused():
+    model = with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",))
+    state = copy.deepcopy(model.state_dict())
+    for name, modules, words in (
+        ("b", ["transformer.h.0.mlp.c_fc"], "has score as linear layers beside its GPT-2"),
+        ("b", ["score", "scores"], "no copy of 'scores' can be given"),
+        ("b", ["score.shared"], "no copy of 'score.shared' can be given"),
+        ("a", ["score"], "'a' has a score of its own already"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            fastpeft.add_adapters(model, AdapterConfig(("post_embed",), 2), name, modules_to_save=modules)
     torch.testing.assert_close(model.state_dict(), state)
 
 
