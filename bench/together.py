@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import record
 import tables
@@ -69,7 +69,7 @@ def trainers(base: nn.Module, runs: list[fastpeft.Run], variant: str, **patching
     found = []
     for run in runs:
         set_seed(run.seed or 0)  # as a sweep does
-        model = get_peft_model(variants.twin(base), copy.deepcopy(run.config))
+        model = get_peft_model(variants.twin(base), cast(LoraConfig, copy.deepcopy(run.config)))
         if variant == "fastpeft_apart":
             fastpeft.patch(model, **patching)
         found.append(Trainer(model, given))
@@ -134,7 +134,8 @@ def of_inference(args: argparse.Namespace, dtype: str, device: str, rows: int, a
     """A step a variant, whose logits are the same."""
     setting = setting_of(args, dtype, "classifier", device)
     base, runs = base_of(args, dtype, "classifier", device), runs_of(adapters, args.rank, 0.0)
-    stock: Any = get_peft_model(base, copy.deepcopy(runs[0].config), adapter_name=runs[0].name)
+    first = cast(LoraConfig, copy.deepcopy(runs[0].config))
+    stock: Any = get_peft_model(base, first, adapter_name=runs[0].name)
     for run in runs[1:]:
         stock.add_adapter(run.name, copy.deepcopy(run.config))
     variants.randomised(stock.to(DTYPES[dtype]), "lora_B").requires_grad_(False).eval()

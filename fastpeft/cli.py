@@ -122,7 +122,7 @@ def compare(
     together: Annotated[
         bool,
         typer.Option(
-            "--together", help="Train the seeds of a LoRA method side by side: sooner, in more memory."
+            "--together", help="Train the seeds of LoRA and adapters side by side: sooner, in more memory."
         ),
     ] = False,
     quick: Annotated[

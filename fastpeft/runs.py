@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import Linear as LoraLinear
-from peft.tuners.lora import LoraLayer
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -24,20 +22,16 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from fastpeft.adapters import AdapterConfig, adapters_of
 from fastpeft.groups import BASE
 from fastpeft.modules import is_plain
+from fastpeft.run_kinds import KINDS, NOT_PLAIN, owner_of
 from fastpeft.swap import is_fused
 
 #: Names that peft has for something else, beside any part of "lora_".
 _PEFTS = {
     "default", BASE, "base_model", "model", "base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"
 }  # fmt: skip
-#: The names of what a run may train, and in them the run's.
-_TRAINED = re.compile(
-    r"base_model\.model\.(?:transformer\.h\..+\.lora_[AB]|score\.modules_to_save)\.([^.]+)\.(?:weight|bias)"
-)
-#: Initialisations that read nothing but the seed: others take something out of the base, which the runs share.
-_INITS = (True, False, "gaussian")
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _ORDERS = ("random", "sequential", "group_by_length")
 #: The fields of TrainingArguments that mean for a sweep what they mean for each run alone; others must be as they come.
@@ -58,7 +52,7 @@ class Run:
     """One run of a sweep: an adapter, and how it trains; None leaves that to the sweep's arguments."""
 
     name: str  # of the adapter, of its folder, and of its line in the logs
-    config: LoraConfig
+    config: LoraConfig | AdapterConfig
     learning_rate: float | None = None
     seed: int | None = None  # of the adapter's first weights and of the order of the examples
 
@@ -80,7 +74,9 @@ def checked(model: Any, runs: list[Run], arguments: TrainingArguments, dataset: 
     parts = {part for name, _ in model.named_parameters() for part in name.split(".")}
     for run in runs:
         _check_run(run, parts, arguments)
-    if len({run.config.task_type for run in runs}) > 1:
+    if len({type(run.config) for run in runs}) > 1:
+        raise ValueError("some runs are of LoRA and some of bottleneck adapters: a sweep takes one kind")
+    if len({getattr(run.config, "task_type", None) for run in runs}) > 1:
         raise ValueError("the runs' configs have different task_types: peft wraps a model for one of them")
     _rehearse(model, runs)
     return runs
@@ -105,7 +101,7 @@ def _check_model(model: Any) -> None:
             "the model is patched already: fastpeft.unpatch(model) first, a sweep patches by itself"
         )
     inner = getattr(model, "transformer", None)
-    wrapped = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    wrapped = any(isinstance(module, BaseTunerLayer) or adapters_of(module) for module in model.modules())
     if (
         type(model) not in (GPT2LMHeadModel, GPT2ForSequenceClassification)
         or type(inner) is not GPT2Model
@@ -161,8 +157,6 @@ def _check_run(run: Run, parts: set[str], arguments: TrainingArguments) -> None:
         why = "take letters, digits, - and _"
     elif name in parts | _PEFTS:
         why = "take another, for this is a part of the model's names or one of peft's own"
-    elif name in "lora_":
-        why = "take a longer one, for it is contained in 'lora_', by which peft knows its weights"
     elif re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
         why = "take another, for Trainer's checkpoints have this one in output_dir"
     if why:
@@ -170,13 +164,9 @@ def _check_run(run: Run, parts: set[str], arguments: TrainingArguments) -> None:
     folder = Path(str(arguments.output_dir)) / name
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run {name}: its folder is to be {folder}, where a file is: move it away")
-    if type(run.config) is not LoraConfig:
-        raise TypeError(
-            f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes LoraConfig"
-        )
-    for name, known in (("init_lora_weights", _INITS), ("layer_replication", (None,))):
-        if (found := getattr(run.config, name)) not in known:
-            raise ValueError(f"run {run.name}: {name}={found!r} would change the base, which the runs share")
+    if type(run.config) not in KINDS:
+        known = " or ".join(kind.__name__ for kind in KINDS)
+        raise TypeError(f"run {run.name}: its config is a {type(run.config).__name__}, a sweep takes {known}")
     try:
         factors_of(run, arguments, 100)
     except (ArithmeticError, TypeError, ValueError) as error:
@@ -201,42 +191,15 @@ def factors_of(run: Any, arguments: TrainingArguments, steps: int) -> Callable[[
 
 
 def _rehearse(model: Any, runs: list[Run]) -> None:
-    """Put the adapters on a model without memory, and see that each trains nothing but LoRA and a head of its own."""
+    """Put the adapters on a model without memory, and see that each trains nothing but what is its own."""
     with warnings.catch_warnings(), torch.random.fork_rng(devices=()), torch.device("meta"):
         warnings.simplefilter("ignore")  # they come again
         wrapped, twin = None, type(model)(copy.deepcopy(model.config))
         for run in runs:
             try:
-                wrapped = with_adapter(twin, wrapped, run)
-                wrapped.set_requires_grad([run.name])
+                wrapped = KINDS[type(run.config)].add(twin, wrapped, run)
             except (KeyError, TypeError, ValueError) as error:
                 raise ValueError(f"run {run.name}: {error}") from error
-            layers = [(name, m) for name, m in wrapped.named_modules() if isinstance(m, LoraLayer)]
-            # Which old versions of peft say of the first adapter alone.
-            if not any(run.name in layer.scaling for _, layer in layers):
-                raise ValueError(f"run {run.name}: the model has no modules {run.config.target_modules}")
-            trained = [name for name, p in wrapped.named_parameters() if p.requires_grad]
-            strange = [name for name in trained if not _TRAINED.fullmatch(name)] + [
-                name for name, layer in layers if type(layer) is not LoraLinear or layer.lora_variant
-            ]
-            if strange:
-                raise ValueError(
-                    f"run {run.name}: {strange[0]} isn't plain LoRA of the blocks' projections, nor a classifier's "
-                    "head: a sweep trains nothing else"
-                )
-
-
-def with_adapter(model: Any, wrapped: Any, run: Run) -> Any:
-    """`model` under peft with this run's adapter beside those that `wrapped`, if it is one, has already."""
-    config = copy.deepcopy(run.config)  # peft writes into it
-    if wrapped is None:
-        return get_peft_model(model, config, adapter_name=run.name)
-    wrapped.add_adapter(run.name, config)
-    return wrapped
-
-
-def owner_of(parameter: str) -> str:
-    """The run that a trained parameter of this name is of."""
-    found = _TRAINED.fullmatch(parameter)
-    assert found, parameter
-    return found[1]
+            for name, parameter in wrapped.named_parameters():
+                if parameter.requires_grad and owner_of(name) is None:
+                    raise ValueError(f"run {run.name}: {name} {NOT_PLAIN}")

@@ -18,7 +18,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
@@ -31,18 +30,17 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 
 from fastpeft.batches import Orders, join, losses_of, targets_of
+from fastpeft.copies import unwrapped
 from fastpeft.heads import IGNORED
 from fastpeft.mixing import adapter_rows
 from fastpeft.patching import patch
-from fastpeft.runs import Run, checked, factors_of, owner_of, with_adapter
+from fastpeft.run_kinds import KINDS, owner_of
+from fastpeft.runs import Run, checked, factors_of
 
 logger = logging.getLogger(__name__)
-
-#: What peft writes into a config beside what it is told.
-_ELSEWHERE = ("base_model_name_or_path", "peft_version")
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Result:
     name: str
     loss: float | None  # the curve's last; None where it diverged before it had one
     curve: list[tuple[int, float]]  # steps, and the loss averaged since the one before
-    folder: Path  # of the adapter, for PeftModel.from_pretrained
+    folder: Path  # of the adapter, for PeftModel.from_pretrained, or of its kind for load_adapters
     stopped: str | None  # why and when it diverged; it is saved as it was before
 
 
@@ -70,9 +68,11 @@ class Sweep:
 
     Args:
         model: a GPT2LMHeadModel or GPT2ForSequenceClassification, neither wrapped nor patched. Its weights freeze, and
-            the adapters go into it as by peft's `get_peft_model`; `sweep.model` is the patched PeftModel.
-        runs: what to train. Their LoraConfigs may differ in rank, targets, scaling and dropout; a classifier's runs
-            have heads of their own where `task_type` is SEQ_CLS.
+            the adapters go into it as by peft's `get_peft_model`, or by `add_adapters`; `sweep.model` is the patched
+            PeftModel, or this model.
+        runs: what to train, all of LoRA or all of bottleneck adapters. Their LoraConfigs may differ in rank, targets,
+            scaling and dropout; a classifier's runs have heads of their own where `task_type` is SEQ_CLS. Their
+            AdapterConfigs may differ in all, and a classifier's runs have heads of their own.
         arguments: as Trainer takes them. Batch size, accumulation, clipping and steps are each run's.
         dataset: examples as `collate_fn` takes them, the same for all runs, with a length.
         collate_fn: makes a batch of a run's examples: `input_ids`, `labels`, and an `attention_mask` where it pads.
@@ -93,9 +93,8 @@ class Sweep:
         wrapped: Any = None
         for run in filled:
             set_seed(run.seed)
-            wrapped = with_adapter(model, wrapped, run)
-        wrapped.set_requires_grad([run.name for run in filled])
-        self.model: PeftModel = patch(wrapped)  # type: ignore[assignment]
+            wrapped = KINDS[type(run.config)].add(model, wrapped, run)
+        self.model = patch(wrapped)
         self.trainer = _SideBySide(
             self.model, filled, arguments, dataset, collate_fn or default_data_collator
         )
@@ -116,7 +115,7 @@ class Sweep:
         with trainer.rows:
             trainer.train(resume_from_checkpoint=resume_from_checkpoint)
         folder = Path(str(trainer.args.output_dir))
-        self.model.save_pretrained(str(folder))
+        trainer.write(folder)
         history: list[Any] = trainer.state.log_history
         stopped = _stopped(history)
         results = []
@@ -131,7 +130,7 @@ class Sweep:
 class _SideBySide(Trainer):
     """Trainer, of a batch that is one of each run's in turn."""
 
-    model: Any  # a PeftModel
+    model: Any
 
     def __init__(
         self, model: Any, runs: list[Run], arguments: TrainingArguments, dataset: Any, collate_fn: Any
@@ -146,6 +145,7 @@ class _SideBySide(Trainer):
         _, count = super().get_batch_samples(iter([{"labels": torch.zeros(1, 2)}]), 1, arguments.device)
         self._counts_first = int(count) == 2  # type: ignore[arg-type]
         self.runs: list[Any] = runs  # all of whose fields are filled
+        self._kind = KINDS[type(self.runs[0].config)]
         self.live = [run.name for run in runs]
         self.rows = ExitStack()  # holds the context in which the rows of a batch are the runs'
         self._given: tuple[str, ...] = ()
@@ -153,7 +153,7 @@ class _SideBySide(Trainer):
         self._parameters: dict[str, list[nn.Parameter]] = {name: [] for name in self.live}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._parameters[owner_of(name)].append(parameter)
+                self._parameters[owner_of(name)].append(parameter)  # type: ignore[index]
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Of batches that hold a run's examples after another's."""
@@ -226,7 +226,7 @@ class _SideBySide(Trainer):
         size = len(inputs["input_ids"]) // len(self.live)
         self._give(tuple(name for name in self.live for _ in range(size)))
         with self.accelerator.autocast():
-            losses = losses_of(self.model.get_base_model(), **inputs)
+            losses = losses_of(unwrapped(self.model), **inputs)
         of_runs = losses.view(len(self.live), -1).sum(1) / num_items_in_batch
         self._losses = self._losses + of_runs.detach()
         return of_runs.sum()
@@ -284,11 +284,21 @@ class _SideBySide(Trainer):
         self._recent = {name: [] for name in self.live}
         self._given = ()
 
+    def write(self, folder: Path) -> None:
+        """Save each run's adapter in a folder of its name."""
+        self._kind.save(self.model, folder, [run.name for run in self.runs])
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Trainer's own would save a base with bottleneck adapters whole."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        self.write(folder)
+        torch.save(self.args, folder / TRAINING_ARGS_NAME)
+
     def _told(self) -> dict[str, Any]:
         """The runs as JSON."""
         told = {}
         for run in self.runs:
-            config = {k: v for k, v in run.config.to_dict().items() if k not in _ELSEWHERE}
+            config = self._kind.described(run.config)
             told[run.name] = {"learning_rate": run.learning_rate, "seed": run.seed, "config": config}
         found: dict[str, Any] = json.loads(json.dumps(told, default=lambda value: sorted(value)))
         return found
@@ -304,8 +314,7 @@ class _SideBySide(Trainer):
             order = ", ".join(first.get("order", ["unknown"]))
             raise ValueError(f"{folder} is of these runs in another order, give them in that one: {order}")
         for run in self.runs:
-            weights = load_peft_weights(str(folder / run.name), device=str(self.args.device))
-            set_peft_model_state_dict(self.model, weights, adapter_name=run.name)
+            self._kind.load(self.model, folder, run.name)
 
 
 class _Watch(TrainerCallback):

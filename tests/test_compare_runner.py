@@ -589,40 +589,49 @@ def test_a_folder_that_moves_still_goes_on(finished, tmp_path):
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_seeds_of_lora_train_together(tmp_path, monkeypatch):
-    together = []
-    stock = train.fastpeft.Sweep.train
-    monkeypatch.setattr(
-        train.fastpeft.Sweep, "train", lambda self: together.append(len(self.trainer.runs)) or stock(self)
-    )
-    asked = arguments(tmp_path, methods=("lora", "head"), seeds=2, together=True)
+@pytest.mark.parametrize("name", ["lora", "adapter-attn"])
+def test_seeds_train_together(name, tmp_path, monkeypatch):
+    heads, stock = [], train.fastpeft.Sweep.train
+
+    def observed(sweep):
+        of_heads = [p for key, p in sweep.model.named_parameters() if "score" in key and p.requires_grad]
+        heads.extend(p.detach().clone() for p in of_heads)
+        return stock(sweep)
+
+    monkeypatch.setattr(train.fastpeft.Sweep, "train", observed)
+    asked = arguments(tmp_path, methods=(name, "head"), seeds=2, together=True)
     console = Console(file=io.StringIO(), width=200)
     runs = compare(asked, Reporter(console))["runs"]
     said = console.file.getvalue()
-    assert together == [2]
-    assert "head: one run at a time, only LoRA's train together" in said
+    assert len(heads) == 2
+    for seed, head in enumerate(heads):  # as they begin where a run trains alone
+        transformers.set_seed(seed)
+        assert torch.equal(head, torch.empty_like(head).normal_(std=0.02))
+    assert "head: one run at a time, only LoRA's and adapters' train together" in said
     assert re.search(
-        r"lora: 2 runs together trained in [\d.]+ s; their steps one by one would take [\d.]+ s", said
+        rf"{name}: 2 runs together trained in [\d.]+ s; their steps one by one would take [\d.]+ s", said
     )
-    assert [(run["method"], run["seed"]) for run in runs] == [
-        ("lora", 0),
-        ("lora", 1),
-        ("head", 0),
-        ("head", 1),
-    ]
+    found = [(run["method"], run["seed"]) for run in runs]
+    assert found == [(name, 0), (name, 1), ("head", 0), ("head", 1)]
     assert all(set(run) == set(runs[2]) for run in runs)
     weights = []
     for run in runs[:2]:
         assert (run["steps"], len(run["scores"])) == (4, len(runs[2]["scores"]))
         assert [point["step"] for point in run["curve"] if "loss" in point] == [1, 2, 3, 4]
+        symbols, numbers = run["formula"].split(" = ")[:2]
+        assert eval(numbers.replace("·", "*")) == run["trainable_parameters"], symbols
         folder = tmp_path / "out" / "runs" / run_name(asked.chosen[0], run["seed"])
         model = GPT2ForSequenceClassification.from_pretrained(tmp_path / "gpt2")
         fresh = _logits(copy.deepcopy(model), tmp_path)
-        loaded = peft.PeftModel.from_pretrained(model, folder / "weights")
-        assert not torch.allclose(_logits(loaded, tmp_path), fresh)
+        scope = {"model": model, "peft": peft, "fastpeft": fastpeft}
+        exec(run["load"].replace('"runs/', f'"{tmp_path}/out/runs/'), scope)
+        assert not torch.allclose(_logits(scope["model"], tmp_path), fresh)
         assert sorted(path.name for path in folder.iterdir()) == ["README.md", "record.json", "weights"]
-        weights.append(load_file(folder / "weights" / "adapter_model.safetensors"))
-    assert all(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+        (file,) = (folder / "weights").glob("*.safetensors")
+        weights.append(load_file(file))
+    assert any(key.endswith("score.weight") for key in weights[0])
+    zero = {key for key in weights[0] if key.endswith("up.bias")}  # which differ by little after so few steps
+    assert all(not torch.equal(weights[0][key], weights[1][key]) for key in weights[0].keys() - zero)
     with pytest.raises(BadInput, match="--together"):
         compare(dataclasses.replace(asked, together=False))
 

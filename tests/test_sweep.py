@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ from transformers import (
 )
 
 import fastpeft
-from fastpeft import Run, Sweep
+from fastpeft import AdapterConfig, Run, Sweep
+from fastpeft.saving import CONFIG_FILE, WEIGHTS_FILE
 
 TASKS = {GPT2LMHeadModel: "CAUSAL_LM", GPT2ForSequenceClassification: "SEQ_CLS"}
 HEADS = pytest.mark.parametrize("head", list(TASKS))
@@ -48,6 +50,18 @@ def runs_of(head: type, **more: Any) -> list[Run]:
         Run("thin", lora(head, 2, "c_attn", use_rslora=True, **more), learning_rate=1e-2, seed=6),
         Run("inner", lora(head, 4, "c_fc", **more)),
     ]
+
+
+def sets_of(head: type) -> list[Run]:
+    """Bottlenecks, slots, activations, learning rates and seeds that differ."""
+    return [
+        Run("both", AdapterConfig(("post_attn", "post_mlp"), 6, "gelu"), learning_rate=3e-3, seed=5),
+        Run("ends", AdapterConfig(("post_embed", "pre_head"), 4, "silu", 0.5), learning_rate=1e-2, seed=6),
+        Run("a", AdapterConfig(("parallel_mlp", "post_block"), 3, layers=(1,))),
+    ]
+
+
+KINDS = {"lora": runs_of, "adapters": sets_of}
 
 
 def arguments(folder: Any, **more: Any) -> TrainingArguments:
@@ -98,16 +112,27 @@ def loss_of(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, int]:
     return F.cross_entropy(logits, labels, reduction="sum"), count
 
 
+def put_on(model: Any, run: Run) -> Any:
+    if isinstance(run.config, LoraConfig):
+        return get_peft_model(model, copy.deepcopy(run.config))
+    return fastpeft.add_adapters(model, run.config)
+
+
 def alone(
     base: nn.Module, run: Run, given: TrainingArguments, data: list[Any], collate: Any, stop: int = 999
 ) -> Any:
-    """One run by stock peft, a loop written out: its losses and its model; `stop` ends it before that step."""
+    """One run, unpatched, a loop written out: its losses and its model; `stop` ends it before that step."""
     seed = given.seed if run.seed is None else run.seed
     set_seed(seed)
-    model: Any = get_peft_model(copy.deepcopy(base), copy.deepcopy(run.config))
+    model: Any = put_on(copy.deepcopy(base), run)
     parameters = [p for p in model.parameters() if p.requires_grad]
     rate = given.learning_rate if run.learning_rate is None else run.learning_rate
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=given.weight_decay)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    # Of biases, and of what is below a LayerNorm, Trainer has none.
+    bare = [p for name, p in named if name.endswith("bias") or ".ln_f." in name]
+    groups = [{"params": [p for _, p in named if all(p is not each for each in bare)]}]
+    groups.append({"params": bare, "weight_decay": 0.0})
+    optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=given.weight_decay)
     size, accumulate = given.per_device_train_batch_size, given.gradient_accumulation_steps
     batches = -(-len(data) // size)
     steps = int(given.num_train_epochs) * -(-batches // accumulate)
@@ -145,10 +170,13 @@ def assert_as_alone(sweep: Sweep, results: list[Any], base: nn.Module, data: lis
 
 
 def assert_holds(result: Any, base: nn.Module, model: nn.Module) -> None:
-    """The folder of a result, loaded by peft, has these weights."""
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), result.folder)
+    """The folder of a result, loaded by peft or as adapters, has these weights."""
+    if isinstance(model, PeftModel):
+        loaded: Any = PeftModel.from_pretrained(copy.deepcopy(base), result.folder)
+    else:
+        loaded = fastpeft.load_adapters(copy.deepcopy(base), result.folder)
     expected = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    found = dict(loaded.named_parameters())
+    found = {name.replace("score.own_default", "score"): p for name, p in loaded.named_parameters()}
     assert expected
     for name, parameter in expected.items():
         torch.testing.assert_close(
@@ -157,6 +185,7 @@ def assert_holds(result: Any, base: nn.Module, model: nn.Module) -> None:
 
 
 @HEADS
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("side", "more"),
     [
@@ -166,9 +195,9 @@ def assert_holds(result: Any, base: nn.Module, model: nn.Module) -> None:
         ("right", {"max_grad_norm": -1.0, "max_steps": -1}),
     ],
 )
-def test_each_run_is_what_it_is_alone(head, side, more, tmp_path):
+def test_each_run_is_what_it_is_alone(head, kind, side, more, tmp_path):
     base, data, collate = gpt2(head).double(), examples(head), collator(side)
-    sweep = Sweep(copy.deepcopy(base), runs_of(head), arguments(tmp_path, **more), data, collate)
+    sweep = Sweep(copy.deepcopy(base), KINDS[kind](head), arguments(tmp_path, **more), data, collate)
     results = sweep.train()
     if (
         side == "right" or head is GPT2ForSequenceClassification
@@ -178,8 +207,10 @@ def test_each_run_is_what_it_is_alone(head, side, more, tmp_path):
 
 
 def assert_packed(sweep: Sweep) -> None:
-    rows = [row for row in fastpeft.report(sweep.model) if row.kind in ("packing", "lora", "loss")]
-    assert {"packing", "lora"} <= {row.kind for row in rows}
+    rows = [row for row in fastpeft.report(sweep.model) if row.kind in ("packing", "lora", "adapter", "loss")]
+    rows = [row for row in rows if row.reason != "it reads another tensor than the one it is added to"]
+    assert "packing" in {row.kind for row in rows}
+    assert {"lora", "adapter"} & {row.kind for row in rows}
     assert all(row.path == "torch" and row.calls > 0 for row in rows), str(fastpeft.report(sweep.model))
 
 
@@ -191,14 +222,16 @@ def assert_packed(sweep: Sweep) -> None:
         (GPT2ForSequenceClassification, {}),
     ],
 )
-def test_each_run_is_what_trainer_makes_of_it(head, more, tmp_path):
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_run_is_what_trainer_makes_of_it(kind, head, more, tmp_path):
     """With the same arguments, in float32: the order of its examples is Trainer's, and how its labels are counted."""
     base, data, collate = gpt2(head), examples(head), collator()
-    results = Sweep(copy.deepcopy(base), runs_of(head), arguments(tmp_path, **more), data, collate).train()
-    for run, result in zip(runs_of(head), results, strict=True):
+    runs = KINDS[kind](head)
+    results = Sweep(copy.deepcopy(base), runs, arguments(tmp_path, **more), data, collate).train()
+    for run, result in zip(runs, results, strict=True):
         seed = 3 if run.seed is None else run.seed
         set_seed(seed)
-        model = get_peft_model(copy.deepcopy(base), run.config)
+        model = put_on(copy.deepcopy(base), run)
         given = arguments(tmp_path / "alone", learning_rate=run.learning_rate or 5e-3, seed=seed, **more)
         trainer = Trainer(model, given, collate, data)
         trainer.train()
@@ -246,12 +279,17 @@ class Interrupting(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@HEADS
-def test_an_interrupted_sweep_goes_on_to_the_same_numbers(head, tmp_path):
+@pytest.mark.parametrize(
+    ("head", "kind"), [(GPT2LMHeadModel, "lora"), *((GPT2ForSequenceClassification, kind) for kind in KINDS)]
+)
+def test_an_interrupted_sweep_goes_on_to_the_same_numbers(head, kind, tmp_path):
     """With dropout, a run that had diverged by then, and losses that were not yet logged at the checkpoint."""
 
     def sweep(name: str) -> Sweep:
-        runs = [*runs_of(head, lora_dropout=0.3), Run("wild", lora(head, 2, "c_fc"), learning_rate=1e38)]
+        if kind == "lora":
+            runs = [*runs_of(head, lora_dropout=0.3), Run("wild", lora(head, 2, "c_fc"), learning_rate=1e38)]
+        else:
+            runs = [*sets_of(head), Run("wild", AdapterConfig(bottleneck=2), learning_rate=1e38)]
         floor: dict[str, Any] = {
             "lr_scheduler_type": "cosine_with_min_lr",
             "lr_scheduler_kwargs": {"min_lr": 1e-4},
@@ -272,16 +310,20 @@ def test_an_interrupted_sweep_goes_on_to_the_same_numbers(head, tmp_path):
     assert [step for step, _ in through[0].curve] == [2, 3, 4, 6, 8]
     assert through[3].stopped
     for mine, theirs in zip(resumed, through, strict=True):
-        for name in ("adapter_model.safetensors", "adapter_config.json"):
-            assert (mine.folder / name).stat().st_size > 0
-        weights = [(each.folder / "adapter_model.safetensors").read_bytes() for each in (mine, theirs)]
-        assert weights[0] == weights[1], mine.name
+        names = {"lora": ("adapter_model.safetensors", "adapter_config.json")}
+        for name in names.get(kind, (WEIGHTS_FILE, CONFIG_FILE)):
+            contents = [(each.folder / name).read_bytes() for each in (mine, theirs)]
+            assert contents[0] == contents[1], mine.name
+            assert contents[0]
 
 
 def test_a_checkpoint_of_other_runs_is_refused(tmp_path):
     head = GPT2LMHeadModel
     given = arguments(tmp_path, save_strategy="steps", save_steps=2, max_steps=2)
     Sweep(gpt2(), runs_of(head), given, examples(head), collator()).train()
+    again = runs_of(head)
+    again[0].config.peft_version = "0.0"  # which peft writes there by itself
+    Sweep(gpt2(), again, given, examples(head), collator()).train(resume_from_checkpoint=True)
     others = [*runs_of(head)[:2], Run("inner", lora(head, 4, "c_fc"), learning_rate=7.0)]
     with pytest.raises(ValueError, match="is of other runs: it holds inner, thin, wide; inner differ"):
         Sweep(gpt2(), others, given, examples(head), collator()).train(resume_from_checkpoint=True)
@@ -372,15 +414,18 @@ def test_a_file_where_a_runs_folder_is_to_be_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("kind", KINDS)
 @HEADS
-def test_a_run_that_diverges_leaves_the_others_as_they_are(head, what, tmp_path):
+def test_a_run_that_diverges_leaves_the_others_as_they_are(head, kind, what, tmp_path):
     base, data, collate = gpt2(head).double(), examples(head), collator()
-    runs = runs_of(head)
-    runs.insert(1, Run("wild", lora(head, 4, "c_attn"), learning_rate=1e-3, seed=8))
+    runs = KINDS[kind](head)
+    config = {"lora": lora(head, 4, "c_attn"), "adapters": AdapterConfig(bottleneck=4)}[kind]
+    runs.insert(1, Run("wild", config, learning_rate=1e-3, seed=8))
     sweep = Sweep(
         copy.deepcopy(base), runs, arguments(tmp_path, gradient_accumulation_steps=2), data, collate
     )
-    broken = [p for name, p in sweep.model.named_parameters() if ".wild." in name and "lora_B" in name][-1]
+    of_run = r"(lora_B\.wild|adapter_wild\.up)\.weight"
+    broken = [p for name, p in sweep.model.named_parameters() if re.search(of_run, name)][-1]
 
     class Breaking(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -444,6 +489,15 @@ def test_results_are_json_in_the_state(tmp_path):
     Sweep(gpt2(), runs_of(head), given, examples(head), collator()).train()
     state = json.loads((tmp_path / "checkpoint-4" / "trainer_state.json").read_text())
     assert state["log_history"][0]["runs"]["thin"]["learning_rate"] == 1e-2
+    assert (tmp_path / "checkpoint-4" / "training_args.bin").exists()  # as Trainer has it there
+
+
+def test_a_head_that_is_not_tied_freezes_with_the_base(tmp_path):
+    base: Any = gpt2(tie_word_embeddings=False)
+    before = base.lm_head.weight.detach().clone()
+    sweep = Sweep(base, sets_of(LM)[:2], arguments(tmp_path, max_steps=1), examples(LM), collator())
+    assert all(result.stopped is None for result in sweep.train())
+    assert torch.equal(base.lm_head.weight, before)
 
 
 LM = GPT2LMHeadModel
@@ -485,7 +539,7 @@ def checkpointed() -> Any:
         (gpt2, [FINE, FINE], {}, "several runs are named fine"),
         (gpt2, [Run("lr0.1", FINE.config)], {}, "run name 'lr0.1': take letters"),
         (gpt2, [Run("default", FINE.config)], {}, "run name 'default'"),
-        (gpt2, [Run("lora", FINE.config)], {}, "run name 'lora'"),
+        (gpt2, [Run("lora", FINE.config)], {}, "run lora: take a longer name"),
         (gpt2, [Run("mlp", FINE.config)], {}, "run name 'mlp': .* a part of the model's names"),
         (gpt2, [FINE, Run("p", PrefixTuningConfig(num_virtual_tokens=2))], {}, "run p: its config is a Prefix"),
         (gpt2, [Run("x", AdaLoraConfig(total_step=9, target_modules=["c_attn"]))], {}, "config is a AdaLora"),
@@ -508,7 +562,10 @@ def checkpointed() -> Any:
         (forwarded, [FINE], {}, "the model has hooks or a forward of its own"),
         (judged, [FINE], {}, "a loss_function of its own"),
         (gpt2, ["fine"], {}, "runs must be of fastpeft.Run, got a str"),
-        (gpt2, [Run("a", FINE.config)], {}, "run name 'a': take a longer one, for it is contained in 'lora_'"),
+        (gpt2, [Run("a", FINE.config)], {}, "run a: take a longer name: it is contained in 'lora_'"),
+        (gpt2, [FINE, Run("x", AdapterConfig())], {}, "some runs are of LoRA and some of bottleneck adapters"),
+        (gpt2, [Run("x", AdapterConfig(layers=(2,)))], {}, "run x: no layer 2: the model has layers 0 to 1"),
+        (lambda: fastpeft.add_adapters(gpt2(), AdapterConfig()), [FINE], {}, "got one with adapters"),
         (gpt2, [Run("checkpoint-4", FINE.config)], {}, "run name 'checkpoint-4': .* Trainer's checkpoints"),
         (gpt2, [FINE, Run("x", FINE.config, learning_rate=-1.0)], {}, "run x: learning_rate=-1.0: give a finite"),
         (gpt2, [FINE, Run("x", FINE.config, learning_rate=float("nan"))], {}, "run x: learning_rate=nan"),

@@ -52,7 +52,7 @@ class Arguments:
     bottleneck: int = 64
     layers: str | None = None  # None: all
     backend: str = "auto"
-    together: bool = False  # the seeds of a LoRA method train side by side
+    together: bool = False  # the seeds of a method of LoRA or adapters train side by side
 
     def __post_init__(self) -> None:
         for name in _NUMBERS:

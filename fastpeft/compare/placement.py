@@ -13,6 +13,7 @@ import transformers
 from peft import (
     LoraConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
     TaskType,
@@ -24,7 +25,7 @@ from torch import nn
 from fastpeft.adapters import AdapterConfig, add_adapters
 from fastpeft.compare.methods import PREFIX_TOKENS, Method
 from fastpeft.compare.tasks import CLASSIFY, LM
-from fastpeft.saving import save_adapters
+from fastpeft.saving import CONFIG_FILE, load_adapters, save_adapters
 
 HEAD_FILE = "head.safetensors"
 #: Of transformers: what the base model is for each task.
@@ -48,6 +49,24 @@ def save(method: Method, model: Any, folder: Path) -> None:
 def loading(method: Method, task: str, folder: str) -> str:
     """A line of Python that puts the weights saved in `folder` on `model`, the base model."""
     return _KINDS[method.place.kind].load.format(folder=folder, model=MODEL_CLASSES[task].__name__)
+
+
+#: The kinds of which runs can share a base.
+TOGETHER = ("lora", "adapter")
+
+
+def run_config(method: Method, config: Any, task: str) -> LoraConfig | AdapterConfig:
+    """What a sweep is told of a method, for a GPT-2 of this config."""
+    return (
+        lora_config(method, config, task) if method.place.kind == "lora" else adapter_config(method, config)
+    )
+
+
+def loaded(model: Any, folder: Path) -> Any:
+    """The model with what a run of a sweep left in its folder, which trains as it did."""
+    if (folder / CONFIG_FILE).exists():
+        return load_adapters(model, folder)
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def why_not(method: Method, task: str) -> str | None:
@@ -106,9 +125,14 @@ def _lora(method: Method, model: Any, task: str) -> Any:
     return _wrapped(model, lora_config(method, model.config, task))
 
 
+def adapter_config(method: Method, config: Any) -> AdapterConfig:
+    """What `add_adapters` is told of a method of bottleneck adapters, for a GPT-2 of this config."""
+    chosen = tuple(method.layers(config)) if method.options.get("layers") else None
+    return AdapterConfig(method.place.where, method.options["bottleneck"], layers=chosen)
+
+
 def _adapter(method: Method, model: Any, task: str) -> Any:
-    chosen = tuple(method.layers(model.config)) if method.options.get("layers") else None
-    return add_adapters(model, AdapterConfig(method.place.where, method.options["bottleneck"], layers=chosen))
+    return add_adapters(model, adapter_config(method, model.config))
 
 
 def _prefix(method: Method, model: Any, task: str) -> Any:

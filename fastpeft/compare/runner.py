@@ -34,7 +34,7 @@ from fastpeft.compare.arguments import DEFAULT_METHODS, IMDB_SMALL, Arguments
 from fastpeft.compare.encoding import encode
 from fastpeft.compare.errors import BadInput
 from fastpeft.compare.methods import Method, run_name
-from fastpeft.compare.placement import why_not
+from fastpeft.compare.placement import TOGETHER, why_not
 from fastpeft.compare.preflight import (
     LOCK_FILE,
     PLAN_FILE,
@@ -170,12 +170,12 @@ def _train_all(
         takes = duration.estimate(missing, setting, state.device)
         reporter.say(f"{missing} {'run' if missing == 1 else 'runs'} to train: {takes}")
     clock = duration.Clock(missing)
-    apart = [method.name for method in arguments.chosen if method.place.kind != "lora"]
+    apart = [method.name for method in arguments.chosen if method.place.kind not in TOGETHER]
     if arguments.together and apart:
-        reporter.say(f"{', '.join(apart)}: one run at a time, only LoRA's train together")
+        reporter.say(f"{', '.join(apart)}: one run at a time, only LoRA's and adapters' train together")
     for method in arguments.chosen:
         left = [index for index, (of, _) in enumerate(runs) if of == method and records[index] is None]
-        at_once = len(left) if arguments.together and method.place.kind == "lora" else 1
+        at_once = len(left) if arguments.together and method.place.kind in TOGETHER else 1
         for start in range(0, len(left), max(at_once, 1)):
             indices = left[start : start + at_once]
             seeds = [runs[index][1] for index in indices]

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -37,8 +36,9 @@ from fastpeft.compare.judging import SCORE, Judge
 from fastpeft.compare.machine import mixed_precision
 from fastpeft.compare.memory import PeakMemory
 from fastpeft.compare.methods import Method, run_name
-from fastpeft.compare.placement import apply, loading, lora_config, save, trainable
+from fastpeft.compare.placement import apply, loaded, loading, run_config, save, trainable
 from fastpeft.compare.tasks import CLASSIFY, LM
+from fastpeft.run_kinds import owner_of
 
 HALF_WAY = 100  # steps, from which on a run is judged half-way too: a shorter one, judging would take as long
 LOSS_POINTS = 20
@@ -100,13 +100,13 @@ def train_together(
     folders: list[Path],
     notify: Callable[[int, int], None] = lambda step, steps: None,
 ) -> list[dict[str, Any]]:
-    """`train_run` of LoRA from several seeds side by side: judged at the end alone, each with its share of the time.
+    """`train_run` from several seeds side by side: judged at the end alone, each with its share of the time.
 
     Raises:
         BadInput: as `train_run`, or the runs can't be trained together here.
     """
     base, encoded, arguments = setting
-    config, rate = lora_config(method, base.model.config, arguments.task), setting.rate(method)
+    config, rate = run_config(method, base.model.config, arguments.task), setting.rate(method)
     runs = [fastpeft.Run(f"seed-{seed}", config, seed=seed) for seed in seeds]
     settings = _settings(arguments, rate, seeds[0], folders[0] / "trainer")
     settings.data_seed = None  # each run's order is of its own seed
@@ -117,10 +117,11 @@ def train_together(
     except ValueError as error:
         raise BadInput(f"--together: {error}") from None
     if arguments.task == CLASSIFY:
+        named = sweep.model.named_parameters()
+        heads = {owner_of(name): p for name, p in named if ".score." in f".{name}" and p.requires_grad}
         for run, seed in zip(runs, seeds, strict=True):
             set_seed(seed)
-            head: Any = sweep.model.get_base_model().score
-            head.modules_to_save[run.name].weight.data.normal_(std=base.model.config.initializer_range)
+            heads[run.name].data.normal_(std=base.model.config.initializer_range)
     fastpeft.patch(sweep.model, backend=arguments.backend)
     sweep.trainer.remove_callback(PrinterCallback)
     sweep.trainer.add_callback(_Pace(notify, judges=False))
@@ -131,7 +132,7 @@ def train_together(
     sweep.trainer.accelerator.free_memory()
     records = []
     for result, seed, folder in zip(results, seeds, folders, strict=True):
-        model: Any = PeftModel.from_pretrained(copy.deepcopy(base.model), result.folder, is_trainable=True)
+        model = loaded(copy.deepcopy(base.model), result.folder)
         judge = Judge(encoded)
         fastpeft.patch(model, backend=arguments.backend)
         trainer = _trainer(model, setting, judge, _settings(arguments, rate, seed, folder / "judge"), notify)
