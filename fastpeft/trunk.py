@@ -40,7 +40,7 @@ from transformers.utils import output_capturing
 from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output, adapters_of
 from fastpeft.copies import Copied
 from fastpeft.groups import is_names, names_given
-from fastpeft.modules import hooked
+from fastpeft.modules import held_by, hooked
 from fastpeft.stock import Defined
 from fastpeft.swap import is_fused, stock_class
 
@@ -119,6 +119,16 @@ def why_not_module(module: Any, coming: Container[int] = ()) -> str | None:
     return None
 
 
+class _Hooks(NamedTuple):
+    """The hooks of the modules that are called, as they were when they were looked at."""
+
+    handles: int  # how many handles of hooks torch had given out
+    bare: list[dict[str, Any]]  # the `__dict__`s of modules without hooks on their forward
+    looked_at: list[Any]  # the modules with hooks of any kind
+    named: list[Any]  # those that a call gave `adapter_names`
+    hosts: int  # how many have bottleneck adapters behind them
+
+
 class _Seen(NamedTuple):
     """A trunk as it was walked; lists run in parallel with what a call compares them with.
 
@@ -132,16 +142,13 @@ class _Seen(NamedTuple):
     called: list[Any]  # every module that is called
     kinds: list[type]  # their classes
     attributes: list[dict[str, Any]]  # their `__dict__`s
-    bare: list[dict[str, Any]]  # of those without hooks on their forward
-    handles: int  # how many hooks' handles torch had given out
-    places: list[dict[str, Any]]  # the `__dict__`s of the modules that hold what trains, once for each
-    names: list[str]  # its name there
+    trains: tuple[list[dict[str, Any]], list[str]]  # `__dict__`s of modules, and names of what trains in them
     attentions: list[dict[str, Any]]  # the `__dict__`s of the attentions, one a block
     expected: list[tuple[Any, ...]]  # what they have to say of themselves
     tables: list[dict[str, Any]]  # the `__dict__`s of the embeddings
-    layers: int  # how many LoRA layers there were, and modules with bottleneck adapters behind them
-    named: list[Any]  # the modules that a call gave `adapter_names`
+    loras: int  # how many LoRA layers there are
     offender: Any  # a weak reference to the module that keeps the trunk stock, if one does
+    hooks: _Hooks
     mark: Any  # stands for all of this where it goes on
 
 
@@ -178,32 +185,35 @@ class Trunk:
             and list(map(_MODULES, seen.holders)) == seen.children
             and list(map(type, seen.called)) == seen.kinds
             and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
-            and not hooked(seen.bare)
-            and seen.handles == RemovableHandle.next_id
         ):
-            if seen.offender is None:
+            as_hooked = seen.hooks.handles == RemovableHandle.next_id and not hooked(seen.hooks.bare)
+            if seen.offender is not None:
+                offender = seen.offender()
+                reason = why_not_module(offender) if as_hooked and offender is not None else None
+                if reason:
+                    return f"{_name_of(offender, transformer)} {reason}"
+            elif as_hooked:
                 return _why_not_state(seen)
-            offender = seen.offender()
-            reason = None if offender is None else why_not_module(offender)
-            if reason:
-                return f"{_name_of(offender, transformer)} {reason}"
+            else:  # hooks came or went, as those of `adapter_rows` do: the rest is as it was
+                hooks = _hooks_of(seen.called, seen.attributes)
+                if not any(map(why_not_module, hooks.looked_at)):
+                    self.seen = seen._replace(trains=_trains(seen.called), hooks=hooks, mark=object())
+                    return _why_not_state(self.seen)
         return self.walk(transformer)
 
     def trained(self) -> Iterable[Any]:
         """What trained when it was last walked, as it is now."""
-        return map(dict.get, map(_PARAMETERS, self.seen.places), self.seen.names)
+        places, names = self.seen.trains
+        return map(dict.get, map(_PARAMETERS, places), names)
 
     def adapter_names(self) -> Sequence[str] | None:
         """The adapters of a batch's rows, as hooks give them now wherever there are any; None where they don't."""
-        named = self.seen.named
+        named = self.seen.hooks.named
         return names_given(named[0]) if named else None
 
     def walk(self, transformer: Any, coming: Container[int] = ()) -> str | None:
         """`why_not`, asked of every module below; those whose ids are in `coming` are taken for swapped."""
-        handles = RemovableHandle.next_id
-        modules = [transformer]
-        for module in modules:  # which grows: each after the one that holds it
-            modules.extend(m for m in module._modules.values() if m is not None)
+        modules = held_by(transformer)
         if len(set(map(id, modules))) < len(modules):
             self.seen = None
             return "a module is used twice"
@@ -213,12 +223,6 @@ class Trunk:
         called = [module for module in modules if type(module) not in _HELD]
         offender = next((m for m in called if why_not_module(m, coming)), None)
         below = called[1:]
-        places = [
-            (vars(m), name)
-            for m in below
-            for name, p in m._parameters.items()
-            if p is not None and p.requires_grad
-        ]
         attributes: list[Any] = list(map(vars, below))
         config = transformer.config
         width, heads = config.hidden_size, config.num_attention_heads
@@ -230,21 +234,36 @@ class Trunk:
             below,
             list(map(type, below)),
             attributes,
-            [each for each in attributes if not hooked([each])],
-            handles,
-            [place[0] for place in places],
-            [place[1] for place in places],
+            _trains(below),
             [vars(block.attn) for block in transformer.h],
             [(True, i, heads, width // heads, width, width, False) for i in range(len(transformer.h))],
             [vars(m) for m in below if isinstance(m, nn.Embedding)],
-            sum(isinstance(m, LoraLayer) or bool(adapters_of(m)) for m in below),
-            [m for m in below if names_given(m) is not None],
+            sum(isinstance(m, LoraLayer) for m in below),
             None if offender is None else weakref.ref(offender),
+            _hooks_of(below, attributes),
             object(),
         )
         if offender is None:
             return _why_not_state(self.seen)
         return f"{_name_of(offender, transformer)} {why_not_module(offender, coming)}"
+
+
+def _trains(called: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
+    found = [(vars(m), m._parameters) for m in called if m._parameters]
+    pairs = [(d, name) for d, own in found for name, p in own.items() if p is not None and p.requires_grad]
+    return [held for held, _ in pairs], [name for _, name in pairs]
+
+
+def _hooks_of(called: list[Any], attributes: list[dict[str, Any]]) -> _Hooks:
+    handles = RemovableHandle.next_id
+    looked_at = [m for m, held in zip(called, attributes, strict=True) if any(_HOOKS(held))]
+    return _Hooks(
+        handles,
+        [held for held in attributes if not hooked([held])],
+        looked_at,
+        [m for m in looked_at if names_given(m) is not None],
+        sum(not isinstance(m, LoraLayer) and bool(adapters_of(m)) for m in looked_at),
+    )
 
 
 def _why_not_state(seen: _Seen) -> str | None:
@@ -253,13 +272,15 @@ def _why_not_state(seen: _Seen) -> str | None:
         return "an attention isn't causal, or its layer_idx, heads, widths or upcasting aren't what the config says"
     if not all(map(is_, map(_CONFIG, seen.attentions), repeat(seen.transformer().config))):
         return "an attention has a config of its own"
-    if not _PLAIN.issuperset(map(type, map(dict.get, map(_PARAMETERS, seen.places), seen.names))):
+    places, names = seen.trains
+    if not _PLAIN.issuperset(map(type, map(dict.get, map(_PARAMETERS, places), names))):
         return "parameters of a class of their own"
-    given = [names_given(module) for module in seen.named]
+    named = seen.hooks.named
+    given = list(map(names_given, named))
     if any(given):
-        if not all(is_fused(module) or type(module) in _HOSTS for module in seen.named):
+        if not all(is_fused(module) or type(module) in _HOSTS for module in named):
             return "adapter_names for what isn't a LoRA layer that fastpeft fuses"
-        if len(given) < seen.layers or any(names != given[0] for names in given):
+        if len(given) < seen.loras + seen.hooks.hosts or any(each != given[0] for each in given):
             return "adapter_names that aren't the same for all LoRA layers and bottleneck adapters"
     if any(table["max_norm"] is not None or table["scale_grad_by_freq"] for table in seen.tables):
         return "embeddings with max_norm or scale_grad_by_freq"
@@ -271,6 +292,7 @@ _HOSTS = (nn.Dropout, nn.LayerNorm)
 _SHAPE = itemgetter(
     "is_causal", "layer_idx", "num_heads", "head_dim", "embed_dim", "split_size", "reorder_and_upcast_attn"
 )
+_HOOKS = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONFIG, _PARAMETERS, _MODULES = map(itemgetter, ("config", "_parameters", "_modules"))
 _PLAIN = {Tensor, nn.Parameter, type(None)}
 

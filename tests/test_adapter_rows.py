@@ -12,12 +12,18 @@ from models import assert_fused, gpt2, randomise, with_lora
 from peft import LoraConfig
 from tolerances import assert_as_good_as
 from torch import Tensor, nn
-from transformers import GPT2ForSequenceClassification, GPT2ForTokenClassification, GPT2LMHeadModel
+from transformers import (
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 
 import fastpeft
 from fastpeft import ops
 from fastpeft.projections import Grouped, Update
 from fastpeft.routes import Options
+from fastpeft.trunk import Trunk
 
 #: Ranks, scalings and targets that differ; "b" is rank-stabilised, "c" isn't in c_attn and "d" is nowhere else.
 OTHERS: dict[str, dict[str, Any]] = {
@@ -83,6 +89,25 @@ def test_adapter_names_as_peft_has_them(head, names, side):
     assert_as_good_as(*(output.logits[read] for output in found), "logits")
     losses = [output.loss for output in found]
     assert_as_good_as(*losses[:2], losses[2].double(), "loss")  # of a language model's logits in float32
+
+
+def test_rows_that_get_adapters_have_only_hooks_looked_at_anew(monkeypatch):
+    """Not every module; and what trains is what trains by then."""
+    patched: Any = fastpeft.patch(model())
+    inputs = labelled(batch("right", [4, 6]), GPT2LMHeadModel)
+    patched.set_requires_grad(list(OTHERS), False)
+    patched(**inputs)
+    inner: Any = next(m for m in patched.modules() if isinstance(m, GPT2Model))
+    trunk = inner._fastpeft.trunk
+    patched.set_requires_grad(list(OTHERS))
+    before = len(set(trunk.trained()))
+    monkeypatch.setattr(Trunk, "walk", lambda *_: pytest.fail("walked"))
+    for names in (["default", "b"], ["c", "__base__"]):
+        with fastpeft.adapter_rows(patched, names):
+            patched(**inputs)
+            assert packing_of(patched)[0] == "torch", packing_of(patched)
+        patched(**inputs)
+    assert before < len(set(trunk.trained())) == sum(p.requires_grad for p in inner.parameters())
 
 
 @pytest.mark.parametrize("beams", [1, 2])
