@@ -29,9 +29,10 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import load_file
 from small_comparison import arguments, assert_one_report_of_two, checkpoint, corpus, options
-from transformers import AutoTokenizer, GPT2ForSequenceClassification
+from transformers import AutoTokenizer, GPT2ForSequenceClassification, TrainingArguments
 
 import fastpeft
+from fastpeft.batches import Orders
 from fastpeft.compare import plots, runner, train
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.errors import BadInput
@@ -586,6 +587,24 @@ def test_a_folder_that_moves_still_goes_on(finished, tmp_path):
     moved = tmp_path / "elsewhere"
     shutil.copytree(folder / "out", moved)
     assert compare(dataclasses.replace(asked, out=moved))["runs"] == results["runs"]
+
+
+def test_a_run_has_the_order_that_it_has_beside_others(tmp_path):
+    """Of its seed alone, in each epoch: seeds are compared pair by pair, trained together or apart."""
+    data = [{"input_ids": list(range(1 + i * 7 % 11)), "labels": 0} for i in range(40)]
+    settings = TrainingArguments(
+        str(tmp_path), per_device_train_batch_size=4, train_sampling_strategy="group_by_length", seed=5,
+        report_to="none", use_cpu=True, remove_unused_columns=False,
+    )  # fmt: skip
+    model = torch.nn.Linear(1, 1)
+    alone = train._InOrder(model, settings, list, data).get_train_dataloader()
+    beside = Orders(transformers.Trainer(model, settings, list, data)._get_train_sampler(data), [4, 5], 4)
+    for epoch in range(2):
+        alone.set_epoch(epoch)
+        beside.set_epoch(epoch)
+        torch.manual_seed(epoch)  # nothing that all else draws from
+        order = torch.tensor(list(beside)).view(-1, 2, 4)[:, 1].tolist()
+        assert list(alone) == [[data[i] for i in batch] for batch in order]
 
 
 @pytest.mark.usefixtures("undrawn")

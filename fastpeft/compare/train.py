@@ -27,6 +27,7 @@ from transformers import (
 )
 
 import fastpeft
+from fastpeft.batches import Orders
 from fastpeft.compare import timing
 from fastpeft.compare.arguments import Arguments
 from fastpeft.compare.checkpoint import Base
@@ -249,7 +250,14 @@ def _due(step: int, steps: int, times: int) -> bool:
 
 
 class _InOrder(Trainer):
-    """Judges the eval part in its own order, in which scores are kept; Trainer's own would be at random."""
+    """Judges the eval part in its own order, in which scores are kept; Trainer's own would be at random.
+
+    A run's order of training is of its seed alone, as of one that trains beside others.
+    """
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        return Orders(sampler, [self.args.seed], self.args.train_batch_size)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As Trainer's, without a sampler."""
