@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import repeat, starmap
@@ -43,8 +44,8 @@ class AdapterConfig:
 
     Raises:
         ValueError: an unknown or repeated slot, no slot, both slots of the MLP, an unknown activation, a bottleneck
-            below 1, a scale that isn't a number, layers that aren't indices in rising order, or layers of a slot that
-            is in none.
+            below 1, a scale that isn't a finite number, layers that aren't indices in rising order, or layers of a slot
+            that is in none.
     """
 
     slots: tuple[str, ...] = ("post_attn",)
@@ -67,10 +68,10 @@ class AdapterConfig:
             raise ValueError(
                 f"unknown activation {self.activation!r}: choose one of {', '.join(reference.ACTIVATIONS)}"
             )
-        if not isinstance(self.bottleneck, int) or self.bottleneck < 1:
+        if type(self.bottleneck) is not int or self.bottleneck < 1:
             raise ValueError(f"bottleneck must be a whole number of at least 1, got {self.bottleneck!r}")
-        if not isinstance(self.scale, Real):
-            raise ValueError(f"scale must be a number, got {self.scale!r}")
+        if not isinstance(self.scale, Real) or not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale!r}")
         object.__setattr__(self, "scale", float(self.scale))
         if self.layers is not None:
             layers = tuple(self.layers)
@@ -143,7 +144,7 @@ def activation_name(act: Any) -> str | None:
 
 
 def add_adapters(
-    model: nn.Module, config: AdapterConfig, name: str = DEFAULT, modules_to_save: Sequence[str] = ()
+    model: nn.Module, config: AdapterConfig, name: str = DEFAULT, modules_to_save: Sequence[str] | None = None
 ) -> nn.Module:
     """Put trainable adapters into a GPT-2's slots, in place, and freeze its base.
 
@@ -160,9 +161,9 @@ def add_adapters(
             whatever it finds).
         config: slots and shape.
         name: of the set that they belong to, a new one or one that hasn't these slots yet.
-        modules_to_save: names of linear layers outside the GPT-2, a classifier's `score`, of which the set gets copies
-            that train and are saved as its own. The layers themselves stay what the sets without copies use, and rows
-            of none; they freeze where this is the only set.
+        modules_to_save: names of linear layers beside the GPT-2, a classifier's `score`, of which the set gets copies
+            that train and are saved as its own. The layers themselves are for sets without copies, and for rows of no
+            set; they train only as long as there is such a set.
 
     Returns:
         The model.
@@ -173,7 +174,7 @@ def add_adapters(
     """
     transformer = transformer_of(model)
     hosts = free_hosts(transformer, [config], name)
-    modules = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save)
+    modules = (modules_to_save,) if isinstance(modules_to_save, str) else tuple(modules_to_save or ())
     copies.check(model, modules, name)
     attribute = attribute_of(name)
     trained_by_peft = {id(p) for p in _peft_parameters(transformer)}

@@ -10,19 +10,25 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, TrainingArguments, get_scheduler
+from transformers import (
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gpt2.modeling_gpt2 import GPT2Model
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from fastpeft.adapters import AdapterConfig, adapters_of
+from fastpeft.adapters import AdapterConfig, adapters_of, attribute_of
 from fastpeft.groups import BASE
 from fastpeft.modules import is_plain
 from fastpeft.run_kinds import KINDS, NOT_PLAIN, owner_of
@@ -32,6 +38,7 @@ from fastpeft.swap import is_fused
 _PEFTS = {
     "default", BASE, "base_model", "model", "base_layer", "original_module", "modules_to_save", "lora_A", "lora_B"
 }  # fmt: skip
+_LONGEST = 100
 _OPTIMISERS = ("adamw_torch", "adamw_torch_fused", "sgd")
 _ORDERS = ("random", "sequential", "group_by_length")
 #: The fields of TrainingArguments that mean for a sweep what they mean for each run alone; others must be as they come.
@@ -159,6 +166,10 @@ def _check_run(run: Run, parts: set[str], arguments: TrainingArguments) -> None:
         why = "take another, for this is a part of the model's names or one of peft's own"
     elif re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name):
         why = "take another, for Trainer's checkpoints have this one in output_dir"
+    elif not _decays(name):
+        why = "take another, for by this one Trainer takes weights for a bias or a norm's, which don't decay"
+    elif len(name) > _LONGEST:
+        why = f"take one of at most {_LONGEST} letters, for it is a folder's too"
     if why:
         raise ValueError(f"run name {name!r}: {why}")
     folder = Path(str(arguments.output_dir)) / name
@@ -172,6 +183,14 @@ def _check_run(run: Run, parts: set[str], arguments: TrainingArguments) -> None:
     except (ArithmeticError, TypeError, ValueError) as error:
         kind: Any = arguments.lr_scheduler_type
         raise ValueError(f"run {run.name}: lr_scheduler_type {kind.value}: {error}") from error
+
+
+def _decays(name: str) -> bool:
+    """Whether weights decay that have this in their name: Trainer decides it by the names of parameters."""
+    trainer, holder = cast(Any, Trainer), nn.Module()
+    parts = {key: nn.Linear(1, 1, bias=False, device="meta") for key in (name, attribute_of(name))}
+    holder._modules.update(parts)  # some names, like `half`, a module refuses
+    return len(trainer.get_decay_parameter_names(None, holder)) == len(parts)
 
 
 def factors_of(run: Any, arguments: TrainingArguments, steps: int) -> Callable[[int], float]:

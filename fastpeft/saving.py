@@ -7,7 +7,6 @@ import os
 from dataclasses import asdict, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -63,7 +62,7 @@ def save_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
     parameters = _plain_parameters(model, name)
     if missing := sorted(adapter_keys - parameters.keys()):
         raise ValueError(f"{missing[0]} isn't there: the adapters aren't as add_adapters makes them")
-    own = _own_modules(model, name)
+    own = copies.owned(model, name)
     trained = sorted(
         k for k, p in parameters.items() if (p.requires_grad or _in(k, own)) and k not in adapter_keys
     )
@@ -136,7 +135,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
             raise ValueError(
                 f"{path / WEIGHTS_FILE}: {key} has shape {found}, the model needs {tuple(shape)}"
             )
-    own = sorted({*own, *_own_modules(model, name)})
+    own = sorted({*own, *copies.owned(model, name)})
     for key in (each for each in trained if not _in(each, own)):
         for other in (each for each, p in parameters.items() if p is parameters[key] and each != key):
             if other not in trained or not torch.equal(tensors[key], tensors[other]):
@@ -145,7 +144,7 @@ def load_adapters(model: nn.Module, folder: str | os.PathLike[str], name: str = 
                     "tie_word_embeddings=False"
                 )
     changed = _changed_for_others(model, name, {key: tensors[key] for key in trained})
-    given = sorted({*own, *changed} - {*_own_modules(model, name)})
+    given = sorted({*own, *changed} - {*copies.owned(model, name)})
     try:
         copies.check(model, given, name)
     except ValueError as error:
@@ -179,7 +178,9 @@ def _read_description(
         size = description["width"], description["layers"]
         trained = [str(name) for name in description["trained"]]
         tied = {str(key): str(first) for key, first in dict(description.get("tied", {})).items()}
-        own = [str(module) for module in description.get("modules_to_save", [])]
+        own = description.get("modules_to_save", [])
+        if not isinstance(own, list) or not all(isinstance(module, str) for module in own):
+            raise ValueError(f"modules_to_save isn't a list of names: {own!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a description of adapters: {error}") from error
     if size != (transformer.config.n_embd, transformer.config.n_layer):
@@ -267,11 +268,19 @@ def _plain_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             if id(parameter) not in left_out and not wrapped:
                 plain[key.replace(".base_layer.", ".")] = parameter
     for prefix, module in root.named_modules():
-        if isinstance(module, (ModulesToSaveWrapper, Copied)):  # one head, though this holds several
+        used: dict[str, nn.Parameter] = {}
+        if isinstance(module, Copied):
+            used = module.of(name)
+        elif isinstance(module, ModulesToSaveWrapper):  # one head, though the wrapper holds it twice
+            used = dict(module.modules_to_save[module.active_adapter].named_parameters())
+            if any(isinstance(each, Copied) for each in module.modules()):
+                raise ValueError(
+                    f"peft has put {prefix} in a wrapper of its own since sets have copies of it: call get_peft_model "
+                    "before add_adapters"
+                )
+        if used:
             plain = {k: p for k, p in plain.items() if not k.startswith(f"{prefix}.")}
-            held: Any = module  # of peft that in use, which takes no notice of sets
-            used = held.of(name) if isinstance(module, Copied) else held.modules_to_save[held.active_adapter]
-            plain |= dict(used.named_parameters(prefix=prefix))
+            plain |= {f"{prefix}.{key}": parameter for key, parameter in used.items()}
     return plain | own
 
 
@@ -284,13 +293,7 @@ def _changed_for_others(model: nn.Module, name: str, loaded: dict[str, Tensor]) 
         for key, tensor in loaded.items()
         if not torch.equal(tensor.to(parameters[key]), parameters[key])
     }
-    return {module for each in others for module in changed.difference(_own_modules(model, each))}
-
-
-def _own_modules(model: nn.Module, name: str) -> list[str]:
-    """The names of the modules of which the set of this name has copies."""
-    found = unwrapped(model).named_modules()
-    return [key for key, module in found if isinstance(module, Copied) and module.has(name)]
+    return {module for each in others for module in changed.difference(copies.owned(model, each))}
 
 
 def _in(key: str, modules: list[str]) -> bool:

@@ -59,8 +59,9 @@ class Sweep:
 
     A step takes a batch of every run through the base at once, each row with its run's adapter (`adapter_rows`). A run
     has a loss, a norm to which its gradient is clipped, a learning rate, a schedule of it and an order of examples of
-    its own. A run whose loss or gradient isn't finite stops before that step and leaves the others as they were. What
-    is drawn while training, dropout's masks, is drawn from the arguments' seed for all.
+    its own, grouped by length too of its seed alone. A run whose loss or gradient isn't finite stops before that step
+    and leaves the others as they were. What is drawn while training, dropout's masks, is drawn from the arguments' seed
+    for all.
 
     The loss is the sum over the labels by their number in the whole step, as Trainer counts them: of GPT-2, first
     tokens too, which nobody predicts. A classifier's is the mean of the whole step, where Trainer adds up the means of

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from test_adapter_rows import batch, labelled, packing_of
 from tolerances import assert_as_good_as
 from torch import nn
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import GPT2DoubleHeadsModel, GPT2ForSequenceClassification, GPT2LMHeadModel
 
 import fastpeft
 from fastpeft import AdapterConfig
@@ -69,7 +69,9 @@ def alone(model: nn.Module, name: str) -> nn.Module:
     """A copy of an unpatched model where nothing but this set adapts anything, by the formula written out."""
     found: Any = copy.deepcopy(model)
     if isinstance(getattr(found, "score", None), Copied):
-        found.score = found.score._modules.get(f"own_{name}", found.score.shared)
+        score = nn.Linear(found.score.in_features, found.score.out_features, bias=False)
+        score.weight = (found.score._modules.get(f"own_{name}") or found.score).weight
+        found.score = score
     transformer = transformer_of(found)
     for module in transformer.modules():
         module._forward_hooks.clear()
@@ -128,8 +130,8 @@ def rows_apart(stock: nn.Module, names: list[str], inputs: Any, lora: tuple[str,
 
 def head_of(model: Any, name: str) -> str:
     """What a classifier has the head as that rows of this name go through."""
-    held = dict(model.named_modules())
-    return next((key for key in (f"score.own_{name}", "score.shared") if key in held), "score")
+    own = f"score.own_{name}"
+    return own if own in dict(model.named_modules()) else "score"
 
 
 def counts(inputs: Any) -> Any:
@@ -224,6 +226,7 @@ def test_what_peft_gives_names_for_leaves_the_set_in_use_to_all_rows():
     patched = fastpeft.patch(copy.deepcopy(stock))
     inputs = labelled(batch("right", [4, 6]), GPT2LMHeadModel)
     with torch.no_grad():
+        patched(**inputs)  # from here on its modules are known, and but for hooks as they were
         outputs = [m(**inputs, adapter_names=["default", "__base__"]) for m in (patched, stock)]
         assert torch.allclose(outputs[0].loss, outputs[1].loss)
         assert not torch.allclose(outputs[1].loss, alone(stock, "none")(**inputs).loss)
@@ -357,16 +360,15 @@ def test_a_head_of_its_own_trains_in_place_of_the_shared_one():
     before = alone_in_it.score.weight.detach().clone()
     fastpeft.add_adapters(alone_in_it, AdapterConfig(), "a", modules_to_save="score")
     trains = {key: p.requires_grad for key, p in heads(alone_in_it).items()}
-    assert trains == {"score.shared.weight": False, "score.own_a.weight": True}
+    assert trains == {"score.weight": False, "score.own_a.weight": True}
     assert all(torch.equal(p, before) for p in heads(alone_in_it).values())
     at_once = with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",))
     torch.testing.assert_close(at_once(IDS).logits, alone(at_once, "a")(IDS).logits)
-    frozen = fastpeft.add_adapters(
-        gpt2(), AdapterConfig(), modules_to_save=["lm_head"]
-    )  # tied, and frozen so
-    assert {
-        k: p.requires_grad for k, p in frozen.named_parameters() if "adapter" not in k and p.requires_grad
-    } == {"lm_head.own_default.weight": True}
+    frozen: Any = gpt2(GPT2ForSequenceClassification)
+    frozen.score.requires_grad_(False)
+    fastpeft.add_adapters(frozen, AdapterConfig(), modules_to_save=["score"])
+    trains = {key: p.requires_grad for key, p in heads(frozen).items()}
+    assert trains == {"score.weight": False, "score.own_default.weight": True}
     shared = with_sets(gpt2(GPT2ForSequenceClassification), "default", "a", "b", own=("b",))
     assert all(p.requires_grad for p in heads(shared).values())  # two sets use the one that was there
     stock = copy.deepcopy(shared)
@@ -400,14 +402,55 @@ def test_heads_are_saved_and_loaded_with_their_sets(tmp_path):
     torch.testing.assert_close(dict(heads(loaded)), before)
 
 
-def test_a_copy_is_saved_frozen_and_untied_too(tmp_path):
-    model: Any = randomise(fastpeft.add_adapters(gpt2(), AdapterConfig(), "a", ["lm_head"]), "own_")
-    model.lm_head.requires_grad_(False)
+def test_the_shared_head_trains_as_soon_as_a_set_uses_it(tmp_path):
+    """Whichever came first, and what it has learnt is saved and loaded."""
+    model: Any = gpt2(GPT2ForSequenceClassification)
+    for name, own in (("a", True), ("b", False), ("c", True)):
+        fastpeft.add_adapters(model, AdapterConfig(bottleneck=2), name, ["score"] if own else None)
+        trains = {key for key, p in heads(model).items() if p.requires_grad}
+        expected = {f"score.own_{each}.weight" for each in ("a", "c") if hasattr(model.score, f"own_{each}")}
+        assert trains == expected | ({"score.weight"} if name != "a" else set())
+    randomise(randomise(model, "score"), "adapter")
+    frozen: Any = copy.deepcopy(model)
+    frozen.score.weight.requires_grad_(False)  # by whoever wants it so
+    fastpeft.add_adapters(frozen, AdapterConfig(), "d", ["score"])
+    assert not frozen.score.weight.requires_grad
+    for name in ("a", "b", "c"):
+        fastpeft.save_adapters(model, tmp_path / name, name)
+    for order in ("abc", "cba", "bca"):
+        loaded: Any = gpt2(GPT2ForSequenceClassification)
+        for name in order:
+            fastpeft.load_adapters(loaded, tmp_path / name, name)
+        for name in order:
+            fastpeft.save_adapters(loaded, tmp_path / f"{order}-{name}", name)
+            fresh = fastpeft.load_adapters(gpt2(GPT2ForSequenceClassification), tmp_path / f"{order}-{name}")
+            for each in (model, loaded):
+                fastpeft.set_adapters(each, name)
+                torch.testing.assert_close(fresh(IDS).logits, each(IDS).logits)
+
+
+def test_a_copy_is_saved_frozen_too(tmp_path):
+    model: Any = with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",))
+    model.score.requires_grad_(False)
     fastpeft.save_adapters(model, tmp_path, "a")
-    loaded: Any = fastpeft.load_adapters(gpt2(), tmp_path, "b")
-    assert torch.equal(loaded.lm_head.own_b.weight, model.lm_head.own_a.weight)
-    assert torch.equal(loaded.transformer.wte.weight, model.transformer.wte.weight)
-    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    loaded: Any = fastpeft.load_adapters(gpt2(GPT2ForSequenceClassification), tmp_path, "b")
+    assert torch.equal(loaded.score.own_b.weight, model.score.own_a.weight)
+    assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+
+
+def test_a_file_whose_modules_are_no_list_is_refused(tmp_path):
+    fastpeft.save_adapters(with_sets(gpt2(), "a"), tmp_path, "a")
+    described = json.loads((tmp_path / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps({**described, "modules_to_save": "score"}))
+    with pytest.raises(ValueError, match="modules_to_save isn't a list of names: 'score'"):
+        fastpeft.load_adapters(gpt2(), tmp_path)
+
+
+def test_a_model_with_copies_keeps_its_head_through_save_pretrained(tmp_path):
+    model: Any = randomise(with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",)), "score")
+    model.save_pretrained(tmp_path)
+    loaded = GPT2ForSequenceClassification.from_pretrained(tmp_path)
+    assert torch.equal(loaded.score.weight, model.score.weight)
 
 
 def test_a_set_with_another_head_than_other_sets_use_gets_its_own(tmp_path):
@@ -418,9 +461,7 @@ def test_a_set_with_another_head_than_other_sets_use_gets_its_own(tmp_path):
     randomise(model, "score").score.weight.data.add_(1)
     changed = model.score.weight.detach().clone()
     fastpeft.load_adapters(model, tmp_path, "c")
-    torch.testing.assert_close(
-        dict(heads(model)), {"score.shared.weight": changed, "score.own_c.weight": saved}
-    )
+    torch.testing.assert_close(dict(heads(model)), {"score.weight": changed, "score.own_c.weight": saved})
     assert all(p.requires_grad for p in heads(model).values())
 
 
@@ -436,18 +477,37 @@ def test_what_else_other_sets_use_differently_is_refused(tmp_path):
     torch.testing.assert_close(model.state_dict(), state)
 
 
-def test_modules_that_cannot_be_copied_are_refused():
-    model = with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",))
+def peft_classifier() -> nn.Module:
+    return with_lora(gpt2(GPT2ForSequenceClassification))
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "modules", "words"),
+    [
+        (None, "b", ["transformer.h.0.mlp.c_fc"], "of GPT2ForSequenceClassification, score can be copied"),
+        (None, "b", ["score", "scores"], "no copy of 'scores' can be given"),
+        (None, "b", ["score.own_a"], "no copy of 'score.own_a' can be given"),
+        (None, "a", ["score"], "'a' has a score of its own already"),
+        (peft_classifier, "b", ["score"], "of GPT2ForSequenceClassification, nothing can be copied"),
+        (gpt2, "b", ["lm_head"], "of GPT2LMHeadModel, nothing can be copied"),
+        (lambda: gpt2(GPT2DoubleHeadsModel), "b", ["multiple_choice_head.summary"], "nothing can be copied"),
+    ],
+)
+def test_modules_that_cannot_be_copied_are_refused(make, name, modules, words):
+    model = make() if make else with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",))
     state = copy.deepcopy(model.state_dict())
-    for name, modules, words in (
-        ("b", ["transformer.h.0.mlp.c_fc"], "has score as linear layers beside its GPT-2"),
-        ("b", ["score", "scores"], "no copy of 'scores' can be given"),
-        ("b", ["score.shared"], "no copy of 'score.shared' can be given"),
-        ("a", ["score"], "'a' has a score of its own already"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            fastpeft.add_adapters(model, AdapterConfig(("post_embed",), 2), name, modules_to_save=modules)
+    trained = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=words):
+        fastpeft.add_adapters(model, AdapterConfig(("post_embed",), 2), name, modules_to_save=modules)
     torch.testing.assert_close(model.state_dict(), state)
+    assert trained == [p.requires_grad for p in model.parameters()]
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+def test_a_head_that_peft_has_wrapped_since_is_refused(tmp_path):
+    model = with_lora(with_sets(gpt2(GPT2ForSequenceClassification), "a", own=("a",)))
+    with pytest.raises(ValueError, match="peft has put score in a wrapper of its own"):
+        fastpeft.save_adapters(model, tmp_path, "a")
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "__base__", None])

@@ -164,7 +164,9 @@ def test_adapters_are_part_of_hidden_states_asked_for_before():
         ({"slots": ("post_mlp", "post_mlp")}, "each once"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),
         ({"bottleneck": 0}, "bottleneck must be a whole number of at least 1, got 0"),
-        ({"scale": "2"}, "scale must be a number, got '2'"),
+        ({"scale": "2"}, "scale must be a finite number, got '2'"),
+        ({"scale": float("nan")}, "scale must be a finite number, got nan"),
+        ({"bottleneck": True}, "bottleneck must be a whole number of at least 1, got True"),
     ],
 )
 def test_a_config_names_what_is_wrong(fields, words):

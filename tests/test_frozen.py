@@ -10,7 +10,7 @@ from models import assert_as_good_over_draws, gpt2, step, twins, with_adapters, 
 from peft import IA3Config, PrefixTuningConfig, get_peft_model
 from test_gemm import Products, needs_bfloat16, needs_onednn
 from torch import nn
-from transformers import GPT2LMHeadModel
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
@@ -233,6 +233,14 @@ def test_with_avx2_alone_a_call_of_many_rows_is_stocks_and_one_of_few_isnt(monke
         x = torch.randn(shape)
         torch.testing.assert_close(model(x), stock(x))
         assert [row.path for row in rows(model)] == paths
+
+
+def test_a_head_that_sets_get_copies_of_is_plain_again():
+    model = fastpeft.patch(frozen(gpt2(GPT2ForSequenceClassification)))
+    assert isinstance(model.score, FusedLinear)
+    fastpeft.add_adapters(model, fastpeft.AdapterConfig(), modules_to_save=["score"])
+    assert "_fastpeft" not in vars(model.score)
+    assert type(model.score.own_default) is nn.Linear
 
 
 def test_small_layers_are_left_alone(monkeypatch):

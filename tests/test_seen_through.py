@@ -1003,6 +1003,7 @@ def language_model_of_its_own_head():
 
 @pytest.mark.fidelity("the strides of gradients", "as stock")
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to True:UserWarning")
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_gradients_lie_in_memory_as_stocks():
     def use(model, inputs):
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -55,7 +55,7 @@ def runs_of(head: type, **more: Any) -> list[Run]:
 def sets_of(head: type) -> list[Run]:
     """Bottlenecks, slots, activations, learning rates and seeds that differ."""
     return [
-        Run("both", AdapterConfig(("post_attn", "post_mlp"), 6, "gelu"), learning_rate=3e-3, seed=5),
+        Run("half", AdapterConfig(("post_attn", "post_mlp"), 6, "gelu"), learning_rate=3e-3, seed=5),
         Run("ends", AdapterConfig(("post_embed", "pre_head"), 4, "silu", 0.5), learning_rate=1e-2, seed=6),
         Run("a", AdapterConfig(("parallel_mlp", "post_block"), 3, layers=(1,))),
     ]
@@ -563,6 +563,9 @@ def checkpointed() -> Any:
         (judged, [FINE], {}, "a loss_function of its own"),
         (gpt2, ["fine"], {}, "runs must be of fastpeft.Run, got a str"),
         (gpt2, [Run("a", FINE.config)], {}, "run a: take a longer name: it is contained in 'lora_'"),
+        (gpt2, [Run("no-bias", FINE.config)], {}, "run name 'no-bias': .* a bias or a norm's"),
+        (gpt2, [Run("x_norm", AdapterConfig())], {}, "run name 'x_norm': .* a bias or a norm's"),
+        (gpt2, [Run("n" * 101, FINE.config)], {}, "take one of at most 100 letters"),
         (gpt2, [FINE, Run("x", AdapterConfig())], {}, "some runs are of LoRA and some of bottleneck adapters"),
         (gpt2, [Run("x", AdapterConfig(layers=(2,)))], {}, "run x: no layer 2: the model has layers 0 to 1"),
         (lambda: fastpeft.add_adapters(gpt2(), AdapterConfig()), [FINE], {}, "got one with adapters"),
