@@ -70,9 +70,8 @@ def check(model: nn.Module, modules: Sequence[str], name: str) -> None:
     for key in modules:
         if key not in found:
             raise ValueError(
-                f"no copy of {key!r} can be given to a set: of {type(root).__name__}, "
-                f"{', '.join(found) or 'nothing'} can be copied, the linear layers beside its GPT-2 that are neither "
-                "peft's nor output embeddings"
+                f"no copy of {key!r} can be given to a set: only linear layers beside the GPT-2 that are neither "
+                f"peft's nor output embeddings have copies, and {type(root).__name__} has {', '.join(found) or 'none'}"
             )
         if isinstance(found[key], Copied) and found[key].has(name):
             raise ValueError(f"{name!r} has a {key} of its own already")

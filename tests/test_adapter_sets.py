@@ -484,13 +484,18 @@ def peft_classifier() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "name", "modules", "words"),
     [
-        (None, "b", ["transformer.h.0.mlp.c_fc"], "of GPT2ForSequenceClassification, score can be copied"),
+        (
+            None,
+            "b",
+            ["transformer.h.0.mlp.c_fc"],
+            "have copies, and GPT2ForSequenceClassification has score$",
+        ),
         (None, "b", ["score", "scores"], "no copy of 'scores' can be given"),
         (None, "b", ["score.own_a"], "no copy of 'score.own_a' can be given"),
         (None, "a", ["score"], "'a' has a score of its own already"),
-        (peft_classifier, "b", ["score"], "of GPT2ForSequenceClassification, nothing can be copied"),
-        (gpt2, "b", ["lm_head"], "of GPT2LMHeadModel, nothing can be copied"),
-        (lambda: gpt2(GPT2DoubleHeadsModel), "b", ["multiple_choice_head.summary"], "nothing can be copied"),
+        (peft_classifier, "b", ["score"], "have copies, and GPT2ForSequenceClassification has none$"),
+        (gpt2, "b", ["lm_head"], "have copies, and GPT2LMHeadModel has none$"),
+        (lambda: gpt2(GPT2DoubleHeadsModel), "b", ["multiple_choice_head.summary"], "Model has none$"),
     ],
 )
 def test_modules_that_cannot_be_copied_are_refused(make, name, modules, words):
