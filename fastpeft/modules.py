@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -151,16 +150,16 @@ def held_by(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-_FORWARD_HOOKS, _FORWARD_PRE_HOOKS = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
-
-
-def hooked(attributes: list[dict[str, Any]]) -> bool:
-    """Whether any of the modules with these `__dict__`s has a hook on its forward.
+def touched(attributes: list[dict[str, Any]]) -> bool:
+    """Whether any of the modules with these `__dict__`s has a hook on its forward, or a forward of its own.
 
     Hooks come with handles, which torch numbers; but some take a module's dictionary of hooks away for a call, and put
-    it back.
+    it back. A loop, for three lookups in one take less than three passes by `map`.
     """
-    return any(map(_FORWARD_HOOKS, attributes)) or any(map(_FORWARD_PRE_HOOKS, attributes))
+    for held in attributes:  # noqa: SIM110 - `any` would enter a generator for each
+        if held["_forward_hooks"] or held["_forward_pre_hooks"] or "forward" in held:
+            return True
+    return False
 
 
 def is_plain(module: nn.Module, but_for: Any = None) -> bool:

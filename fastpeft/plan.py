@@ -5,8 +5,7 @@ from __future__ import annotations
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import repeat
-from operator import attrgetter, contains
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastpeft.checks import is_dense
-from fastpeft.modules import hooked, is_plain, why_not_here
+from fastpeft.modules import is_plain, touched, why_not_here
 from fastpeft.routes import Decided
 
 
@@ -65,8 +64,7 @@ class Plan(ABC):
                 and module._modules == self._own
                 and list(map(_MODULES, self._holders)) == self._children
                 and list(map(type, self._parts)) == self._kinds
-                and not any(map(contains, self._attributes, repeat("forward")))
-                and not hooked(self._attributes)
+                and not touched(self._attributes)
                 and (self._handles == RemovableHandle.next_id or self._is_plain())
                 and why_not_here() is None
             ):

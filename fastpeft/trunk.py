@@ -40,7 +40,7 @@ from transformers.utils import output_capturing
 from fastpeft.adapters import Adapter, ParallelAdapter, adapt_output, adapters_of
 from fastpeft.copies import Copied
 from fastpeft.groups import is_names, names_given
-from fastpeft.modules import held_by, hooked
+from fastpeft.modules import held_by, touched
 from fastpeft.stock import Defined
 from fastpeft.swap import is_fused, stock_class
 
@@ -123,8 +123,11 @@ class _Hooks(NamedTuple):
     """The hooks of the modules that are called, as they were when they were looked at."""
 
     handles: int  # how many handles of hooks torch had given out
-    bare: list[dict[str, Any]]  # the `__dict__`s of modules without hooks on their forward
-    looked_at: list[Any]  # the modules with hooks of any kind
+    bare: list[
+        dict[str, Any]
+    ]  # the `__dict__`s of modules without hooks on their forward, nor one of their own
+    others: list[dict[str, Any]]  # those of all others
+    looked_at: list[Any]  # the modules with hooks of any kind, or a forward of their own
     named: list[Any]  # those that a call gave `adapter_names`
     hosts: int  # how many have bottleneck adapters behind them
 
@@ -180,19 +183,18 @@ class Trunk:
             seen is not None
             and seen.transformer() is transformer
             and transformer._modules == seen.own
-            and "forward" not in vars(transformer)
-            and not hooked([vars(transformer)])
+            and not touched([vars(transformer)])
             and list(map(_MODULES, seen.holders)) == seen.children
             and list(map(type, seen.called)) == seen.kinds
-            and not any(map(dict.__contains__, seen.attributes, repeat("forward")))
         ):
-            as_hooked = seen.hooks.handles == RemovableHandle.next_id and not hooked(seen.hooks.bare)
+            hooks = seen.hooks
+            as_looked = hooks.handles == RemovableHandle.next_id and not touched(hooks.bare)
             if seen.offender is not None:
                 offender = seen.offender()
-                reason = why_not_module(offender) if as_hooked and offender is not None else None
+                reason = why_not_module(offender) if as_looked and offender is not None else None
                 if reason:
                     return f"{_name_of(offender, transformer)} {reason}"
-            elif as_hooked:
+            elif as_looked and not any(map(dict.__contains__, hooks.others, repeat("forward"))):
                 return _why_not_state(seen)
             else:  # hooks came or went, as those of `adapter_rows` do: the rest is as it was
                 hooks = _hooks_of(seen.called, seen.attributes)
@@ -256,10 +258,13 @@ def _trains(called: list[Any]) -> tuple[list[dict[str, Any]], list[str]]:
 
 def _hooks_of(called: list[Any], attributes: list[dict[str, Any]]) -> _Hooks:
     handles = RemovableHandle.next_id
-    looked_at = [m for m, held in zip(called, attributes, strict=True) if any(_HOOKS(held))]
+    looked_at = [
+        m for m, held in zip(called, attributes, strict=True) if "forward" in held or any(_HOOKS(held))
+    ]
     return _Hooks(
         handles,
-        [held for held in attributes if not hooked([held])],
+        [held for held in attributes if not touched([held])],
+        [held for held in attributes if touched([held])],
         looked_at,
         [m for m in looked_at if names_given(m) is not None],
         sum(not isinstance(m, LoraLayer) and bool(adapters_of(m)) for m in looked_at),

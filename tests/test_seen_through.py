@@ -9,6 +9,7 @@ import copy
 import functools
 import io
 import types
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -1233,3 +1234,20 @@ def test_a_layer_norm_without_weight_beside_the_kernels():
     torch.testing.assert_close(
         loss_and_step(patched, inputs), loss_and_step(stock, inputs), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize("place", ["h.0.mlp", "h.0.ln_1"], ids=["behind a hook", "where a hook comes too"])
+def test_a_forward_of_its_own_after_a_call(place):
+    """Of a module whose output an adapter's hook adapts, and of another while rows get adapters."""
+    stock = with_adapters(gpt2(), "post_mlp").eval()
+    inputs = with_labels(LENGTHS)
+    found = []
+    for model in (fastpeft.patch(copy.deepcopy(stock)), stock):
+        model(**inputs)
+        module = transformer(model).get_submodule(place)
+        module.forward = lambda x, own=module.forward: own(x).cumsum(-2) / 9  # looks along the sequence
+        rows = ["default", "__base__"] * len(LENGTHS)
+        names = fastpeft.adapter_rows(model, rows[: len(LENGTHS)]) if place == "h.0.ln_1" else nullcontext()
+        with names:
+            found.append(model(**inputs).loss)
+    torch.testing.assert_close(*found)
