@@ -1181,7 +1181,7 @@ def test_another_module_of_a_patched_ones_class(tmp_path):
 
 
 @pytest.mark.fidelity("torch.jit.trace of a layer", "stock")
-@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.")  # Deprecation- or FutureWarning, by version
 def test_traced_by_jit_a_layer_is_stocks():
     model = fastpeft.patch(language_model().eval())
     layer = transformer(model).h[0].mlp.c_fc
