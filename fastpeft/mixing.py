@@ -73,7 +73,7 @@ def adapter_rows(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     listed = isinstance(names, Sequence) and not isinstance(names, str)
     if not listed or not all(isinstance(name, str) for name in names):
         raise TypeError(f"names must be a sequence of adapters' names, one for each row; got {names!r}")
-    modules = held_by(model)
+    modules = list(dict.fromkeys(held_by(model)))
     layers = [module for module in modules if isinstance(module, LoraLayer)]
     hosts = [module for module in modules if adapters_of(module)]
     copies = [module for module in modules if isinstance(module, Copied)]

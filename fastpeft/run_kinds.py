@@ -106,5 +106,5 @@ def owner_of(parameter: str) -> str | None:
     """The run that a trained parameter of this name is of; None for one that no run may train."""
     for kind in KINDS.values():
         if found := kind.trained.fullmatch(parameter):
-            return next(name for name in found.groups() if name)  # type: ignore[no-any-return]
+            return str(next(filter(None, found.groups())))
     return None

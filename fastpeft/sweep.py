@@ -154,7 +154,9 @@ class _SideBySide(Trainer):
         self._parameters: dict[str, list[nn.Parameter]] = {name: [] for name in self.live}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                self._parameters[owner_of(name)].append(parameter)  # type: ignore[index]
+                owner = owner_of(name)
+                assert owner, name  # `checked` has seen to it
+                self._parameters[owner].append(parameter)
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """Of batches that hold a run's examples after another's."""

@@ -123,9 +123,7 @@ class _Hooks(NamedTuple):
     """The hooks of the modules that are called, as they were when they were looked at."""
 
     handles: int  # how many handles of hooks torch had given out
-    bare: list[
-        dict[str, Any]
-    ]  # the `__dict__`s of modules without hooks on their forward, nor one of their own
+    bare: list[dict[str, Any]]  # the `__dict__`s of modules that weren't `touched`
     others: list[dict[str, Any]]  # those of all others
     looked_at: list[Any]  # the modules with hooks of any kind, or a forward of their own
     named: list[Any]  # those that a call gave `adapter_names`
@@ -223,9 +221,12 @@ class Trunk:
             self.seen = None
             return "its layers aren't all GPT-2's blocks"
         called = [module for module in modules if type(module) not in _HELD]
-        offender = next((m for m in called if why_not_module(m, coming)), None)
         below = called[1:]
         attributes: list[Any] = list(map(vars, below))
+        hooks = _hooks_of(
+            below, attributes
+        )  # first: what another thread adds from here on has another handle
+        offender = next((m for m in called if why_not_module(m, coming)), None)
         config = transformer.config
         width, heads = config.hidden_size, config.num_attention_heads
         self.seen = _Seen(
@@ -242,7 +243,7 @@ class Trunk:
             [vars(m) for m in below if isinstance(m, nn.Embedding)],
             sum(isinstance(m, LoraLayer) for m in below),
             None if offender is None else weakref.ref(offender),
-            _hooks_of(below, attributes),
+            hooks,
             object(),
         )
         if offender is None:
@@ -261,10 +262,14 @@ def _hooks_of(called: list[Any], attributes: list[dict[str, Any]]) -> _Hooks:
     looked_at = [
         m for m, held in zip(called, attributes, strict=True) if "forward" in held or any(_HOOKS(held))
     ]
+    bare: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for held in attributes:
+        (others if touched([held]) else bare).append(held)
     return _Hooks(
         handles,
-        [held for held in attributes if not touched([held])],
-        [held for held in attributes if touched([held])],
+        bare,
+        others,
         looked_at,
         [m for m in looked_at if names_given(m) is not None],
         sum(not isinstance(m, LoraLayer) and bool(adapters_of(m)) for m in looked_at),

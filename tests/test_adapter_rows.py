@@ -110,6 +110,15 @@ def test_rows_that_get_adapters_have_only_hooks_looked_at_anew(monkeypatch):
     assert before < len(set(trunk.trained())) == sum(p.requires_grad for p in inner.parameters())
 
 
+def test_a_layer_that_is_held_twice_is_told_once():
+    found: Any = model()
+    layer = found.get_base_model().transformer.h[0].attn.c_attn
+    found.again = layer
+    with fastpeft.adapter_rows(found, ["default"]):
+        assert len(layer._forward_pre_hooks) == 1
+    assert not layer._forward_pre_hooks
+
+
 @pytest.mark.parametrize("beams", [1, 2])
 def test_generate_as_peft_does(beams):
     stock = model()
